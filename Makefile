@@ -1,0 +1,57 @@
+# Every target works in the virtual environment that `make setup` makes; VENV=... names another.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Extra arguments of a script: make toy ARGS="--steps 50"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all typecheck lint format toy mnist fashion text wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make the environment and install the tested versions into it
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+
+test: ## the fast tests
+	$(BIN)/python -m pytest
+
+test-all: ## the slow tests too
+	$(BIN)/python -m pytest -m ""
+
+typecheck: ## the fast tests with every shape checked at run time
+	TYPECHECK=1 $(BIN)/python -m pytest
+
+lint: ## style, format and static types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+toy: ## train on the toy data
+	$(BIN)/python train_toy.py $(ARGS)
+
+mnist: ## train on handwritten digits
+	$(BIN)/python train_mnist.py $(ARGS)
+
+fashion: ## train on Fashion-MNIST
+	$(BIN)/python train_mnist.py --data fashion $(ARGS)
+
+text: ## train on text alone
+	$(BIN)/python train_text_only.py $(ARGS)
+
+wheel: ## build the wheel, install it into a fresh environment, import it there
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/check
+	build/check/bin/python -m pip install -c constraints.txt dist/*.whl
+	build/check/bin/python .ci/wheel.py dist/*.whl
+
+clean: ## remove what can be made again (not results/)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

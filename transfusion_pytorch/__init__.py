@@ -1,0 +1,38 @@
+"""One transformer that writes text and draws: autoregression and flow matching, mixed freely.
+
+`TYPECHECK=1` in the environment checks the shapes and types of every call at run time.
+"""
+
+import os
+from importlib.metadata import version
+
+if os.environ.get("TYPECHECK", "").lower() in ("1", "true"):
+    from jaxtyping import install_import_hook
+
+    import transfusion_pytorch.typecheck
+
+    install_import_hook("transfusion_pytorch", "transfusion_pytorch.typecheck.check")
+
+from transfusion_pytorch.display import print_modality_sample
+from transfusion_pytorch.flow.times import TimePolicy
+from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.network.unet import UNetDown, UNetUp
+from transfusion_pytorch.training.data import collate_fn, create_dataloader
+from transfusion_pytorch.training.ema import create_ema
+from transfusion_pytorch.training.losses import LossBreakdown
+from transfusion_pytorch.transfusion import Transfusion
+
+__version__ = version("transfusion-pytorch")
+
+__all__ = [
+    "LossBreakdown",
+    "TimePolicy",
+    "Transformer",
+    "Transfusion",
+    "UNetDown",
+    "UNetUp",
+    "collate_fn",
+    "create_dataloader",
+    "create_ema",
+    "print_modality_sample",
+]

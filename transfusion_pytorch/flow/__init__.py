@@ -1,0 +1,1 @@
+"""What denoises: the path from noise to data, its times, the solver, and guidance."""

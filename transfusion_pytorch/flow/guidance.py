@@ -1,0 +1,11 @@
+"""Classifier-free guidance (arXiv 2207.12598)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def guided(
+    conditional: Float[Tensor, "..."], unconditional: Float[Tensor, "..."], scale: float
+) -> Float[Tensor, "..."]:
+    """Walks away from the unconditional prediction: scale 1 is the conditional one, 0 the unconditional one."""
+    return unconditional + scale * (conditional - unconditional)

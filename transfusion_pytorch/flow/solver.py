@@ -1,0 +1,43 @@
+"""Integration from noise to data with the solvers of torchdiffeq."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchdiffeq import odeint
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+# A step of these depends on nothing but its start, so rows that stand at different times can take theirs together.
+SINGLE_STEP_METHODS = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4"})
+OTHER_METHODS = frozenset(
+    {"dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams", "fixed_adams"}
+    | {"scipy_solver"}
+)
+
+
+def check_method(options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a solver that torchdiffeq does not have."""
+    known = SINGLE_STEP_METHODS | OTHER_METHODS
+    if options.get("method", "dopri5") not in known:
+        raise ValueError(f"unknown ODE method {options['method']!r}, choose one of {', '.join(sorted(known))}")
+
+
+def is_single_step(options: Mapping[str, Any]) -> bool:
+    """Whether each interval of the grid is one step that needs no history: rows may then be stepped together."""
+    refined = {"step_size", "grid_constructor"} & set(options.get("options") or {})
+    return options.get("method", "dopri5") in SINGLE_STEP_METHODS and not refined
+
+
+def integrate(
+    velocity: Velocity, noise: Float[Tensor, "..."], *, steps: int, start: float = 0.0, options: Mapping[str, Any]
+) -> Float[Tensor, "..."]:
+    """Follows `velocity(t, x)` from `noise` at `start` to t = 1 over `steps` equal intervals.
+
+    `options` are those of `torchdiffeq.odeint` (method, atol, rtol, options). An adaptive method chooses its own steps
+    between the ends.
+    """
+    grid = torch.linspace(start, 1.0, steps + 1, device=noise.device, dtype=noise.dtype)
+    return odeint(velocity, noise, grid, **options)[-1]

@@ -1,0 +1,1 @@
+"""What samples: token sampling, the shape grammar, and the engine."""

@@ -1,0 +1,1 @@
+"""What computes: attention, norms, the transformer, and the adapters around it. Knows no vocabulary."""

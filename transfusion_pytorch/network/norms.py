@@ -1,0 +1,88 @@
+"""Norms, and the modulation that tells a span its time.
+
+n tokens, m spans, d model, c condition.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm whose gain is `1 + weight`, so that weight decay pulls it towards 1."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
+        return F.rms_norm(x, x.shape[-1:], (1 + self.weight).to(x.dtype), eps=1e-6)
+
+
+class Conditioning(NamedTuple):
+    """The condition of every span, and the span of every token counted from 1 (0 is text)."""
+
+    spans: Float[Tensor, "m c"]
+    row: Int[Tensor, " n"]
+
+
+class Modulation(NamedTuple):
+    """What an adaptive norm does to each token; all broadcast over tokens where there is nothing but text."""
+
+    scale: Shaped[Tensor, "#n d"]
+    shift: Shaped[Tensor, "#n d"]
+    gate: Shaped[Tensor, "#n d"] | None
+
+
+class AdaptiveNorm(nn.Module):
+    """Layer norm conditioned per span (DiT, arXiv 2212.09748, adaLN-Zero); text has a learned scale of its own.
+
+    Spans: `norm(x) (1 + scale) + shift`, and the branch's output times `gate`; all three are projected from the
+    span's condition and start at zero, so that a new block leaves latents as they are. Text: `norm(x) (1 +
+    text_scale)`, and the output times `1 + text_gate`. A norm without a branch behind it is not `gated`.
+
+    The projection is made once for each span and looked up by its tokens.
+    """
+
+    def __init__(self, dim: int, dim_condition: int, *, gated: bool = True):
+        super().__init__()
+        self.dim = dim
+        self.text_scale = nn.Parameter(torch.zeros(dim))
+        self.text_gate = nn.Parameter(torch.zeros(dim)) if gated else None
+        self.to_modulation = nn.Linear(dim_condition, (3 if gated else 2) * dim)
+        nn.init.zeros_(self.to_modulation.weight)
+        nn.init.zeros_(self.to_modulation.bias)
+
+    def modulation(self, conditioning: Conditioning | None) -> Modulation:
+        text = [1 + self.text_scale, torch.zeros_like(self.text_scale)]
+        text += [1 + self.text_gate] if self.text_gate is not None else []
+        table = torch.cat(text)[None]
+        if conditioning is not None:
+            projected = self.to_modulation(conditioning.spans)
+            spans = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
+            table = torch.cat((table.to(spans.dtype), spans)).index_select(0, conditioning.row)
+        scale, shift, *gate = table.split(self.dim, dim=-1)
+        return Modulation(scale, shift, gate[0] if gate else None)
+
+    def forward(self, x: Shaped[Tensor, "n d"], modulation: Modulation) -> Shaped[Tensor, "n d"]:
+        return torch.addcmul(modulation.shift, F.layer_norm(x, (self.dim,)), modulation.scale)
+
+
+class TimeEmbedding(nn.Module):
+    """A time in [0, 1] as a condition: sines and cosines of it, then two layers.
+
+    The frequencies are those of diffusion models, where times run to 1,000 (arXiv 2006.11239 after 1706.03762).
+    """
+
+    def __init__(self, dim: int, *, num_frequencies: int = 64, max_time: float = 1000.0):
+        super().__init__()
+        exponent = torch.arange(num_frequencies) / num_frequencies
+        self.register_buffer("frequencies", max_time * 10_000.0**-exponent, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+
+    def forward(self, t: Float[Tensor, " m"]) -> Float[Tensor, "m c"]:
+        angle = t[:, None] * self.frequencies
+        return self.layers(torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.layers[0].weight.dtype))

@@ -1,0 +1,206 @@
+"""The transformer trunk: packed tokens in, packed tokens out.
+
+n tokens, d model, c condition.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hyper_connections import get_init_and_expand_reduce_stream_functions
+from jaxtyping import Complex, Float, Int, Shaped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from transfusion_pytorch.network.attention import Attention
+from transfusion_pytorch.network.cache import CacheView, KVCache
+from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
+from transfusion_pytorch.sequence.masks import Layout
+from transfusion_pytorch.sequence.positions import rotary_phases
+
+ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
+
+
+class FeedForward(nn.Module):
+    """A gated feedforward (GLU variants, arXiv 2002.05202) with two thirds of the plain one's width, for equal
+    parameters.
+    """
+
+    def __init__(self, dim: int, *, expansion_factor: float = 4, activation: str = "geglu", dropout: float = 0.0):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        hidden = int(dim * expansion_factor * 2 / 3)
+        self.activate = ACTIVATIONS[activation]
+        self.to_hidden = nn.Linear(dim, 2 * hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.to_out = nn.Linear(hidden, dim)
+
+    def forward(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
+        value, gate = self.to_hidden(x).chunk(2, dim=-1)
+        return self.to_out(self.dropout(value * self.activate(gate)))
+
+
+class Layer(nn.Module):
+    """Attention and feedforward, each behind an adaptive norm and in front of a gated residual."""
+
+    def __init__(self, dim: int, index: int, *, connect, skips: bool, dropout: float, attn: Mapping, ff: Mapping):
+        super().__init__()
+        self.index = index
+        self.skip = nn.Linear(2 * dim, dim, bias=False) if skips else None
+        self.attn_norm, self.ff_norm = AdaptiveNorm(dim, dim), AdaptiveNorm(dim, dim)
+        self.attn, self.ff = Attention(dim, **attn), FeedForward(dim, dropout=dropout, **ff)
+        self.attn_residual, self.ff_residual = connect(layer_index=index), connect(layer_index=index)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Shaped[Tensor, "s d"],
+        skipped: Shaped[Tensor, "s d"] | None,
+        first_values: Shaped[Tensor, "n k e"] | None,
+        conditioning: Conditioning | None,
+        phases: Complex[Tensor, "n f"],
+        layout: Layout,
+        cache: CacheView | None,
+    ) -> tuple[Shaped[Tensor, "s d"], Shaped[Tensor, "n k e"]]:
+        if self.skip is not None:
+            x = x + self.skip(torch.cat((x, skipped), dim=-1))
+
+        branch, add_residual = self.attn_residual(x)
+        modulation = self.attn_norm.modulation(conditioning)
+        out, values = self.attn(
+            self.attn_norm(branch, modulation),
+            phases=phases,
+            layout=layout,
+            first_values=first_values,
+            cache=cache,
+            layer=self.index,
+        )
+        x = add_residual(self.dropout(out) * modulation.gate)
+
+        branch, add_residual = self.ff_residual(x)
+        modulation = self.ff_norm.modulation(conditioning)
+        out = self.ff(self.ff_norm(branch, modulation))
+        return add_residual(self.dropout(out) * modulation.gate), values
+
+
+class Transformer(nn.Module):
+    """The trunk that text and latents share.
+
+    - `dim`, `depth`, `heads`, `dim_head`: as ever; `kv_heads` fewer than `heads` share keys and values (arXiv
+      2305.13245)
+    - `ff_expansion_factor`, `ff_kwargs` (`activation`: `"geglu"` or `"swiglu"`), `attn_kwargs` (`gate_values`,
+      `softcap_value`)
+    - `dropout`: of what every branch adds, and inside the feedforward
+    - `attn_laser`, `qk_rmsnorm`, `use_value_residual`: see `Attention`; the value residual is on from two layers up
+    - `unet_skips`: the second half of the layers also reads what the first half wrote, innermost first (U-ViT, arXiv
+      2209.12152)
+    - `num_residual_streams`, `num_residual_fracs`: hyper-connections (arXiv 2409.19606) and frac-connections (arXiv
+      2503.14125)
+    - `use_checkpoint`: layers are computed again in the backward pass instead of being remembered
+    - `use_flex_attn`: flex attention for whole streams (see `attend`)
+    - `rotary_theta`: base of the rotary frequencies
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        depth: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        ff_expansion_factor: float = 4,
+        attn_kwargs: Mapping[str, Any] | None = None,
+        ff_kwargs: Mapping[str, Any] | None = None,
+        attn_laser: bool = False,
+        unet_skips: bool = True,
+        use_flex_attn: bool = False,
+        qk_rmsnorm: bool = True,
+        use_value_residual: bool = False,
+        num_residual_streams: int = 1,
+        num_residual_fracs: int = 1,
+        use_checkpoint: bool = False,
+        rotary_theta: float = 10_000.0,
+    ):
+        super().__init__()
+        for name, value in (("dim", dim), ("depth", depth), ("heads", heads), ("dim_head", dim_head)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if num_residual_streams < 1 or num_residual_fracs < 1 or dim % num_residual_fracs:
+            raise ValueError(
+                "num_residual_streams and num_residual_fracs must be positive, and dim a multiple of the latter, "
+                f"got {dim}, {num_residual_streams} and {num_residual_fracs}"
+            )
+        self.dim, self.depth, self.dim_head, self.rotary_theta = dim, depth, dim_head, rotary_theta
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.use_checkpoint = use_checkpoint
+        connect, self.expand_streams, self.reduce_streams = get_init_and_expand_reduce_stream_functions(
+            num_residual_streams, num_fracs=num_residual_fracs, dim=dim
+        )
+        attn = dict(dim_head=dim_head, heads=heads, kv_heads=kv_heads, qk_rmsnorm=qk_rmsnorm)
+        attn |= dict(laser=attn_laser, use_flex_attn=use_flex_attn) | dict(attn_kwargs or {})
+        ff = dict(expansion_factor=ff_expansion_factor) | dict(ff_kwargs or {})
+        self.layers = nn.ModuleList(
+            Layer(
+                dim,
+                index,
+                connect=connect,
+                skips=unet_skips and index >= (depth + 1) // 2,
+                dropout=dropout,
+                attn=attn | dict(value_residual=use_value_residual and index > 0),
+                ff=ff,
+            )
+            for index in range(depth)
+        )
+        self.final_norm = AdaptiveNorm(dim, dim, gated=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "n d"],
+        *,
+        position: Int[Tensor, " n"],
+        layout: Layout,
+        conditioning: Conditioning | None = None,
+        cache: CacheView | None = None,
+    ) -> Shaped[Tensor, "n d"]:
+        """Runs a packed stream; with a `cache` its samples continue the rows of that.
+
+        `position` are rotary positions, `conditioning` tells spans their time (None for text alone).
+        """
+        phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
+        x = self.expand_streams(x)
+        skips: list[Tensor] = []
+        first_values = None
+        for layer in self.layers:
+            skipped = skips.pop() if layer.skip is not None else None
+            inputs = (x, skipped, first_values, conditioning, phases, layout, cache)
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x, values = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, values = layer(*inputs)
+            first_values = values if first_values is None else first_values
+            if layer.index < self.depth // 2:
+                skips.append(x)
+        return self.final_norm(self.reduce_streams(x), self.final_norm.modulation(conditioning))
+
+    def create_cache(self, rows: int, *, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache for `rows` samples."""
+        return KVCache(
+            layers=self.depth, rows=rows, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype
+        )
+
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """The hidden matrices of attention and feedforward, for which the Muon optimizer is made."""
+        return [
+            weight
+            for layer in self.layers
+            for weight in (
+                layer.attn.to_qkv.weight,
+                layer.attn.to_out.weight,
+                layer.ff.to_hidden.weight,
+                layer.ff.to_out.weight,
+            )
+        ]

@@ -1,0 +1,106 @@
+"""The halves of a U-Net, around the transformer: one brings latents down to fewer tokens, the other back up.
+
+The Transfusion paper (arXiv 2408.11039, section 3.2) finds them better than linear patches, most of all in small
+models.
+
+g spans of one shape, c channels of a latent, h hidden channels, d model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+CONVOLUTIONS = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def convolution(num_dim: int, *args, **options) -> nn.Module:
+    """A convolution over 1, 2 or 3 axes."""
+    if num_dim not in (1, 2, 3):
+        raise ValueError(f"a U-Net needs 1, 2 or 3 axes, got {num_dim}")
+    return CONVOLUTIONS[num_dim](*args, **options)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut; the condition scales and shifts what goes into the second, which starts at
+    zero.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, *, dim_condition: int, num_dim: int, groups: int = 8):
+        super().__init__()
+        self.norm_in = nn.GroupNorm(_divisor(dim_in, groups), dim_in)
+        self.conv_in = convolution(num_dim, dim_in, dim_out, 3, padding=1)
+        self.norm_out = nn.GroupNorm(_divisor(dim_out, groups), dim_out)
+        self.to_modulation = nn.Linear(dim_condition, 2 * dim_out)
+        self.conv_out = convolution(num_dim, dim_out, dim_out, 3, padding=1)
+        self.shortcut = convolution(num_dim, dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+        for part in (self.to_modulation, self.conv_out):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+
+    def forward(self, x: Shaped[Tensor, "g i ..."], condition: Shaped[Tensor, "g d"]) -> Shaped[Tensor, "g o ..."]:
+        modulation = self.to_modulation(condition)
+        scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
+        hidden = self.conv_in(F.silu(self.norm_in(x)))
+        hidden = self.norm_out(hidden) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv_out(F.silu(hidden))
+
+
+class UNetDown(nn.Module):
+    """From latents `(g, dim_latent, *axes)` to tokens `(g, dim, *axes / 2**num_downsamples)`, rounded up.
+
+    Give it and `UNetUp` the same arguments. `dim` is the transformer's.
+    """
+
+    def __init__(self, dim_latent: int, dim: int, *, dim_hidden: int = 64, num_dim: int = 2, num_downsamples: int = 1):
+        super().__init__()
+        widths = [dim_hidden * 2**level for level in range(num_downsamples)]
+        block = dict(dim_condition=dim, num_dim=num_dim)
+        self.conv_in = convolution(num_dim, dim_latent, dim_hidden, 3, padding=1)
+        self.blocks = nn.ModuleList(ResidualBlock(width, width, **block) for width in widths)
+        self.downs = nn.ModuleList(convolution(num_dim, width, 2 * width, 3, stride=2, padding=1) for width in widths)
+        self.last_block = ResidualBlock(dim_hidden * 2**num_downsamples, dim, **block)
+
+    def forward(
+        self, x: Shaped[Tensor, "g c ..."], condition: Shaped[Tensor, "g d"]
+    ) -> tuple[Shaped[Tensor, "g d ..."], list[Tensor]]:
+        """The tokens, and what `UNetUp` needs to see again."""
+        x = self.conv_in(x)
+        skips = []
+        for block, down in zip(self.blocks, self.downs, strict=True):
+            x = block(x, condition)
+            skips.append(x)
+            x = down(x)
+        return self.last_block(x, condition), skips
+
+
+class UNetUp(nn.Module):
+    """From tokens back to latents, reading what `UNetDown` kept; the output starts at zero."""
+
+    def __init__(self, dim_latent: int, dim: int, *, dim_hidden: int = 64, num_dim: int = 2, num_downsamples: int = 1):
+        super().__init__()
+        widths = [dim_hidden * 2**level for level in reversed(range(num_downsamples))]
+        block = dict(dim_condition=dim, num_dim=num_dim)
+        self.first_block = ResidualBlock(dim, dim_hidden * 2**num_downsamples, **block)
+        self.ups = nn.ModuleList(convolution(num_dim, 2 * width, width, 3, padding=1) for width in widths)
+        self.blocks = nn.ModuleList(ResidualBlock(2 * width, width, **block) for width in widths)
+        self.conv_out = convolution(num_dim, dim_hidden, dim_latent, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(
+        self, x: Shaped[Tensor, "g d ..."], condition: Shaped[Tensor, "g d"], skips: Sequence[Tensor]
+    ) -> Shaped[Tensor, "g c ..."]:
+        x = self.first_block(x, condition)
+        for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
+            # to the size of what was kept, so that odd sizes come back as they were
+            x = up(F.interpolate(x, size=skip.shape[2:], mode="nearest"))
+            x = block(torch.cat((x, skip), dim=1), condition)
+        return self.conv_out(F.silu(x))
+
+
+def _divisor(dim: int, most: int) -> int:
+    """The largest number of groups up to `most` that divides `dim`."""
+    return next(groups for groups in range(most, 0, -1) if dim % groups == 0)

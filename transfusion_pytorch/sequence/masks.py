@@ -1,0 +1,113 @@
+"""Who sees whom: one interval of keys for every token.
+
+A token sees the keys of its own sample from the first up to `end`, which is the end of its span, or just past itself
+for text. The masks of every attention backend come from that.
+
+n tokens, g samples of one length t, k keys.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+# Rows longer than this are attended in chunks of queries that see the keys up to their furthest `end` only. From about
+# 1,000 tokens on that is faster than one masked call, and the mask stays small.
+LONG_ROW = 512
+QUERY_CHUNK = 256
+
+
+class Chunk(NamedTuple):
+    """Some queries of every sample in a run, the number of keys they need, and what of those each may see."""
+
+    queries: slice
+    num_keys: int
+    is_causal: bool
+    mask: Bool[Tensor, "#g 1 t k"] | None
+
+
+class Run(NamedTuple):
+    """Neighbouring samples of one length, which attention takes as a plain batch."""
+
+    samples: slice
+    tokens: slice
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The intervals of a stream, and what the backends make of them.
+
+    `end` counts keys in the sample, those in the cache (`past`) included.
+    """
+
+    end: Int[Tensor, " n"]
+    lengths: tuple[int, ...]
+    past: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The stream as plain batches, in order."""
+        device, end = self.end.device, self.end.cpu()
+        runs, sample, token = [], 0, 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            samples, tokens = slice(sample, sample + count), slice(token, token + count * length)
+            chunks = list(_chunks(end[tokens].view(count, length), self.past[samples], device))
+            runs.append(Run(samples, tokens, chunks))
+            sample, token = samples.stop, tokens.stop
+        return tuple(runs)
+
+    @cached_property
+    def start(self) -> Int[Tensor, " n"]:
+        """The slot where each token's sample starts in the stream."""
+        lengths = torch.tensor(self.lengths, device=self.end.device)
+        return (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+    def mask_mod(self) -> Callable[..., Tensor]:
+        """The intervals as flex attention wants them, over the whole packed stream (without a cache)."""
+        return visible(self.start, self.start + self.end)
+
+    def dense(self) -> Bool[Tensor, "n n"]:
+        """The whole stream's mask, made from the same definition that flex attention gets."""
+        slot = torch.arange(len(self.end), device=self.end.device)
+        return self.mask_mod()(None, None, slot[:, None], slot[None, :])
+
+
+def visible(start: Int[Tensor, " n"], end: Int[Tensor, " n"]) -> Callable[..., Tensor]:
+    """Token q sees keys `start[q] <= k < end[q]`: its sample up to the end of its span, or up to itself."""
+
+    def mask_mod(batch, head, query, key):
+        return (key >= start[query]) & (key < end[query])
+
+    return mask_mod
+
+
+def _chunks(end: Int[Tensor, "g t"], past: tuple[int, ...], device: torch.device) -> Iterator[Chunk]:
+    length = end.shape[1]
+    if max(past) == 0 and torch.equal(end, torch.arange(1, length + 1).expand_as(end)):
+        yield Chunk(slice(0, length), length, True, None)
+        return
+    if (end == end[:1]).all():
+        end = end[:1]  # one mask serves all samples of the run
+    size = QUERY_CHUNK if length > LONG_ROW else length
+    for start, stop in _edges(length, size):
+        part = end[:, start:stop]
+        num_keys = int(part.max())
+        mask = None if int(part.min()) == num_keys else torch.arange(num_keys) < part[:, None, :, None]
+        yield Chunk(slice(start, stop), num_keys, False, None if mask is None else mask.to(device))
+
+
+def _edges(length: int, size: int) -> Iterator[tuple[int, int]]:
+    edges = [0, *accumulate([size] * (length // size))]
+    edges += [length] if edges[-1] < length else []
+    return pairwise(edges)

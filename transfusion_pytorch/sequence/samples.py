@@ -1,0 +1,221 @@
+"""Samples as users write them, parsed into pieces: text and modalities.
+
+A sample is a list. An integer tensor is text, a floating point tensor is modality 0, and `(type, tensor)` is any
+modality.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.sequence.vocabulary import Vocabulary
+
+Shape = tuple[int, ...]
+MAX_AXES = 3
+
+
+class Text(NamedTuple):
+    """Ids of text or of markers, on the CPU."""
+
+    ids: Int[Tensor, " n"]
+
+
+class Modality(NamedTuple):
+    """One instance of a modality: raw data first, channel-last latents `(*axes, c)` once encoded.
+
+    `is_context` says that something follows it in its sample.
+    """
+
+    type: int
+    tensor: Float[Tensor, "..."]
+    is_context: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """The axial shape of the latents."""
+        return tuple(self.tensor.shape[:-1])
+
+
+Piece = Text | Modality
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """What the latents of a modality look like.
+
+    `num_dim` is the number of axes, None where any from 0 to 3 will do. `parse_shape` turns what the model wrote into
+    an axial shape, or None.
+    """
+
+    type: int
+    dim_latent: int
+    num_dim: int | None
+    default_shape: Shape | None
+    channel_first: bool
+    parse_shape: Callable[[str], Shape | None]
+
+    def to_channel_last(self, latents: Float[Tensor, "..."], where: str) -> Float[Tensor, "..."]:
+        """Checks the axes and channels of one instance and puts its channels last."""
+        axes = latents.ndim - 1
+        expected = f"{self.num_dim}" if self.num_dim is not None else f"0 to {MAX_AXES}"
+        if axes < 0 or axes > MAX_AXES or (self.num_dim is not None and axes != self.num_dim):
+            raise ValueError(
+                f"{where}: modality {self.type} takes latents of {expected} axes and one of channels, "
+                f"got shape {tuple(latents.shape)}; a batch is a list of samples, without a batch axis"
+            )
+        channel_axis = 0 if self.channel_first else -1
+        if latents.shape[channel_axis] != self.dim_latent:
+            place, other = ("first", "False") if self.channel_first else ("last", "True")
+            raise ValueError(
+                f"{where}: modality {self.type} takes latents of {self.dim_latent} channels, {place}, "
+                f"got shape {tuple(latents.shape)}; set channel_first_latent={other} if its channels stand at the other end"
+            )
+        return latents.movedim(channel_axis, -1)
+
+    def from_channel_last(self, latents: Float[Tensor, "..."], batched: bool = False) -> Float[Tensor, "..."]:
+        """Puts the channels back where the user has them."""
+        return latents.movedim(-1, 1 if batched else 0) if self.channel_first else latents
+
+
+def parse_samples(samples: Any, num_modalities: int) -> list[list[Piece]]:
+    """Reads a batch. Raises `TypeError` or `ValueError` that names the sample and part at fault."""
+    if not isinstance(samples, (list, tuple)):
+        raise TypeError(f"a batch is a list of samples, got {type(samples).__name__}")
+    if not samples:
+        raise ValueError("the batch is empty, expected at least one sample")
+    return [parse_sample(sample, num_modalities, f"sample {i}") for i, sample in enumerate(samples)]
+
+
+def parse_sample(sample: Any, num_modalities: int, where: str) -> list[Piece]:
+    """Reads one sample; a lone part counts as a sample of one part."""
+    parts = sample if isinstance(sample, list) else [sample]
+    if not parts:
+        raise ValueError(f"{where} is empty, expected at least one part")
+    return [parse_part(part, num_modalities, f"{where}, part {i}") for i, part in enumerate(parts)]
+
+
+def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
+    modality, tensor = part if isinstance(part, tuple) and len(part) == 2 else (None, part)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{where}: expected an integer tensor (text), a floating point tensor (modality 0) or (type, tensor), "
+            f"got {type(part).__name__}"
+        )
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"{where}: text is int64 and modalities are float32 or the like, got {tensor.dtype}")
+    if not tensor.numel():
+        raise ValueError(f"{where}: the tensor is empty, of shape {tuple(tensor.shape)}; leave the part out instead")
+    if modality is None and not tensor.is_floating_point():
+        return parse_text(tensor, where)
+    modality = 0 if modality is None else modality
+    if isinstance(modality, bool) or not isinstance(modality, Integral):
+        raise TypeError(f"{where}: the modality type must be an int, got {type(modality).__name__}")
+    if not 0 <= modality < num_modalities:
+        raise ValueError(f"{where}: unknown modality type {modality}, this model has {num_modalities} (from 0)")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{where}: modality {modality} must be floating point, got {tensor.dtype}; text has no type")
+    return Modality(int(modality), tensor)
+
+
+def parse_text(ids: Tensor, where: str) -> Text:
+    if ids.ndim > 1:
+        raise ValueError(f"{where}: text has one axis (or none, for a single token), got shape {tuple(ids.shape)}")
+    return Text(ids.detach().reshape(-1).to("cpu", torch.long))
+
+
+def check_ids(ids: Int[Tensor, "..."], limit: int, where: str) -> None:
+    """Raises `ValueError` where an id lies outside `[0, limit)`."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+        wrong = ids[(ids < 0) | (ids >= limit)].flatten()[0].item()
+        raise ValueError(f"{where}: token id {wrong} is outside the vocabulary, expected 0 to {limit - 1}")
+
+
+def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = True) -> list[Piece]:
+    """Frames a bare sample with its markers: sos, what opens and closes each modality, and eos if it is `complete`."""
+    marked: list[Piece] = [Text(torch.tensor([vocabulary.sos]))]
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, Text):
+            marked.append(piece)
+            continue
+        opening = Text(vocabulary.opening(piece.type, piece.shape))
+        closing = Text(vocabulary.closing(piece.type))
+        marked += [opening, piece._replace(is_context=i + 1 < len(pieces)), closing]
+    return [*marked, Text(torch.tensor([vocabulary.eos]))] if complete else marked
+
+
+def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:
+    """The inverse of `mark`, forgiving: markers may be there or not.
+
+    sos and eos go wherever they stand, what opens a modality goes before one and what closes it goes after one.
+    Anything else is left alone.
+    """
+    bare: list[Piece] = []
+    pieces = merge_texts(pieces)
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, Modality):
+            bare.append(piece)
+            continue
+        ids = [token for token in piece.ids.tolist() if token not in (vocabulary.sos, vocabulary.eos)]
+        before, after = (pieces[j] if 0 <= j < len(pieces) else None for j in (i - 1, i + 1))
+        if isinstance(before, Modality) and ids[:1] == [vocabulary.eom[before.type]]:
+            ids = ids[1:]
+        if isinstance(after, Modality):
+            ids = _without_opening(ids, vocabulary.som[after.type], vocabulary)
+        if ids:
+            bare.append(Text(torch.tensor(ids)))
+    return bare
+
+
+def merge_texts(pieces: Sequence[Piece]) -> list[Piece]:
+    """Joins texts that follow each other: `[a] [b] image -> [a b] image`."""
+    merged: list[Piece] = []
+    for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+        members = list(group)
+        merged += [Text(torch.cat([text.ids for text in members]))] if is_text else members
+    return merged
+
+
+def _without_opening(ids: list[int], som: int, vocabulary: Vocabulary) -> list[int]:
+    end = len(ids)
+    if end and ids[end - 1] == som:
+        end -= 1
+    start = end
+    while start and vocabulary.is_char(ids[start - 1]):
+        start -= 1
+    return ids[: start - 1] if start and ids[start - 1] == vocabulary.meta else ids[:end]
+
+
+def check_finite(data: Sequence[Float[Tensor, "..."]], places: Sequence[str]) -> None:
+    """Raises `ValueError` for NaN or infinity; one synchronisation with the device for all of `data`."""
+    if not data:
+        return
+    finite = torch.stack([instance.isfinite().all() for instance in data])
+    if not finite.all():
+        raise ValueError(f"{places[int(finite.int().argmin())]}: the tensor contains NaN or infinity")
+
+
+def parse_batch(batch: Tensor, modality: int, num_modalities: int, num_text: int) -> list[list[Piece]]:
+    """Reads a batch of one kind: ids `(b, n)` as text, or floats `(b, ...)` as one modality. Samples stay without
+    markers.
+    """
+    if batch.is_floating_point():
+        if batch.ndim < 2 or not batch.numel():
+            raise ValueError(f"a float batch is (b, ...), one instance in each row, got shape {tuple(batch.shape)}")
+        return [[parse_part((modality, row), num_modalities, f"sample {i}")] for i, row in enumerate(batch.unbind())]
+    check_text_batch(batch, num_text)
+    return [[Text(ids)] for ids in batch.detach().to("cpu", torch.long).unbind()]
+
+
+def check_text_batch(ids: Any, num_text: int) -> None:
+    """Raises `TypeError` or `ValueError` unless this is a batch of text `(b, n)`."""
+    if not isinstance(ids, Tensor) or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"a batch of text is an integer tensor (b, n), got {getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"a batch of text is (b, n), got shape {tuple(ids.shape)}; wrap ragged text in lists")
+    check_ids(ids, num_text, "text")

@@ -1,0 +1,1 @@
+"""What trains: losses, data loading, the EMA copy, parameter groups."""
