@@ -9,7 +9,7 @@ from importlib.metadata import version
 if os.environ.get("TYPECHECK", "").lower() in ("1", "true"):
     from jaxtyping import install_import_hook
 
-    import transfusion_pytorch.typecheck
+    import transfusion_pytorch.typecheck  # noqa: F401 - the hook finds it by name
 
     install_import_hook("transfusion_pytorch", "transfusion_pytorch.typecheck.check")
 

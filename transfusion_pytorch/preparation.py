@@ -27,12 +27,13 @@ def prepare(
     samples: Any,
     modality_type: int | None,
     vocabulary: Vocabulary,
-    modalities: Sequence[ModalityIO],
+    modalities: Iterable[ModalityIO],
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[list[Piece]]:
     """Validates and encodes a batch of any kind. Mixed samples get their markers, batches of one kind have none."""
+    modalities = list(modalities)
     if isinstance(samples, Tensor):
         if modality_type is not None and not samples.is_floating_point():
             raise TypeError(f"modality_type goes with a float batch (b, ...), got {samples.dtype}")

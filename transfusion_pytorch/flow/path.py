@@ -5,6 +5,7 @@ n slots, c channels. One time per slot, so slots of different spans can stand at
 
 from typing import NamedTuple
 
+import einx
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,15 +34,15 @@ def estimate_clean(
     """Where `x_t` lands if it keeps its velocity until t = 1. Undoes `interpolate`, and `velocity_towards` if
     `damped`.
     """
-    return x_t + velocity * _remaining(t, damped)
+    return x_t + einx.multiply("n c, n -> n c", velocity, _remaining(t, damped))
 
 
 def velocity_towards(
     clean: Float[Tensor, "n c"], x_t: Float[Tensor, "n c"], t: Float[Tensor, " n"]
 ) -> Float[Tensor, "n c"]:
     """The velocity that reaches `clean` at t = 1; near there it is damped instead of divided by almost nothing."""
-    return (clean - x_t) / _remaining(t, damped=True)
+    return einx.divide("n c, n -> n c", clean - x_t, _remaining(t, damped=True))
 
 
 def _remaining(t: Tensor, damped: bool) -> Tensor:
-    return (1 - t[:, None]).clamp(min=MIN_REMAINING if damped else 0.0)
+    return (1 - t).clamp(min=MIN_REMAINING if damped else 0.0)

@@ -203,7 +203,7 @@ class Engine:
         if self.model.fallback_to_default_shape_if_invalid:
             return self._shape_or_default(modality, None)
         raise ValueError(
-            f"modality {modality}: {written!r} was written, which is no shape it can have; set fixed_modality_shape, or "
+            f"modality {modality}: {written!r} was written, no shape it can have; set fixed_modality_shape, or "
             "modality_default_shape and fallback_to_default_shape_if_invalid=True"
         )
 

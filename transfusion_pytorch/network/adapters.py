@@ -150,7 +150,7 @@ class PairAdapter(nn.Module):
                 module.training = mode
         if self._channels_last(x).shape[-1] != self.dim or back.shape != blank.shape:
             raise ValueError(
-                f"the modules around the transformer must lead from {self.dim_latent} channels to {self.dim} and back: "
+                f"the modules around the transformer must lead from {self.dim_latent} to {self.dim} channels and back: "
                 f"{tuple(blank.shape[1:])} became {tuple(self._channels_last(x).shape[1:])} and {tuple(back.shape[1:])} "
                 "(channels last)"
             )

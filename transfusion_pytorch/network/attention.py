@@ -96,7 +96,7 @@ def flex_is_possible(*inputs: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def _say_flex_fallback() -> None:
     warnings.warn(
-        "use_flex_attn: torch has no backward of flex attention on this device, training uses SDPA (with the same masks)",
+        "use_flex_attn: torch has no backward of flex attention on this device, so training uses SDPA (same masks)",
         stacklevel=3,
     )
 

@@ -74,7 +74,7 @@ class ModalitySpec:
             place, other = ("first", "False") if self.channel_first else ("last", "True")
             raise ValueError(
                 f"{where}: modality {self.type} takes latents of {self.dim_latent} channels, {place}, "
-                f"got shape {tuple(latents.shape)}; set channel_first_latent={other} if its channels stand at the other end"
+                f"got shape {tuple(latents.shape)}; set channel_first_latent={other} if they stand at the other end"
             )
         return latents.movedim(channel_axis, -1)
 
