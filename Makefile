@@ -40,7 +40,7 @@ mnist: ## train on handwritten digits
 	$(BIN)/python train_mnist.py $(ARGS)
 
 fashion: ## train on Fashion-MNIST
-	$(BIN)/python train_mnist.py --data fashion $(ARGS)
+	$(BIN)/python train_mnist.py --dataset fashion $(ARGS)
 
 text: ## train on text alone
 	$(BIN)/python train_text_only.py $(ARGS)

@@ -104,7 +104,7 @@ def load_mnist(folder: str | Path | None) -> ImageData:
     if folder is not None:
         train, test = (load_idx_pair(Path(folder), half, len(DIGIT_CLASSES)) for half in ("train", "t10k"))
         return ImageData(train, test, DIGIT_CLASSES, name="mnist", source=f"MNIST from {folder}: no download")
-    halves = optional("datasets").load_dataset("ylecun/mnist").with_format("numpy")
+    halves = optional("datasets", extra="hub").load_dataset("ylecun/mnist").with_format("numpy")
     train, test = (
         LabelledImages(to_pixels(torch.tensor(rows["image"])), torch.tensor(rows["label"]))
         for rows in (halves["train"][:], halves["test"][:])
@@ -150,9 +150,8 @@ def read_idx(file: str | Path) -> UInt8[Tensor, "..."]:
     data = unpack(Path(file))
     start = 4 + 4 * data[3] if len(data) > 3 else 4
     if data[:3] != b"\0\0\x08" or len(data) < start:
-        raise ValueError(
-            f"{file} is not an idx file of unsigned bytes: it begins with {data[:4].hex(' ') or 'nothing'}"
-        )
+        expected = "00 00 08, the number of axes, and their sizes"
+        raise ValueError(f"{file} is corrupt: expected {expected}, got {data[:start].hex(' ') or 'nothing'}")
     shape = struct.unpack(f">{data[3]}I", data[4:start])
     if len(data) - start != math.prod(shape) or not math.prod(shape):
         raise ValueError(f"{file} is corrupt: its header says {shape}, but {len(data) - start} bytes follow")

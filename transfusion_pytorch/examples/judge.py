@@ -15,7 +15,7 @@ from .run import cosine_schedule, progress
 
 BATCH_SIZE = 128
 # Four passes over the training images; small sets need more of them, and large ones are learned by then.
-PASSES, LEAST_STEPS, MOST_STEPS = 4, 600, 2000
+PASSES, LEAST_STEPS, MOST_STEPS = 4, 400, 2000
 
 
 class Judge(nn.Module):
@@ -34,11 +34,12 @@ class Judge(nn.Module):
             nn.Flatten(),
             nn.Linear(9 * 4 * width, num_classes),
         )
+        # With the channels last in memory the convolutions take half the time on a CPU.
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's overloads lack it)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         if images.shape[1:] != self.shape:
             raise ValueError(f"this judge reads images of shape {self.shape}, got {tuple(images.shape[1:])}")
-        # On a CPU the convolutions are about twice as fast with the channels last in memory.
         return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 
@@ -63,7 +64,7 @@ def train_judge(
     """
     if steps is None:
         steps = min(max(PASSES * len(data.train.images) // BATCH_SIZE, LEAST_STEPS), MOST_STEPS)
-    judge = seeded_judge(data, seed).to(device).to(memory_format=torch.channels_last)
+    judge = seeded_judge(data, seed).to(device)
     images, labels = (tensor.cpu() for tensor in data.train)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-2, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -100,7 +100,7 @@ def save_curves(
 ) -> Path:
     """Writes a PNG of named series, each smoothed over a twentieth of its length, with the raw one faintly behind.
 
-    A series holds numbers, at x = 1, 2, 3, ..., or pairs (x, number); an empty one is not drawn, nor what is not finite.
+    A series holds numbers, at x = 1, 2, 3, ..., or pairs (x, number). It may be empty; what is not finite is left out.
     """
     figure = optional("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()

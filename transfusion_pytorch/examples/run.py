@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 
-def optional(module: str) -> ModuleType:
-    """Imports a module of an optional dependency, or says how to install it (`ImportError`)."""
+def optional(module: str, *, extra: str = "examples") -> ModuleType:
+    """Imports a module of an optional dependency, or says which extra installs it (`ImportError`)."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f'the examples need {package} here, which is not installed: pip install "transfusion-pytorch[examples]"'
+            f'the examples need {package} here, which is not installed: pip install "transfusion-pytorch[{extra}]"'
         ) from error
 
 

@@ -1,0 +1,173 @@
+"""Learns to draw and to caption small images in one model, and has an independent judge score the drawings.
+
+python train_mnist.py                     # 8x8 handwritten digits that ship with scikit-learn, both tasks
+python train_mnist.py --dataset fashion   # 28x28 Fashion-MNIST (Debian package dataset-fashion-mnist)
+python train_mnist.py --dataset mnist     # from a folder of idx files (--data) or a download
+"""
+
+import argparse
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+
+from transfusion_pytorch import Transfusion
+from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images, patchify, unpatchify
+from transfusion_pytorch.examples.judge import recognised, train_judge
+from transfusion_pytorch.examples.pictures import save_curves, save_grid
+from transfusion_pytorch.examples.run import (
+    add_common_arguments,
+    cosine_schedule,
+    fresh_folder,
+    pick_device,
+    progress,
+    seed_everything,
+)
+
+TASKS = {"draw": ("draw",), "caption": ("caption",), "both": ("draw", "caption")}
+
+
+class Recipe(NamedTuple):
+    """What suits a data set, on two CPU cores."""
+
+    steps: int
+    patch: int
+    dim: int
+    depth: int
+    heads: int = 4
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    dropout: float = 0.0
+
+
+RECIPES = {
+    "digits": Recipe(steps=2000, patch=2, dim=64, depth=4),
+    "mnist": Recipe(steps=6000, patch=4, dim=128, depth=6),
+    "fashion": Recipe(steps=6000, patch=4, dim=128, depth=6),
+}
+
+
+class Samples(Dataset):
+    """Label then image for drawing, image then label for captioning: one of the tasks at random for every image."""
+
+    def __init__(self, data: LabelledImages, tasks: tuple[str, ...], patch: int):
+        self.latents, self.labels, self.tasks = patchify(data.images, patch), data.labels, tasks
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        task = self.tasks[int(torch.randint(len(self.tasks), ()))]
+        parts = [self.labels[index], self.latents[index]]
+        return parts if task == "draw" else parts[::-1]
+
+
+def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Transfusion:
+    latents = patchify(data.images[:1], recipe.patch)
+    return Transfusion(
+        num_text_tokens=num_classes,  # one word for each class
+        dim_latent=latents.shape[-1],
+        modality_default_shape=tuple(latents.shape[1:-1]),
+        flow_loss_weight=5.0,  # lambda of the Transfusion paper
+        transformer=dict(
+            dim=recipe.dim,
+            depth=recipe.depth,
+            heads=recipe.heads,
+            dim_head=recipe.dim // recipe.heads,
+            dropout=recipe.dropout,
+        ),
+    )
+
+
+def draw(model, labels: Tensor, *, patch: int, cfg_scale: float, steps: int) -> Tensor:
+    """An image (c, h, w) for each label; the model itself writes that an image comes, and of what shape."""
+    samples = model.sample_many(list(labels), max_length=256, cfg_scale=cfg_scale, modality_steps=steps)
+    latents = [next((part[1] for part in sample if isinstance(part, tuple)), None) for sample in samples]
+    blank = torch.zeros_like(next((part for part in latents if part is not None), torch.zeros(1, 1, patch**2)))
+    same = [part if part is not None and part.shape == blank.shape else blank for part in latents]
+    return unpatchify(torch.stack(same), patch).cpu()
+
+
+def caption(model, images: Tensor, *, patch: int) -> Tensor:
+    """The word that the model writes after each image."""
+    samples = model.sample_many(list(patchify(images, patch)), max_length=256, text_temperature=0.0)
+    return torch.stack([sample[-1][1] if len(sample[-1]) > 1 else torch.tensor(-1) for sample in samples]).cpu()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=tuple(IMAGE_LOADERS), default="digits")
+    parser.add_argument("--data", help="folder of idx files, for mnist and fashion")
+    parser.add_argument("--task", choices=tuple(TASKS), default="both")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the drawings (default: %(default)s)")
+    parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
+    parser.add_argument("--sample-every", type=int, default=500, help="training steps between grids (0: none)")
+    parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end, for each class")
+    add_common_arguments(parser, steps=None)
+    args = parser.parse_args()
+
+    data = load_images(args.dataset, args.data)
+    print(f"data: {data.source}")
+    recipe = RECIPES[data.name]
+    steps, batch_size = args.steps or recipe.steps, args.batch_size or recipe.batch_size
+    device, tasks = pick_device(args.device), TASKS[args.task]
+    seed_everything(args.seed)
+    folder = fresh_folder(args.results, f"{data.name}-{args.task}")
+    how = dict(patch=recipe.patch, cfg_scale=args.cfg_scale, steps=args.modality_steps)
+
+    model = build_model(data.train, len(data.class_names), recipe).to(device)
+    ema = model.create_ema(beta=0.99, update_every=10, update_after_step=min(100, steps // 4))
+    optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
+    schedule = LambdaLR(optimizer, lambda step: cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
+    dataset = Samples(data.train, tasks, recipe.patch)
+    batches = model.create_dataloader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps on {device}, to {folder}")
+
+    started, curves, batch_stream = time.monotonic(), {"text": [], "flow": []}, iter(())
+    labels_shown = torch.arange(len(data.class_names)).repeat(2)
+    for step in (bar := progress(steps, description="training")):
+        batch = next(batch_stream, None)
+        if batch is None:
+            batch_stream = iter(batches)
+            batch = next(batch_stream)
+        loss, parts = model(batch, return_breakdown=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        ema.update()
+        curves["text"].append(parts.text.item())
+        curves["flow"].append(parts.flow.item())
+        bar.set_postfix(text=f"{curves['text'][-1]:.3f}", flow=f"{curves['flow'][-1]:.3f}")
+        if "draw" in tasks and args.sample_every and (step + 1) % args.sample_every == 0:
+            names = [data.class_names[label] for label in labels_shown]
+            save_grid(folder / f"step-{step + 1:05}.png", draw(ema, labels_shown, **how), names)
+    print(f"trained for {time.monotonic() - started:.0f} s")
+    save_curves(folder / "losses.png", curves)
+    torch.save(ema.ema_model.state_dict(), folder / "model.pt")
+
+    if "draw" in tasks:
+        judge, judge_accuracy = train_judge(data, seed=args.seed, device=device)
+        labels = torch.arange(len(data.class_names)).repeat(args.draw_per_class)
+        images = torch.cat([draw(ema, part, **how) for part in labels.split(100)])
+        seen = recognised(judge, images)
+        names = [data.class_names[label] for label in labels]
+        save_grid(folder / "drawings.png", images[:100], names[:100], correct=(seen == labels)[:100])
+        print(f"judge: recognises {judge_accuracy:.1%} of {len(data.test.labels)} real held-out images")
+        print(f"drawing: {(seen == labels).float().mean():.1%} of {len(labels)} recognised as what was asked for")
+    if "caption" in tasks:
+        held_out = LabelledImages(*(part[:2000] for part in data.test))
+        written = torch.cat([caption(ema, part, patch=recipe.patch) for part in held_out.images.split(100)])
+        right = (written == held_out.labels).float().mean()
+        print(f"captioning: {right:.1%} of {len(written)} held-out images named correctly")
+    print(f"results in {folder} after {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
