@@ -1,5 +1,6 @@
 """Classifier-free guidance (arXiv 2207.12598)."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -8,4 +9,4 @@ def guided(
     conditional: Float[Tensor, "..."], unconditional: Float[Tensor, "..."], scale: float
 ) -> Float[Tensor, "..."]:
     """Walks away from the unconditional prediction: scale 1 is the conditional one, 0 the unconditional one."""
-    return unconditional + scale * (conditional - unconditional)
+    return torch.lerp(unconditional, conditional, scale)

@@ -12,10 +12,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 # A step of these depends on nothing but its start, so rows that stand at different times can take theirs together.
 SINGLE_STEP_METHODS = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4"})
-OTHER_METHODS = frozenset(
-    {"dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams", "fixed_adams"}
-    | {"scipy_solver"}
-)
+ADAPTIVE_METHODS = frozenset({"dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun"})
+OTHER_METHODS = ADAPTIVE_METHODS | {"explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"}
 
 
 def check_method(options: Mapping[str, Any]) -> None:
@@ -37,7 +35,19 @@ def integrate(
     """Follows `velocity(t, x)` from `noise` at `start` to t = 1 over `steps` equal intervals.
 
     `options` are those of `torchdiffeq.odeint` (method, atol, rtol, options). An adaptive method chooses its own steps
-    between the ends.
+    between the ends; the first that it tries is one interval.
     """
-    grid = torch.linspace(start, 1.0, steps + 1, device=noise.device, dtype=noise.dtype)
-    return odeint(velocity, noise, grid, **options)[-1]
+    if steps < 1:
+        raise ValueError(f"steps are intervals, at least 1, got {steps}")
+    precise = torch.promote_types(noise.dtype, torch.float32)
+    grid = torch.linspace(start, 1.0, steps + 1, device=noise.device, dtype=precise)
+    return odeint(velocity, noise, grid, **_within(grid, options))[-1]
+
+
+def _within(grid: Float[Tensor, " steps"], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Left alone, an adaptive method tries and takes steps beyond the last time, where no velocity was ever trained."""
+    options = {"method": "dopri5", **options}
+    if options["method"] in ADAPTIVE_METHODS:
+        bounds = {"first_step": grid[1] - grid[0], "step_t": grid[-1:]}
+        options["options"] = bounds | dict(options.get("options") or {})
+    return options

@@ -5,6 +5,7 @@ b samples, m spans. t = 0 is noise, t = 1 is data.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Literal
 
 import torch
@@ -41,8 +42,10 @@ class TimePolicy:
             raise ValueError(f"distribution must be 'uniform', 'logit_normal' or a constant, got {self.distribution!r}")
         if constant and not 0 <= self.distribution <= 1:
             raise ValueError(f"a constant time must be between 0 (noise) and 1 (data), got {self.distribution}")
-        if self.std <= 0 or self.shift <= 0:
-            raise ValueError(f"std and shift must be positive, got {self.std} and {self.shift}")
+        if not (isfinite(self.mean) and 0 < self.std < inf and 0 < self.shift < inf):
+            raise ValueError(
+                f"mean must be finite, std and shift positive, got {self.mean}, {self.std} and {self.shift}"
+            )
         if not 0 <= self.noise_limit <= 1:
             raise ValueError(f"noise_limit must be between 0 and 1, got {self.noise_limit}")
 
@@ -75,17 +78,17 @@ def times_of_spans(
     `times` is a scalar, `(b,)` (one for each sample) or `(b, m)`. Raises `ValueError` where it has too few entries or
     leaves [0, 1].
     """
-    times = torch.as_tensor(times, dtype=torch.get_default_dtype(), device=sample.device)
+    times = torch.as_tensor(times, device=sample.device)
+    times = times if times.is_floating_point() else times.to(torch.get_default_dtype())
     if not ((times >= 0) & (times <= 1)).all():
         raise ValueError("times must lie between 0 (noise) and 1 (data)")
     if times.ndim == 0:
         return times.expand(sample.shape)
     most = int(index.max()) + 1 if index.numel() else 0
-    if times.ndim == 1:
-        times = times[:, None].expand(-1, most)
-    if times.ndim != 2 or len(times) != num_samples or times.shape[1] < most:
+    by_sample = times[:, None].expand(-1, most) if times.ndim == 1 else times
+    if by_sample.ndim != 2 or len(by_sample) != num_samples or by_sample.shape[1] < most:
         raise ValueError(
             f"times must be a scalar, ({num_samples},) or ({num_samples}, {most}), one for each modality of each "
             f"sample, got {tuple(times.shape)}"
         )
-    return times[sample, index]
+    return by_sample[sample, index]

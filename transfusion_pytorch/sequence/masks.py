@@ -62,7 +62,7 @@ class Layout:
         for length, group in groupby(self.lengths):
             count = len(list(group))
             samples, tokens = slice(sample, sample + count), slice(token, token + count * length)
-            chunks = list(_chunks(end[tokens].view(count, length), self.past[samples], device))
+            chunks = list(_chunks(end[tokens].view(count, length), device))
             runs.append(Run(samples, tokens, chunks))
             sample, token = samples.stop, tokens.stop
         return tuple(runs)
@@ -85,16 +85,13 @@ class Layout:
 
 def visible(start: Int[Tensor, " n"], end: Int[Tensor, " n"]) -> Callable[..., Tensor]:
     """Token q sees keys `start[q] <= k < end[q]`: its sample up to the end of its span, or up to itself."""
-
-    def mask_mod(batch, head, query, key):
-        return (key >= start[query]) & (key < end[query])
-
-    return mask_mod
+    # A lambda, because flex attention counts arguments and the type checker hides those of any other function.
+    return lambda batch, head, query, key: (key >= start[query]) & (key < end[query])
 
 
-def _chunks(end: Int[Tensor, "g t"], past: tuple[int, ...], device: torch.device) -> Iterator[Chunk]:
+def _chunks(end: Int[Tensor, "g t"], device: torch.device) -> Iterator[Chunk]:
     length = end.shape[1]
-    if max(past) == 0 and torch.equal(end, torch.arange(1, length + 1).expand_as(end)):
+    if torch.equal(end, torch.arange(1, length + 1).expand_as(end)):  # which leaves no room for a past
         yield Chunk(slice(0, length), length, True, None)
         return
     if (end == end[:1]).all():

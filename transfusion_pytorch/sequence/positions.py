@@ -28,5 +28,4 @@ def axial_coordinates(
     shape: tuple[int, ...], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "n a"]:
     """The coordinates of every latent, first axis slowest: `(2, 2) -> [[0 0] [0 1] [1 0] [1 1]]`."""
-    axes = [torch.arange(size, device=device, dtype=dtype) for size in shape]
-    return torch.cartesian_prod(*axes).reshape(-1, len(shape))
+    return torch.ones(shape, dtype=torch.bool).nonzero().to(device, dtype)

@@ -105,7 +105,7 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{where}: expected an integer tensor (text), a floating point tensor (modality 0) or (type, tensor), "
-            f"got {type(part).__name__}"
+            f"got {_name_of(part)}"
         )
     if tensor.dtype == torch.bool or tensor.is_complex():
         raise TypeError(f"{where}: text is int64 and modalities are float32 or the like, got {tensor.dtype}")
@@ -115,7 +115,10 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
         return parse_text(tensor, where)
     modality = 0 if modality is None else modality
     if isinstance(modality, bool) or not isinstance(modality, Integral):
-        raise TypeError(f"{where}: the modality type must be an int, got {type(modality).__name__}")
+        raise TypeError(
+            f"{where}: a pair is (type, tensor) with an int for its type, got {_name_of(part)}; the parts of a sample "
+            "stand in a list"
+        )
     if not 0 <= modality < num_modalities:
         raise ValueError(f"{where}: unknown modality type {modality}, this model has {num_modalities} (from 0)")
     if not tensor.is_floating_point():
@@ -125,7 +128,10 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
 
 def parse_text(ids: Tensor, where: str) -> Text:
     if ids.ndim > 1:
-        raise ValueError(f"{where}: text has one axis (or none, for a single token), got shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"{where}: text has one axis (or none, for a single token), got shape {tuple(ids.shape)}; "
+            "modalities are floating point"
+        )
     return Text(ids.detach().reshape(-1).to("cpu", torch.long))
 
 
@@ -133,7 +139,8 @@ def check_ids(ids: Int[Tensor, "..."], limit: int, where: str) -> None:
     """Raises `ValueError` where an id lies outside `[0, limit)`."""
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
         wrong = ids[(ids < 0) | (ids >= limit)].flatten()[0].item()
-        raise ValueError(f"{where}: token id {wrong} is outside the vocabulary, expected 0 to {limit - 1}")
+        expected = f"expected 0 to {limit - 1}" if limit else "which has no text"
+        raise ValueError(f"{where}: token id {wrong} is outside the vocabulary, {expected}")
 
 
 def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = True) -> list[Piece]:
@@ -218,4 +225,9 @@ def check_text_batch(ids: Any, num_text: int) -> None:
         raise TypeError(f"a batch of text is an integer tensor (b, n), got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"a batch of text is (b, n), got shape {tuple(ids.shape)}; wrap ragged text in lists")
-    check_ids(ids, num_text, "text")
+    check_ids(ids.long(), num_text, "text")
+
+
+def _name_of(part: Any) -> str:
+    """What came, for errors: `(0, 3.0)` is `(int, float)`."""
+    return f"({', '.join(map(_name_of, part))})" if isinstance(part, tuple) else type(part).__name__

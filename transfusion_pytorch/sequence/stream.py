@@ -11,6 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -98,8 +99,8 @@ class TokenStream:
 
     def slots(self, modality: int) -> Int[Tensor, " k"]:
         """The slots of all latents of a type."""
-        modality_of_slot = self.spans.modality.to(self.span.device)[self.span.clamp(min=0)]
-        return ((modality_of_slot == modality) & ~self.is_text).nonzero().flatten()
+        of_span = F.pad(self.spans.modality, (0, 1), value=-1)  # text has the last entry: its span is -1
+        return (of_span.to(self.span.device)[self.span] == modality).nonzero().flatten()
 
     def drop_text(self, dropped: Bool[Tensor, " b"], *, num_text: int, null: int) -> "TokenStream":
         """Replaces the text of the `dropped` samples by `null` for classifier-free guidance.

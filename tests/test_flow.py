@@ -1,0 +1,449 @@
+"""Paths, times, solvers and guidance, where the answers are known."""
+
+import os
+from functools import partial
+from math import exp, log, sin
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchdiffeq import odeint
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+
+from transfusion_pytorch.flow.guidance import guided
+from transfusion_pytorch.flow.path import MIN_REMAINING, estimate_clean, interpolate, velocity_towards
+from transfusion_pytorch.flow.solver import (
+    ADAPTIVE_METHODS,
+    OTHER_METHODS,
+    SINGLE_STEP_METHODS,
+    check_method,
+    integrate,
+    is_single_step,
+)
+from transfusion_pytorch.flow.times import CLEAN, TimePolicy, shift_times, times_of_spans
+
+TYPECHECK = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
+QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=40)
+DOUBLE = torch.float64
+ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+PRECISE = [*sorted(ADAPTIVE_METHODS), "scipy_solver"]
+HISTORY = ["explicit_adams", "implicit_adams", "fixed_adams"]
+
+
+def latents(n=5, c=3):
+    return torch.randn(n, c, dtype=DOUBLE), torch.randn(n, c, dtype=DOUBLE)
+
+
+# path
+
+
+def test_the_path_runs_from_noise_to_data():
+    clean, noise = latents()
+    at_noise, at_data = (interpolate(clean, noise, torch.full((5,), t, dtype=DOUBLE)) for t in (0, 1))
+    assert torch.equal(at_noise.x_t, noise)
+    assert torch.equal(at_data.x_t, clean)
+    assert torch.equal(at_noise.velocity, clean - noise)
+    half = interpolate(clean, noise, torch.full((5,), 0.5, dtype=DOUBLE))
+    torch.testing.assert_close(half.x_t, (clean + noise) / 2)
+
+
+def test_the_velocity_is_the_derivative_of_the_path_by_time():
+    clean, noise = latents()
+    t = torch.rand(5, dtype=DOUBLE)
+    _, derivative = torch.autograd.functional.jvp(lambda t: interpolate(clean, noise, t).x_t, t, torch.ones_like(t))
+    torch.testing.assert_close(derivative, interpolate(clean, noise, t).velocity)
+
+
+def test_every_slot_stands_at_its_own_time():
+    clean, noise = latents()
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=DOUBLE)
+    together = interpolate(clean, noise, t)
+    for i in range(5):
+        alone = interpolate(clean[i : i + 1], noise[i : i + 1], t[i : i + 1])
+        assert torch.equal(together.x_t[i], alone.x_t[0])
+    assert torch.equal(together.t, t)
+
+
+@QUICK
+@given(t=st.floats(0, 1))
+def test_the_clean_estimate_undoes_the_path(t):
+    clean, noise = latents()
+    sample = interpolate(clean, noise, torch.full((5,), t, dtype=DOUBLE))
+    torch.testing.assert_close(estimate_clean(*sample), clean)
+
+
+@QUICK
+@given(t=st.floats(0, 1) | st.sampled_from([0.0, 0.95, 0.96, 0.999, 1.0]))
+def test_velocity_and_damped_estimate_undo_each_other(t):
+    clean, x_t = latents()
+    t = torch.full((5,), t, dtype=DOUBLE)
+    torch.testing.assert_close(estimate_clean(x_t, velocity_towards(clean, x_t, t), t, damped=True), clean)
+    velocity = clean
+    torch.testing.assert_close(velocity_towards(estimate_clean(x_t, velocity, t, damped=True), x_t, t), velocity)
+
+
+def test_the_velocity_towards_the_truth_is_the_true_one_until_it_is_damped():
+    clean, noise = latents()
+    t = torch.tensor([0.0, 0.5, 0.95, 0.98, 1.0], dtype=DOUBLE)
+    sample = interpolate(clean, noise, t)
+    damping = torch.tensor([1.0, 1.0, 1.0, 0.02 / MIN_REMAINING, 0.0], dtype=DOUBLE)
+    expected = damping[:, None] * sample.velocity
+    torch.testing.assert_close(velocity_towards(clean, sample.x_t, t), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_at_the_end_of_the_path_the_estimate_stays_where_it_is():
+    x_t, velocity = latents()
+    assert torch.equal(estimate_clean(x_t, velocity, torch.ones(5, dtype=DOUBLE)), x_t)
+
+
+# times
+
+
+MANY = 20_000
+FREE, CONTEXT = torch.zeros(MANY, dtype=torch.bool), torch.ones(MANY, dtype=torch.bool)
+POLICIES = [
+    TimePolicy(),
+    TimePolicy("logit_normal", mean=0.5, std=1.5),
+    TimePolicy("logit_normal", shift=3.0, noise_limit=0.2),
+    TimePolicy(0.25, shift=2.0),
+]
+
+
+def drawn(policy, is_context, seed=0):
+    torch.manual_seed(seed)
+    return policy.draw(is_context)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_times_are_between_noise_and_data_and_context_above_its_limit(policy):
+    assert ((drawn(policy, FREE) >= 0) & (drawn(policy, FREE) <= 1)).all()
+    context = drawn(policy, CONTEXT)
+    assert ((context >= policy.noise_limit) & (context <= 1)).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_limit_squeezes_context_and_nothing_else(policy):
+    is_context = torch.arange(MANY) % 3 == 0
+    free, mixed = drawn(policy, FREE), drawn(policy, is_context)
+    assert torch.equal(mixed[~is_context], free[~is_context])
+    squeezed = policy.noise_limit + (1 - policy.noise_limit) * free[is_context]
+    torch.testing.assert_close(mixed[is_context], squeezed)
+
+
+def test_without_a_limit_context_is_like_everything_else():
+    policy = TimePolicy(noise_limit=0)
+    assert torch.equal(drawn(policy, CONTEXT), drawn(policy, FREE))
+
+
+def test_with_the_highest_limit_context_is_clean():
+    assert (drawn(TimePolicy(noise_limit=1), CONTEXT) == CLEAN).all()
+
+
+@pytest.mark.parametrize("constant", [0, 0.5, 1])
+def test_a_constant_is_the_time_of_all_that_is_free(constant):
+    assert (drawn(TimePolicy(constant), FREE) == constant).all()
+    assert (drawn(TimePolicy(constant), CONTEXT) == 0.5 + constant / 2).all()
+    assert (drawn(TimePolicy(constant, noise_limit=0), CONTEXT) == constant).all()
+
+
+def assert_moments(x, mean, std):
+    assert abs(x.mean() - mean) < 4 * std / MANY**0.5
+    assert abs(x.std() - std) < 4 * std / MANY**0.5
+
+
+def test_uniform_times_have_uniform_moments():
+    t = drawn(TimePolicy(), FREE)
+    assert_moments(t, 0.5, 12**-0.5)
+    assert (t < 0.1).float().mean() == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (-0.8, 0.5, 1.0), (0.3, 1.2, 3.0)])
+def test_logits_of_logit_normal_times_are_normal_and_a_shift_moves_their_mean(mean, std, shift):
+    t = drawn(TimePolicy("logit_normal", mean=mean, std=std, shift=shift), FREE)
+    assert_moments(t.double().logit(), mean - log(shift), std)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 50.0])
+def test_a_shift_is_monotone_keeps_the_ends_and_goes_towards_noise(shift):
+    t = torch.linspace(0, 1, 101, dtype=DOUBLE)
+    shifted = shift_times(t, shift)
+    assert (shifted.diff() > 0).all()
+    assert shifted[[0, -1]].tolist() == [0, 1]
+    inner = slice(1, -1)
+    assert torch.equal(shifted[inner] < t[inner], torch.full((99,), shift > 1))
+    assert torch.equal(shifted[inner] > t[inner], torch.full((99,), shift < 1))
+
+
+def test_shifts_divide_the_odds_so_they_multiply_and_invert():
+    t = torch.rand(50, dtype=DOUBLE)
+    shifted = shift_times(t, 3.0)
+    torch.testing.assert_close(shifted / (1 - shifted), t / (1 - t) / 3)
+    torch.testing.assert_close(shift_times(shifted, 2.0), shift_times(t, 6.0))
+    torch.testing.assert_close(shift_times(shifted, 1 / 3), t)
+    assert torch.equal(shift_times(t, 1.0), t)
+
+
+@pytest.mark.parametrize("policy", POLICIES[:3])
+def test_a_seed_decides_all_times(policy):
+    assert torch.equal(drawn(policy, FREE, seed=1), drawn(policy, FREE, seed=1))
+    assert not torch.equal(drawn(policy, FREE, seed=1), drawn(policy, FREE, seed=2))
+
+
+def test_no_spans_have_no_times():
+    for policy in POLICIES:
+        assert policy.draw(torch.zeros(0, dtype=torch.bool)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(distribution=1.5), r"a constant time must be between 0 \(noise\) and 1 \(data\), got 1.5"),
+        (dict(distribution=float("nan")), "a constant time must be between 0 .* got nan"),
+        (dict(std=0.0), "mean must be finite, std and shift positive, got 0.0, 0.0 and 1.0"),
+        (dict(std=float("nan")), "mean must be finite, std and shift positive, got 0.0, nan and 1.0"),
+        (dict(mean=float("nan")), "mean must be finite, std and shift positive, got nan"),
+        (dict(shift=-1.0), "mean must be finite, std and shift positive, got 0.0, 1.0 and -1.0"),
+        (dict(shift=float("inf")), "mean must be finite, std and shift positive, got 0.0, 1.0 and inf"),
+        (dict(noise_limit=1.1), "noise_limit must be between 0 and 1, got 1.1"),
+        (dict(noise_limit=-0.1), "noise_limit must be between 0 and 1, got -0.1"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TimePolicy(**options)
+
+
+@pytest.mark.skipif(TYPECHECK, reason="the type checker is faster")
+def test_a_policy_of_unknown_distribution_is_refused():
+    with pytest.raises(ValueError, match="must be 'uniform', 'logit_normal' or a constant, got 'normal'"):
+        TimePolicy("normal")
+
+
+SAMPLE, INDEX = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([0, 1, 0, 1, 2])  # sample 1 has no modality
+
+
+def of_spans(times):
+    return times_of_spans(times, SAMPLE, INDEX, 3)
+
+
+def test_times_are_given_for_all_for_each_sample_or_for_each_modality():
+    assert of_spans(0.25).tolist() == [0.25] * 5
+    assert of_spans(torch.tensor(0.25)).tolist() == [0.25] * 5
+    assert of_spans(1).tolist() == [1.0] * 5
+    assert of_spans(torch.tensor([0.25, 0.5, 0.75])).tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]
+    table = torch.arange(12).view(3, 4) / 16
+    assert of_spans(table).tolist() == [0.0, 1 / 16, 8 / 16, 9 / 16, 10 / 16]
+
+
+def test_given_times_keep_their_precision():
+    times = torch.rand(3, dtype=DOUBLE)
+    assert torch.equal(of_spans(times), times[SAMPLE])
+
+
+def test_without_spans_any_times_will_do():
+    none = torch.zeros(0, dtype=torch.long)
+    for times in (0.5, torch.rand(3), torch.rand(3, 0), torch.rand(3, 2)):
+        assert times_of_spans(times, none, none, 3).shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 2), (2, 3), (5, 3), (1, 3), (3, 3, 1)])
+def test_times_of_another_shape_are_refused(shape):
+    came = str(shape).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=rf"a scalar, \(3,\) or \(3, 3\), .* got {came}$"):
+        of_spans(torch.rand(shape))
+
+
+@pytest.mark.parametrize("wrong", [-0.01, 1.01, float("nan"), float("inf")])
+def test_times_outside_the_path_are_refused(wrong):
+    for times in (wrong, torch.tensor([0.5, wrong, 0.5])):
+        with pytest.raises(ValueError, match=r"times must lie between 0 \(noise\) and 1 \(data\)"):
+            of_spans(times)
+
+
+# solvers
+
+
+def solve(velocity, x, method, *, steps=8, start=0.0, atol=1e-7, rtol=1e-7, **options):
+    return integrate(
+        velocity, x, steps=steps, start=start, options=dict(method=method, atol=atol, rtol=rtol, **options)
+    )
+
+
+def growth(t, x):
+    """Takes x to `exp(sin 1)` times itself."""
+    return torch.cos(t) * x
+
+
+GROWN = exp(sin(1))
+
+
+class Watched:
+    """A velocity that remembers when it was asked."""
+
+    def __init__(self, velocity):
+        self.velocity, self.times = velocity, []
+
+    def __call__(self, t, x):
+        self.times.append(float(t))
+        return self.velocity(t, x)
+
+
+def test_every_method_of_torchdiffeq_is_known_and_no_other():
+    assert SINGLE_STEP_METHODS.isdisjoint(OTHER_METHODS)
+    assert set(SOLVERS) == SINGLE_STEP_METHODS | OTHER_METHODS
+    assert set(ORDERS) == SINGLE_STEP_METHODS
+
+
+def test_the_adaptive_methods_are_those_that_can_be_told_where_to_step():
+    assert {
+        name for name, solver in SOLVERS.items() if issubclass(solver, RKAdaptiveStepsizeODESolver)
+    } == ADAPTIVE_METHODS
+
+
+def test_an_unknown_method_is_refused_with_those_that_exist():
+    for method in SOLVERS:
+        check_method({"method": method})
+    check_method({})
+    with pytest.raises(ValueError, match=r"unknown ODE method 'dopri6', choose one of adaptive_heun, .*, scipy_solver"):
+        check_method({"method": "dopri6"})
+
+
+@pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS))
+def test_fixed_steps_converge_with_their_order(method):
+    x = torch.tensor([1.0, -2.0], dtype=DOUBLE)
+    errors = [(solve(growth, x, method, steps=steps) - x * GROWN).norm() for steps in (32, 64)]
+    assert torch.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[method], abs=0.1)
+
+
+@pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS))
+def test_a_method_of_order_p_is_exact_where_the_path_is_a_polynomial_of_degree_p(method):
+    order = ORDERS[method]
+    end = solve(
+        lambda t, x: order * t ** (order - 1) * torch.ones_like(x), torch.zeros(3, dtype=DOUBLE), method, steps=3
+    )
+    torch.testing.assert_close(end, torch.ones(3, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("method", PRECISE + HISTORY)
+def test_other_methods_reach_the_closed_form(method):
+    x = torch.tensor([1.0, -2.0], dtype=DOUBLE)
+    end = solve(growth, x, method, steps=20, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(end, x * GROWN, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS) + PRECISE + HISTORY)
+def test_a_straight_path_lands_on_its_target(method):
+    target, noise = latents()
+    torch.testing.assert_close(solve(lambda t, x: target - noise, noise, method), target, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_velocity_towards_a_target_reaches_it_in_any_number_of_steps(method, steps):
+    target, noise = latents()
+    end = solve(lambda t, x: (target - x) / (1 - t), noise, method, steps=steps)
+    torch.testing.assert_close(end, target)
+
+
+@pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS))
+@pytest.mark.parametrize("steps", [1, 5])
+def test_steps_are_intervals(method, steps):
+    watched = Watched(growth)
+    solve(watched, torch.ones(2, dtype=DOUBLE), method, steps=steps)
+    assert len(watched.times) == EVALUATIONS[method] * steps
+    starts = watched.times[:: EVALUATIONS[method]]
+    assert starts == pytest.approx([i / steps for i in range(steps)])
+    with pytest.raises(ValueError, match="steps are intervals, at least 1, got 0"):
+        solve(growth, torch.ones(2), method, steps=0)
+
+
+@pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS) + PRECISE + HISTORY)
+@pytest.mark.parametrize("speed", [0.0, 1e-3, 1.0])
+def test_no_method_asks_for_a_velocity_beyond_the_ends(method, speed):
+    watched = Watched(lambda t, x: speed * torch.ones_like(x))
+    end = solve(watched, torch.ones(3), method, atol=1e-5, rtol=1e-5)
+    assert 0 <= min(watched.times) <= max(watched.times) <= 1
+    torch.testing.assert_close(end, torch.full((3,), 1 + speed))
+
+
+def test_a_later_start_takes_the_rest_of_the_way():
+    x = torch.tensor([2.0], dtype=DOUBLE)
+    watched = Watched(lambda t, x: 2 * t * torch.ones_like(x))
+    end = solve(watched, x, "midpoint", steps=4, start=0.6)
+    torch.testing.assert_close(end, x + 1 - 0.36)
+    assert watched.times[0] == pytest.approx(0.6)
+    assert len(watched.times) == 8
+
+
+def unit_growth(i, steps, s, x):
+    """`growth` in the i-th of `steps` intervals, in a time s that runs from 0 to 1 there."""
+    return growth((i + s) / steps, x) / steps
+
+
+@pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS))
+def test_steps_taken_one_by_one_are_the_steps_of_the_whole_grid(method):
+    x, steps = torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE), 5
+    whole = solve(growth, x, method, steps=steps)
+    alone, unit = x, x
+    for i in range(steps):
+        grid = torch.tensor([i / steps, (i + 1) / steps], dtype=DOUBLE)
+        alone = odeint(growth, alone, grid, method=method)[-1]
+        unit = odeint(partial(unit_growth, i, steps), unit, torch.tensor([0.0, 1.0], dtype=DOUBLE), method=method)[-1]
+    torch.testing.assert_close(alone, whole)
+    torch.testing.assert_close(unit, whole)
+
+
+def test_rows_step_together_only_where_an_interval_is_a_step():
+    assert all(is_single_step({"method": method}) for method in SINGLE_STEP_METHODS)
+    assert not any(is_single_step({"method": method}) for method in OTHER_METHODS)
+    assert not is_single_step({})
+    assert not is_single_step({"method": "euler", "options": {"step_size": 0.1}})
+    assert is_single_step({"method": "euler", "options": None})
+    assert is_single_step({"method": "euler", "options": {"interp": "cubic"}})
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "dopri5"}, {"method": "dopri5", "options": {"max_num_steps": 100}}])
+def test_the_default_is_dopri5_and_options_stay_the_callers(options):
+    given, before = Watched(growth), dict(options)
+    x = torch.ones(2, dtype=DOUBLE)
+    end = integrate(given, x, steps=4, options=options)
+    assert options == before
+    torch.testing.assert_close(end, x * GROWN, rtol=1e-5, atol=0)
+
+
+def test_options_reach_the_solver():
+    watched = Watched(growth)
+    solve(watched, torch.ones(2, dtype=DOUBLE), "euler", steps=2, options={"step_size": 0.125})
+    assert len(watched.times) == 8
+    for options, first_step in (({}, 1 / 8), ({"first_step": 0.01}, 0.01)):
+        watched = Watched(growth)
+        solve(watched, torch.ones(2, dtype=DOUBLE), "dopri5", options=options)
+        assert watched.times[1] == pytest.approx(first_step / 5)  # the second stage of the method
+
+
+def test_many_steps_of_low_precision_stay_apart():
+    watched = Watched(lambda t, x: torch.zeros_like(x))
+    end = solve(watched, torch.ones(2, dtype=torch.bfloat16), "euler", steps=300)
+    assert end.dtype == torch.bfloat16
+    assert len(watched.times) == 300
+
+
+# guidance
+
+
+def test_guidance_walks_from_one_prediction_through_the_other():
+    conditional, unconditional = latents()
+    assert torch.equal(guided(conditional, unconditional, 1.0), conditional)
+    assert torch.equal(guided(conditional, unconditional, 0.0), unconditional)
+    torch.testing.assert_close(guided(conditional, unconditional, 0.5), (conditional + unconditional) / 2)
+    torch.testing.assert_close(guided(conditional, unconditional, 3), 3 * conditional - 2 * unconditional)
+    torch.testing.assert_close(guided(conditional, conditional, 7.5), conditional)
+
+
+def test_guidance_is_linear_and_turns_around_with_its_arguments():
+    (a, b), (c, d), scale = latents(), latents(), 2.5
+    torch.testing.assert_close(guided(a + 2 * c, b + 2 * d, scale), guided(a, b, scale) + 2 * guided(c, d, scale))
+    torch.testing.assert_close(guided(a, b, scale), guided(b, a, 1 - scale))
