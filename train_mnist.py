@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images, patchify, unpatchify
-from transfusion_pytorch.examples.judge import recognised, train_judge
+from transfusion_pytorch.examples.judge import augment, recognised, train_judge
 from transfusion_pytorch.examples.pictures import save_curves, save_grid
 from transfusion_pytorch.examples.run import (
     add_common_arguments,
@@ -41,29 +41,33 @@ class Recipe(NamedTuple):
     heads: int = 4
     batch_size: int = 64
     learning_rate: float = 2e-3
-    dropout: float = 0.0
 
 
 RECIPES = {
     "digits": Recipe(steps=2000, patch=2, dim=64, depth=4),
-    "mnist": Recipe(steps=6000, patch=4, dim=128, depth=6),
-    "fashion": Recipe(steps=6000, patch=4, dim=128, depth=6),
+    "mnist": Recipe(steps=5000, patch=4, dim=96, depth=5, batch_size=32),
+    "fashion": Recipe(steps=5000, patch=4, dim=96, depth=5, batch_size=32),
 }
 
 
 class Samples(Dataset):
-    """Label then image for drawing, image then label for captioning: one of the tasks at random for every image."""
+    """Label then image for drawing, image then label for captioning: one of the tasks at random for every image.
 
-    def __init__(self, data: LabelledImages, tasks: tuple[str, ...], patch: int):
-        self.latents, self.labels, self.tasks = patchify(data.images, patch), data.labels, tasks
+    Images to be named are turned and shifted a little, those to be drawn are left as they are.
+    """
+
+    def __init__(self, data: LabelledImages, tasks: tuple[str, ...], patch: int, seed: int):
+        self.data, self.tasks, self.patch = data, tasks, patch
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.data.labels)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        task = self.tasks[int(torch.randint(len(self.tasks), ()))]
-        parts = [self.labels[index], self.latents[index]]
-        return parts if task == "draw" else parts[::-1]
+        image, label = self.data.images[index], self.data.labels[index]
+        if self.tasks[int(torch.randint(len(self.tasks), ()))] == "draw":
+            return [label, patchify(image, self.patch)]
+        return [patchify(augment(image[None], self.generator)[0], self.patch), label]
 
 
 def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Transfusion:
@@ -73,13 +77,7 @@ def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Trans
         dim_latent=latents.shape[-1],
         modality_default_shape=tuple(latents.shape[1:-1]),
         flow_loss_weight=5.0,  # lambda of the Transfusion paper
-        transformer=dict(
-            dim=recipe.dim,
-            depth=recipe.depth,
-            heads=recipe.heads,
-            dim_head=recipe.dim // recipe.heads,
-            dropout=recipe.dropout,
-        ),
+        transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=recipe.heads, dim_head=recipe.dim // recipe.heads),
     )
 
 
@@ -124,7 +122,7 @@ def main() -> None:
     ema = model.create_ema(beta=0.99, update_every=10, update_after_step=min(100, steps // 4))
     optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
     schedule = LambdaLR(optimizer, lambda step: cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
-    dataset = Samples(data.train, tasks, recipe.patch)
+    dataset = Samples(data.train, tasks, recipe.patch, args.seed)
     batches = model.create_dataloader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps on {device}, to {folder}")
 
