@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.network.norms import sinusoids
 from transfusion_pytorch.network.unet import UNetDown, UNetUp
 
 Shape = tuple[int, ...]
@@ -80,32 +81,31 @@ class PairAdapter(nn.Module):
     def embed(
         self, latents: Float[Tensor, "k c"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"]
     ) -> tuple[Shaped[Tensor, "t d"], Any]:
-        tokens = latents.new_empty((self._num_tokens(shapes), self.dim))
-        pieces: list[Tensor | None] = [None] * len(shapes)
+        pieces: dict[int, Tensor] = {}
         memory = []
         for group in self._groups(shapes):
-            x = torch.stack([latents[part].unflatten(0, group.shape or (1,)) for part in group.latents])
-            x = x if group.shape else x.squeeze(1)
-            x, kept = self._down(self._channels(x), condition[group.spans])
+            x, kept = self._down(self._batch(latents, group.latents, group.shape), condition[group.spans])
             memory.append(kept)
-            flat = self._channels_last(x).reshape(len(group.spans), -1, self.dim)
-            for span, piece in zip(group.spans, flat.unbind(), strict=True):
-                pieces[span] = piece
-        return torch.cat(pieces) if pieces else tokens, memory
+            pieces |= zip(group.spans, self._flat(x, self.dim), strict=True)
+        return torch.cat([pieces[span] for span in range(len(shapes))]), memory
 
     def read(
         self, tokens: Shaped[Tensor, "t d"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"], memory: Any
     ) -> Shaped[Tensor, "k c"]:
-        pieces: list[Tensor | None] = [None] * len(shapes)
+        pieces: dict[int, Tensor] = {}
         for group, kept in zip(self._groups(shapes), memory, strict=True):
-            token_shape = self.token_shape(group.shape)
-            x = torch.stack([tokens[part].unflatten(0, token_shape or (1,)) for part in group.tokens])
-            x = x if token_shape else x.squeeze(1)
-            x = self._up(self._channels(x), condition[group.spans], kept)
-            flat = self._channels_last(x).reshape(len(group.spans), -1, self.dim_latent)
-            for span, piece in zip(group.spans, flat.unbind(), strict=True):
-                pieces[span] = piece
-        return torch.cat(pieces)
+            x = self._batch(tokens, group.tokens, self.token_shape(group.shape))
+            x = self._up(x, condition[group.spans], kept)
+            pieces |= zip(group.spans, self._flat(x, self.dim_latent), strict=True)
+        return torch.cat([pieces[span] for span in range(len(shapes))])
+
+    def _batch(self, flat: Tensor, parts: list[slice], shape: Shape) -> Tensor:
+        """Spans of one shape, as `down` and `up` want them."""
+        return self._channels(torch.stack([flat[part].reshape(*shape, -1) for part in parts]))
+
+    def _flat(self, x: Tensor, channels: int) -> Sequence[Tensor]:
+        """The inverse: `(k, channels)` for every span."""
+        return self._channels_last(x).reshape(len(x), -1, channels).unbind()
 
     def _down(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
         return self.down(x, condition) if self.is_unet else (self.down(x), None)
@@ -118,9 +118,6 @@ class PairAdapter(nn.Module):
 
     def _channels_last(self, x: Tensor) -> Tensor:
         return rearrange(x, "g c ... -> g ... c") if self.channel_first else x
-
-    def _num_tokens(self, shapes: Iterable[Shape]) -> int:
-        return sum(prod(self.token_shape(shape)) for shape in shapes)
 
     def _groups(self, shapes: Sequence[Shape]) -> list[ShapeGroup]:
         latents, tokens = _slices(map(prod, shapes)), _slices(prod(self.token_shape(shape)) for shape in shapes)
@@ -142,17 +139,17 @@ class PairAdapter(nn.Module):
             x, kept = self._down(self._channels(blank), condition)
             token_shape = tuple(self._channels_last(x).shape[1:-1])
             back = self._channels_last(self._up(x, condition, kept))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             message = f"the modules around the transformer do not take latents of shape {shape}: {error}"
             raise ValueError(message) from error
         finally:
             for module, mode in modes.items():
                 module.training = mode
         if self._channels_last(x).shape[-1] != self.dim or back.shape != blank.shape:
+            before, between, after = (tuple(y.shape[1:]) for y in (blank, self._channels_last(x), back))
             raise ValueError(
                 f"the modules around the transformer must lead from {self.dim_latent} to {self.dim} channels and back: "
-                f"{tuple(blank.shape[1:])} became {tuple(self._channels_last(x).shape[1:])} and {tuple(back.shape[1:])} "
-                "(channels last)"
+                f"{before} became {between} and {after} (channels last)"
             )
         return token_shape
 
@@ -173,10 +170,9 @@ class AxialPositions(nn.Module):
 
     def __init__(self, dim: int, num_axes: int, *, num_frequencies: int = 16):
         super().__init__()
-        exponent = torch.arange(num_frequencies) / num_frequencies
-        self.register_buffer("frequencies", torch.pi * 1024.0**-exponent, persistent=False)
+        self.num_frequencies = num_frequencies
         self.layers = nn.Sequential(nn.Linear(2 * num_frequencies * num_axes, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, coordinates: Float[Tensor, "n a"]) -> Shaped[Tensor, "n d"]:
-        angle = rearrange(coordinates[..., None] * self.frequencies, "n a f -> n (a f)")
-        return self.layers(torch.cat((angle.sin(), angle.cos()), dim=-1))
+        features = sinusoids(coordinates, count=self.num_frequencies, highest=torch.pi, ratio=1024.0)
+        return self.layers(features.to(next(self.parameters()).dtype))

@@ -106,14 +106,10 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, softcap: float
     out = _flex_kernel(q.is_cuda)(
         *map(heads_first, (q, k, v)),
         block_mask=_block_mask(layout),
-        score_mod=None if softcap is None else partial(_softcap_score, softcap),
+        score_mod=None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return rearrange(out, "1 h n e -> n h e")
-
-
-def _softcap_score(softcap, score, batch, head, query, key):
-    return softcap * torch.tanh(score / softcap)
 
 
 def _block_mask(layout: Layout):
@@ -200,6 +196,8 @@ class Attention(nn.Module):
             v = torch.lerp(v, first_values, self.to_value_mix(x).sigmoid()[..., None].to(v.dtype))
         if self.laser:
             v = torch.exp(LASER_LIMIT * torch.tanh(v / LASER_LIMIT))
+        # autocast on a GPU gives norms and exponentials back in single precision, and kernels want one type
+        q, k, v = (part.to(qkv.dtype) for part in (q, k, v))
         out = attend(q, k, v, layout, cache=cache, layer=layer, softcap=self.softcap, flex=self.use_flex_attn)
         if self.laser:
             out = out.clamp(min=torch.finfo(out.dtype).tiny).log()

@@ -1,12 +1,13 @@
 """Norms, and the modulation that tells a span its time.
 
-n tokens, m spans, d model, c condition.
+n tokens, m spans, d model, c condition, a axes, f features.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
@@ -71,6 +72,18 @@ class AdaptiveNorm(nn.Module):
         return torch.addcmul(modulation.shift, F.layer_norm(x, (self.dim,)), modulation.scale)
 
 
+def sinusoids(x: Float[Tensor, "n a"], *, count: int, highest: float, ratio: float) -> Float[Tensor, "n f"]:
+    """Sines and cosines of every column at `count` frequencies, from `highest` down to `highest / ratio`.
+
+    In single precision at least, and from no buffer that would be rounded with the parameters: bfloat16 tells 900
+    radians from 904, and nothing between.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    exponent = torch.arange(count, device=x.device, dtype=x.dtype) / count
+    angle = rearrange(x[..., None] * (highest * ratio**-exponent), "n a f -> n (a f)")
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
 class TimeEmbedding(nn.Module):
     """A time in [0, 1] as a condition: sines and cosines of it, then two layers.
 
@@ -79,10 +92,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, *, num_frequencies: int = 64, max_time: float = 1000.0):
         super().__init__()
-        exponent = torch.arange(num_frequencies) / num_frequencies
-        self.register_buffer("frequencies", max_time * 10_000.0**-exponent, persistent=False)
+        self.num_frequencies, self.max_time = num_frequencies, max_time
         self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, t: Float[Tensor, " m"]) -> Float[Tensor, "m c"]:
-        angle = t[:, None] * self.frequencies
-        return self.layers(torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.layers[0].weight.dtype))
+        features = sinusoids(t[:, None], count=self.num_frequencies, highest=self.max_time, ratio=10_000.0)
+        return self.layers(features.to(next(self.parameters()).dtype))

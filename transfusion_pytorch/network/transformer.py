@@ -3,7 +3,8 @@
 n tokens, d model, c condition.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
+HIDDEN_MATRICES = ("to_qkv.weight", "to_hidden.weight", "to_out.weight")
 
 
 class FeedForward(nn.Module):
@@ -32,6 +34,8 @@ class FeedForward(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         hidden = int(dim * expansion_factor * 2 / 3)
+        if hidden < 1:
+            raise ValueError(f"expansion_factor must be positive, and not so small, got {expansion_factor}")
         self.activate = ACTIVATIONS[activation]
         self.to_hidden = nn.Linear(dim, 2 * hidden)
         self.dropout = nn.Dropout(dropout)
@@ -64,7 +68,7 @@ class Layer(nn.Module):
         layout: Layout,
         cache: CacheView | None,
     ) -> tuple[Shaped[Tensor, "s d"], Shaped[Tensor, "n k e"]]:
-        if self.skip is not None:
+        if self.skip is not None and skipped is not None:
             x = x + self.skip(torch.cat((x, skipped), dim=-1))
 
         branch, add_residual = self.attn_residual(x)
@@ -141,13 +145,14 @@ class Transformer(nn.Module):
             num_residual_streams, num_fracs=num_residual_fracs, dim=dim
         )
         attn = dict(dim_head=dim_head, heads=heads, kv_heads=kv_heads, qk_rmsnorm=qk_rmsnorm)
-        attn |= dict(laser=attn_laser, use_flex_attn=use_flex_attn) | dict(attn_kwargs or {})
-        ff = dict(expansion_factor=ff_expansion_factor) | dict(ff_kwargs or {})
+        attn |= dict(laser=attn_laser, use_flex_attn=use_flex_attn)
+        attn |= _only("attn_kwargs", attn_kwargs, ("gate_values", "softcap_value"))
+        ff = dict(expansion_factor=ff_expansion_factor) | _only("ff_kwargs", ff_kwargs, ("activation",))
         self.layers = nn.ModuleList(
             Layer(
                 dim,
                 index,
-                connect=connect,
+                connect=partial(_connect, connect, num_residual_streams, num_residual_fracs),
                 skips=unet_skips and index >= (depth + 1) // 2,
                 dropout=dropout,
                 attn=attn | dict(value_residual=use_value_residual and index > 0),
@@ -174,7 +179,7 @@ class Transformer(nn.Module):
         x = self.expand_streams(x)
         skips: list[Tensor] = []
         first_values = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             skipped = skips.pop() if layer.skip is not None else None
             inputs = (x, skipped, first_values, conditioning, phases, layout, cache)
             if self.use_checkpoint and torch.is_grad_enabled():
@@ -182,7 +187,7 @@ class Transformer(nn.Module):
             else:
                 x, values = layer(*inputs)
             first_values = values if first_values is None else first_values
-            if layer.index < self.depth // 2:
+            if index < self.depth // 2:
                 skips.append(x)
         return self.final_norm(self.reduce_streams(x), self.final_norm.modulation(conditioning))
 
@@ -194,13 +199,25 @@ class Transformer(nn.Module):
 
     def muon_parameters(self) -> list[nn.Parameter]:
         """The hidden matrices of attention and feedforward, for which the Muon optimizer is made."""
-        return [
-            weight
-            for layer in self.layers
-            for weight in (
-                layer.attn.to_qkv.weight,
-                layer.attn.to_out.weight,
-                layer.ff.to_hidden.weight,
-                layer.ff.to_out.weight,
-            )
-        ]
+        return [parameter for name, parameter in self.named_parameters() if name.endswith(HIDDEN_MATRICES)]
+
+
+def _only(name: str, given: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:
+    if wrong := [key for key in given or {} if key not in known]:
+        raise ValueError(f"{name} takes {', '.join(known)}, got {', '.join(wrong)}; the rest has arguments of its own")
+    return dict(given or {})
+
+
+def _connect(connect: Callable[..., nn.Module], streams: int, fracs: int, *, layer_index: int) -> nn.Module:
+    """A residual connection that starts by reading one stream whole, and by keeping all of them.
+
+    With two or more fractions, those of hyper-connections (0.4.11) start by reading the first for each, and with three
+    or more they lose some: the columns of `static_alpha`, which are (fraction, input or stream), are filled as
+    (inputs, streams).
+    """
+    connection = connect(layer_index=layer_index)
+    if fracs > 1:
+        keep = torch.eye(fracs * streams).unflatten(1, (fracs, streams))
+        read = keep[:, :, [layer_index % streams]]
+        connection.get_parameter("static_alpha").data.copy_(torch.cat((read, keep), dim=-1).flatten(1))
+    return connection

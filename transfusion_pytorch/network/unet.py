@@ -13,14 +13,25 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-CONVOLUTIONS = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def convolution(num_dim: int, *args, **options) -> nn.Module:
     """A convolution over 1, 2 or 3 axes."""
-    if num_dim not in (1, 2, 3):
+    if num_dim not in CONVOLUTIONS:
         raise ValueError(f"a U-Net needs 1, 2 or 3 axes, got {num_dim}")
     return CONVOLUTIONS[num_dim](*args, **options)
+
+
+def group_norm(dim: int) -> nn.GroupNorm:
+    """In up to 8 groups of at least 4 channels: a single latent must not be all there is in a group."""
+    most = max(1, min(8, dim // 4))
+    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if dim % groups == 0), dim)
+
+
+def start_at_zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
 
 
 class ResidualBlock(nn.Module):
@@ -28,17 +39,16 @@ class ResidualBlock(nn.Module):
     zero.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, *, dim_condition: int, num_dim: int, groups: int = 8):
+    def __init__(self, dim_in: int, dim_out: int, *, dim_condition: int, num_dim: int):
         super().__init__()
-        self.norm_in = nn.GroupNorm(_divisor(dim_in, groups), dim_in)
+        self.norm_in = group_norm(dim_in)
         self.conv_in = convolution(num_dim, dim_in, dim_out, 3, padding=1)
-        self.norm_out = nn.GroupNorm(_divisor(dim_out, groups), dim_out)
+        self.norm_out = group_norm(dim_out)
         self.to_modulation = nn.Linear(dim_condition, 2 * dim_out)
         self.conv_out = convolution(num_dim, dim_out, dim_out, 3, padding=1)
         self.shortcut = convolution(num_dim, dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
-        for part in (self.to_modulation, self.conv_out):
-            nn.init.zeros_(part.weight)
-            nn.init.zeros_(part.bias)
+        start_at_zero(self.to_modulation)
+        start_at_zero(self.conv_out)
 
     def forward(self, x: Shaped[Tensor, "g i ..."], condition: Shaped[Tensor, "g d"]) -> Shaped[Tensor, "g o ..."]:
         modulation = self.to_modulation(condition)
@@ -87,8 +97,7 @@ class UNetUp(nn.Module):
         self.ups = nn.ModuleList(convolution(num_dim, 2 * width, width, 3, padding=1) for width in widths)
         self.blocks = nn.ModuleList(ResidualBlock(2 * width, width, **block) for width in widths)
         self.conv_out = convolution(num_dim, dim_hidden, dim_latent, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        start_at_zero(self.conv_out)
 
     def forward(
         self, x: Shaped[Tensor, "g d ..."], condition: Shaped[Tensor, "g d"], skips: Sequence[Tensor]
@@ -99,8 +108,3 @@ class UNetUp(nn.Module):
             x = up(F.interpolate(x, size=skip.shape[2:], mode="nearest"))
             x = block(torch.cat((x, skip), dim=1), condition)
         return self.conv_out(F.silu(x))
-
-
-def _divisor(dim: int, most: int) -> int:
-    """The largest number of groups up to `most` that divides `dim`."""
-    return next(groups for groups in range(most, 0, -1) if dim % groups == 0)
