@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images, patchify, unpatchify
-from transfusion_pytorch.examples.judge import augment, recognised, train_judge
+from transfusion_pytorch.examples.judge import recognised, train_judge
+from transfusion_pytorch.examples.pairs import TASKS, LabelImagePairs, endless
 from transfusion_pytorch.examples.pictures import save_curves, save_grid
 from transfusion_pytorch.examples.run import (
     add_common_arguments,
@@ -27,8 +27,6 @@ from transfusion_pytorch.examples.run import (
     progress,
     seed_everything,
 )
-
-TASKS = {"draw": ("draw",), "caption": ("caption",), "both": ("draw", "caption")}
 
 
 class Recipe(NamedTuple):
@@ -48,26 +46,6 @@ RECIPES = {
     "mnist": Recipe(steps=5000, patch=4, dim=96, depth=5, batch_size=32),
     "fashion": Recipe(steps=5000, patch=4, dim=96, depth=5, batch_size=32),
 }
-
-
-class Samples(Dataset):
-    """Label then image for drawing, image then label for captioning: one of the tasks at random for every image.
-
-    Images to be named are turned and shifted a little, those to be drawn are left as they are.
-    """
-
-    def __init__(self, data: LabelledImages, tasks: tuple[str, ...], patch: int, seed: int):
-        self.data, self.tasks, self.patch = data, tasks, patch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.data.labels)
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        image, label = self.data.images[index], self.data.labels[index]
-        if self.tasks[int(torch.randint(len(self.tasks), ()))] == "draw":
-            return [label, patchify(image, self.patch)]
-        return [patchify(augment(image[None], self.generator)[0], self.patch), label]
 
 
 def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Transfusion:
@@ -122,17 +100,15 @@ def main() -> None:
     ema = model.create_ema(beta=0.99, update_every=10, update_after_step=min(100, steps // 4))
     optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
     schedule = LambdaLR(optimizer, lambda step: cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
-    dataset = Samples(data.train, tasks, recipe.patch, args.seed)
-    batches = model.create_dataloader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
+    dataset = LabelImagePairs(data.train, tasks, patch=recipe.patch, seed=args.seed)
+    batches = model.create_dataloader(
+        dataset, batch_size=batch_size, shuffle=True, drop_last=len(dataset) >= batch_size
+    )
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps on {device}, to {folder}")
 
-    started, curves, batch_stream = time.monotonic(), {"text": [], "flow": []}, iter(())
+    started, curves = time.monotonic(), {"text": [], "flow": []}
     labels_shown = torch.arange(len(data.class_names)).repeat(2)
-    for step in (bar := progress(steps, description="training")):
-        batch = next(batch_stream, None)
-        if batch is None:
-            batch_stream = iter(batches)
-            batch = next(batch_stream)
+    for step, batch in zip(bar := progress(steps, description="training"), endless(dataset, batches), strict=False):
         loss, parts = model(batch, return_breakdown=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,8 +1,8 @@
-"""A minute's worth of everything: a sample is a number, a picture of that many bars, and how high they are in a vector.
+"""A minute of everything: a sample is a number, a picture of that many bars, and how high they are as a vector.
 
     python train_toy.py
 
-Text, a 2-dimensional modality and a 0-dimensional one, of different channels and several sizes, in one stream. Nothing is
+Text, a 2-dimensional modality and a 0-dimensional one, of different channels and sizes, in one stream. Nothing is
 downloaded and no data is read.
 """
 

@@ -16,8 +16,9 @@ import torch
 
 from transfusion_pytorch.examples import data as data_module
 from transfusion_pytorch.examples import run
-from transfusion_pytorch.examples.data import load_images, load_text, patchify, read_idx, unpatchify
+from transfusion_pytorch.examples.data import LabelledImages, load_images, load_text, patchify, read_idx, unpatchify
 from transfusion_pytorch.examples.judge import Judge, accuracy, augment, recognised, train_judge
+from transfusion_pytorch.examples.pairs import LabelImagePairs, endless
 from transfusion_pytorch.examples.pictures import points, save_curves, save_grid, smooth
 
 Image = pytest.importorskip("PIL.Image")
@@ -491,3 +492,25 @@ def test_cosine_schedule():
     assert run.cosine_schedule(0, total=1) == 1
     rising = [run.cosine_schedule(step, total=100, warmup=10) for step in range(11)]
     assert rising == pytest.approx([(step + 1) / 11 for step in range(11)])
+
+
+def test_pairs_are_drawn_or_named_and_only_named_ones_are_moved():
+    data = load_images("digits").train
+    both = {task: LabelImagePairs(data, (task,), patch=2, seed=0) for task in ("draw", "caption")}
+    label, image = both["draw"][5]
+    named, again = both["caption"][5]
+    assert label == again == data.labels[5]
+    assert torch.equal(image, patchify(data.images[5], 2))
+    assert 0 < (named - image).abs().mean() < 0.5
+    both["caption"].start_epoch()
+    assert not torch.equal(both["caption"][5][0], named)
+
+
+def test_endless_starts_every_epoch_anew():
+    dataset = LabelImagePairs(
+        LabelledImages(*(part[:4] for part in load_images("digits").train)), ("caption",), patch=2, seed=0
+    )
+    batches = endless(dataset, [1, 2])
+    before = dataset.augmented
+    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert not torch.equal(dataset.augmented, before)

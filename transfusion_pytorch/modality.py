@@ -3,9 +3,9 @@ reads them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.network.adapters import AxialPositions, LinearAdapter, PairAdapter
 from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape
-from transfusion_pytorch.sequence.vocabulary import parse_shape
+from transfusion_pytorch.sequence.vocabulary import Vocabulary, parse_shape
 
 
 class ModalityInfo(NamedTuple):
@@ -53,21 +53,45 @@ class ModalityIO(nn.Module):
         super().__init__()
         self.spec, self.adapter, self.batched = spec, adapter, batched
         self.encoder, self.decoder = encoder, decoder
-        self.positions = AxialPositions(dim, spec.num_dim) if add_pos_emb else None
-        for frozen in (encoder, decoder):
-            if frozen is not None:
-                frozen.eval().requires_grad_(False)
+        self.positions = AxialPositions(dim, spec.num_dim) if add_pos_emb and spec.num_dim else None
+        for module in self.frozen:
+            module.eval().requires_grad_(False)
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Encoder and decoder, as far as there are any: they are not what is trained."""
+        return [module for module in (self.encoder, self.decoder) if module is not None]
 
     def train(self, mode: bool = True) -> "ModalityIO":
-        """Encoder and decoder stay in evaluation mode: they are not what is trained."""
+        """What is frozen stays in evaluation mode."""
         super().train(mode)
-        for frozen in (self.encoder, self.decoder):
-            if frozen is not None:
-                frozen.eval()
+        for module in self.frozen:
+            module.eval()
         return self
 
+    def info(self, vocabulary: Vocabulary) -> ModalityInfo:
+        return ModalityInfo(
+            modality_type=self.spec.type,
+            dim_latent=self.spec.dim_latent,
+            num_dim=self.spec.num_dim,
+            default_shape=self.spec.default_shape,
+            channel_first_latent=self.spec.channel_first,
+            encoder=self.encoder,
+            decoder=self.decoder,
+            add_pos_emb=self.positions is not None,
+            som_id=vocabulary.som[self.spec.type],
+            eom_id=vocabulary.eom[self.spec.type],
+        )
+
     def token_shape(self, shape: Shape) -> Shape:
-        return self.adapter.token_shape(shape)
+        """The axial shape of the tokens of a latent. Raises `ValueError` for one that does not get through."""
+        tokens = self.adapter.token_shape(shape)
+        if self.positions is not None and len(tokens) != self.spec.num_dim:
+            raise ValueError(
+                f"modality {self.spec.type} has positions of {self.spec.num_dim} axes, but latents of shape {shape} "
+                f"become tokens of shape {tokens}; set add_pos_emb=False"
+            )
+        return tokens
 
     def supports(self, shape: Shape) -> bool:
         """Whether latents of this shape get through, which a pair of a user's own modules may not allow."""
@@ -83,7 +107,13 @@ class ModalityIO(nn.Module):
         """Raw instances to channel-last latents; `places` say where each came from, for errors."""
         if self.encoder is not None:
             data = self._by_shape(self.encoder, data, places)
-        return [self.spec.to_channel_last(latents, where) for latents, where in zip(data, places, strict=True)]
+        encoded = [self.spec.to_channel_last(latents, where) for latents, where in zip(data, places, strict=True)]
+        for latents, where in zip(encoded, places, strict=True):
+            try:
+                self.token_shape(tuple(latents.shape[:-1]))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        return encoded
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Float[Tensor, "..."]]) -> list[Float[Tensor, "..."]]:
@@ -104,8 +134,9 @@ class ModalityIO(nn.Module):
         if self.positions is None:
             return tokens, memory
         token_shapes = [self.token_shape(shape) for shape in shapes]
+        precise = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 cannot count beyond 256
         embedded = {
-            shape: self.positions(axial_coordinates(shape, device=tokens.device, dtype=latents.dtype))
+            shape: self.positions(axial_coordinates(shape, device=tokens.device, dtype=precise))
             for shape in dict.fromkeys(token_shapes)
         }
         return tokens + torch.cat([embedded[shape] for shape in token_shapes]), memory
@@ -120,19 +151,34 @@ class ModalityIO(nn.Module):
         groups: dict[Shape, list[int]] = defaultdict(list)
         for i, instance in enumerate(data):
             groups[tuple(instance.shape)].append(i)
-        out: list[Any] = [None] * len(data)
-        for shape, members in groups.items():
-            instances = [data[i] for i in members]
-            try:
-                made = module(torch.stack(instances)).unbind() if self.batched else [module(one) for one in instances]
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise ValueError(
-                    f"{places[members[0]]}: {type(module).__name__} of modality {self.spec.type} "
-                    f"does not take data of shape {shape}: {error}"
-                ) from error
-            for i, instance in zip(members, made, strict=True):
-                out[i] = instance
-        return out
+        out: dict[int, Tensor] = {}
+        for members in groups.values():
+            made = self._run(module, [data[i] for i in members], places[members[0]])
+            out |= zip(members, made, strict=True)
+        return [out[i] for i in range(len(data))]
+
+    def _run(self, module: nn.Module, instances: Sequence[Tensor], where: str) -> list[Tensor]:
+        """Instances of one shape together, or copies of them one by one."""
+        name = f"{where}: {type(module).__name__} of modality {self.spec.type}"
+        try:
+            made = module(torch.stack(list(instances))) if self.batched else [module(one.clone()) for one in instances]
+            rows = list(made)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            shape = tuple(instances[0].shape)
+            raise ValueError(f"{name} does not take data of shape {shape}: {error}") from error
+        if not isinstance(made, (Tensor, list)) or len(rows) != len(instances) or not torch.is_tensor(rows[0]):
+            raise ValueError(f"{name} must give a tensor for each of {len(instances)} instances, got {type(made)}")
+        return rows
+
+
+class Modalities(nn.ModuleList):
+    """What belongs to each modality, by its type."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[ModalityIO]: ...
+
+        def __getitem__(self, modality: int) -> ModalityIO: ...
 
 
 def build_modalities(
@@ -148,10 +194,10 @@ def build_modalities(
     pre_post_transformer_enc_dec: Any,
     add_pos_emb: Any,
     to_modality_shape_fn: Any,
-) -> nn.ModuleList:
+) -> Modalities:
     """One `ModalityIO` for each entry of `dim_latent`; the arguments are those of `Transfusion`."""
     dims = (dim,) if dim_latent is None else (dim_latent,) if isinstance(dim_latent, int) else tuple(dim_latent)
-    if not dims or any(d < 1 for d in dims):
+    if not dims or not all(isinstance(d, int) and d > 0 for d in dims):
         raise ValueError(f"dim_latent must be the positive number of channels of each modality, got {dim_latent}")
     count = len(dims)
     if isinstance(modality_default_shape, int):
@@ -168,6 +214,9 @@ def build_modalities(
 
     modules = []
     for i in range(count):
+        for name, half in (("modality_encoder", encoders[i]), ("modality_decoder", decoders[i])):
+            if half is not None and not isinstance(half, nn.Module):
+                raise TypeError(f"modality {i}: {name} must be an nn.Module, got {type(half).__name__}")
         num_dim = resolve_num_dim(i, num_dims[i], shapes[i])
         spec = ModalitySpec(i, dims[i], num_dim, shapes[i], bool(first[i]), shape_parser(parsers[i]))
         if positions[i] and not num_dim:
@@ -177,6 +226,8 @@ def build_modalities(
             )
         adapter: LinearAdapter | PairAdapter = LinearAdapter(dims[i], dim)
         if pairs[i] is not None:
+            if not _is_pair(pairs[i]):
+                raise TypeError(f"modality {i}: pre_post_transformer_enc_dec must be two modules, got {pairs[i]!r}")
             adapter = PairAdapter(*pairs[i], dim_latent=dims[i], dim=dim, channel_first=bool(first[i]))
         io = ModalityIO(
             spec,
@@ -190,7 +241,7 @@ def build_modalities(
         if shapes[i] is not None and pairs[i] is not None:
             io.token_shape(shapes[i])  # fails now where the pair does not fit
         modules.append(io)
-    return nn.ModuleList(modules)
+    return Modalities(modules)
 
 
 def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], bool] | None = None) -> tuple[Any, ...]:

@@ -1,11 +1,9 @@
 """`Transfusion`: one module that reads, writes and draws.
 
-b samples, n tokens of the packed stream, m spans (instances of a modality), d model, k slots of one type, c its
-channels.
+b samples, n tokens of the packed stream, m spans (instances of a modality), d model, v vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,24 +11,33 @@ from ema_pytorch import EMA
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from transfusion_pytorch import preparation
-from transfusion_pytorch.flow.path import FlowSample, estimate_clean, interpolate, velocity_towards
+from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
 from transfusion_pytorch.flow.solver import check_method
-from transfusion_pytorch.flow.times import CLEAN, TimePolicy, TimesFunction, times_of_spans
+from transfusion_pytorch.flow.times import CLEAN, TimePolicy, times_of_spans
 from transfusion_pytorch.generation.methods import SamplingMethods, evaluating
-from transfusion_pytorch.modality import ModalityInfo, ModalityIO, build_modalities, per_modality
+from transfusion_pytorch.latents import Latents, add_noise, latent_times, latents_by_type, unflatten, x_t_of
+from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_modality
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer
-from transfusion_pytorch.preparation import Latents
+from transfusion_pytorch.preparation import as_times, check_probability
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
 from transfusion_pytorch.training.data import create_dataloader
 from transfusion_pytorch.training.ema import create_ema
-from transfusion_pytorch.training.losses import LossBreakdown, LossWeights, combine, squared_error, text_loss
+from transfusion_pytorch.training.losses import (
+    ErrorSum,
+    LossBreakdown,
+    LossWeights,
+    combine,
+    flow_errors,
+    squared_error,
+    text_error,
+)
 
 
 class Hidden(NamedTuple):
@@ -41,6 +48,13 @@ class Hidden(NamedTuple):
     memory: dict[int, Any]
 
 
+class Teacher(NamedTuple):
+    """Whose velocities ours are to be consistent with, and how far ahead of us on the path it stands."""
+
+    model: "Transfusion"
+    ahead: float
+
+
 class Transfusion(SamplingMethods, nn.Module):
     """Autoregressive text and flow matching over any number of modalities, in one transformer (arXiv 2408.11039).
 
@@ -48,7 +62,7 @@ class Transfusion(SamplingMethods, nn.Module):
     through one path. Arguments (a scalar where a tuple per modality is meant applies to all):
 
     - `num_text_tokens`: size of the text vocabulary; 0 for modalities alone
-    - `transformer`: a `Transformer`, or a dict of its arguments
+    - `transformer`: a `Transformer`, a module that is called as one, or a dict of the arguments of one
     - `dim_latent`: channels of each modality; its length is the number of modalities
     - `modality_default_shape`: axial shape to use where none is written or asked for; `()` is a single vector
     - `modality_num_dim`: number of axes, 0 to 3, where the default shape does not tell
@@ -72,7 +86,7 @@ class Transfusion(SamplingMethods, nn.Module):
         self,
         *,
         num_text_tokens: int,
-        transformer: Mapping[str, Any] | Transformer,
+        transformer: Any,
         dim_latent: int | Sequence[int] | None = None,
         modality_default_shape: Any = None,
         modality_num_dim: Any = None,
@@ -97,11 +111,10 @@ class Transfusion(SamplingMethods, nn.Module):
         super().__init__()
         if num_text_tokens < 0:
             raise ValueError(f"num_text_tokens must not be negative, got {num_text_tokens}")
-        if not 0 <= prob_uncond <= 1:
-            raise ValueError(f"prob_uncond is a probability, got {prob_uncond}")
+        check_probability(prob_uncond)
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative, all others are ids, got {ignore_index}")
-        self.transformer = transformer if isinstance(transformer, nn.Module) else Transformer(**transformer)
+        self.transformer: Transformer = as_trunk(transformer)
         self.dim = dim = self.transformer.dim
         self.modalities = build_modalities(
             dim=dim,
@@ -140,14 +153,14 @@ class Transfusion(SamplingMethods, nn.Module):
 
     def forward(
         self,
-        samples: list | tuple | Tensor,
+        samples: Any,
         *,
-        times: Float[Tensor, "..."] | float | None = None,
-        num_modalities_to_times_fn: TimesFunction | None = None,
-        modality_type: int | None = None,
+        times: Any = None,
+        num_modalities_to_times_fn: Any = None,
+        modality_type: Any = None,
         return_loss: bool = True,
         return_breakdown: bool = False,
-        velocity_consistency_ema_model: nn.Module | None = None,
+        velocity_consistency_ema_model: Any = None,
         velocity_consistency_delta_time: float = 1e-3,
         prob_uncond: float | None = None,
     ) -> Tensor | tuple[Tensor, LossBreakdown]:
@@ -159,38 +172,40 @@ class Transfusion(SamplingMethods, nn.Module):
         `times` for the modalities are a scalar, `(b,)` or `(b, m)`, and else drawn by the time policy or by
         `num_modalities_to_times_fn`, which takes the number of modalities of each sample `(b,)` and gives `(b, m)`.
 
+        With a `velocity_consistency_ema_model` (from `create_ema`) velocities are held to those of the average a
+        `velocity_consistency_delta_time` further along, for which times leave room. `prob_uncond` replaces the model's.
+
         Returns the total loss; with `return_breakdown` also its parts. Without `return_loss`, returns the logits `(b,
         n, vocabulary)` of every slot, markers included, zero behind the end of shorter samples; modalities are then
         clean unless `times` are given. Raises `ValueError` or `TypeError` that says what is wrong where.
         """
+        teacher = as_teacher(velocity_consistency_ema_model, velocity_consistency_delta_time)
+        dropped = check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         stream, clean = self.prepare(samples, modality_type)
         if not return_loss:
-            return self._all_logits(stream, clean, times)
+            return self._all_logits(stream, clean, times, num_modalities_to_times_fn)
         if self.training:
-            stream = self._drop_text(stream, self.prob_uncond if prob_uncond is None else prob_uncond)
+            stream = self._drop_text(stream, dropped)
         t = self._times(stream, times, num_modalities_to_times_fn)
-        ema = getattr(velocity_consistency_ema_model, "ema_model", velocity_consistency_ema_model)
-        if ema is not None:
-            t = t.clamp(
-                max=CLEAN - velocity_consistency_delta_time
-            )  # what the teacher sees lies that much further along
+        if teacher is not None:
+            t = t.clamp(max=CLEAN - teacher.ahead)
         stream, t = stream.to(self.device), t.to(self.device)
         flow = add_noise(clean, stream, t)
 
         hidden = self.run(stream, x_t_of(flow), t)
         velocities = self.velocities(hidden, stream, x_t_of(flow), t)
         breakdown = combine(
-            text=self._text_loss(hidden, stream),
-            flow=self._flow_loss(velocities, flow),
-            velocity=self._consistency_loss(velocities, flow, ema, stream, t + velocity_consistency_delta_time),
-            recon=self._reconstruction_loss(velocities, flow, stream),
+            text=self._text_error(hidden, stream),
+            flow=flow_errors(velocities, flow, of_clean=self.model_output_clean),
+            velocity=self._consistency_errors(velocities, flow, teacher, stream, t),
+            recon=self._reconstruction_errors(velocities, flow, stream),
             weights=self.loss_weights,
         )
         return (breakdown.total, breakdown) if return_breakdown else breakdown.total
 
     # what forward, and sampling, are made of
 
-    def prepare(self, samples: Any, modality_type: int | None = None) -> tuple[TokenStream, Latents]:
+    def prepare(self, samples: Any, modality_type: Any = None) -> tuple[TokenStream, Latents]:
         """Validates, encodes and packs a batch: its stream, on the CPU, and its clean latents by type."""
         marked = preparation.prepare(
             samples, modality_type, self.vocabulary, self.modalities, device=self.device, dtype=self.dtype
@@ -212,7 +227,7 @@ class Transfusion(SamplingMethods, nn.Module):
         return pack(samples, past=past, ignore_index=self.ignore_index, token_shape=self._token_shape)
 
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> Latents:
-        return preparation.latents_by_type(samples)
+        return latents_by_type(samples)
 
     def run(
         self, stream: TokenStream, latents: Latents, t: Float[Tensor, " m"], cache: CacheView | None = None
@@ -307,37 +322,19 @@ class Transfusion(SamplingMethods, nn.Module):
         modality_type = 0 if modality_type is None and self.num_modalities == 1 else modality_type
         if modality_type is None or not 0 <= modality_type < self.num_modalities:
             raise ValueError(f"unknown modality type {modality_type}, this model has {self.num_modalities} (from 0)")
-        io: ModalityIO = self.modalities[modality_type]
-        return ModalityInfo(
-            modality_type=modality_type,
-            dim_latent=io.spec.dim_latent,
-            num_dim=io.spec.num_dim,
-            default_shape=io.spec.default_shape,
-            channel_first_latent=io.spec.channel_first,
-            encoder=io.encoder,
-            decoder=io.decoder,
-            add_pos_emb=io.positions is not None,
-            som_id=self.som_ids[modality_type],
-            eom_id=self.eom_ids[modality_type],
-        )
+        return self.modalities[modality_type].info(self.vocabulary)
 
     def create_ema(self, beta: float = 0.99, **options: Any) -> EMA:
         """A moving average of this model that can sample; call `.update()` after each optimizer step."""
         return create_ema(self, beta=beta, **options)
 
-    def create_dataloader(self, dataset: Dataset, **options: Any) -> DataLoader:
+    def create_dataloader(self, dataset: Any, **options: Any) -> DataLoader:
         """Batches of a dataset of samples, as this model takes them."""
         return create_dataloader(dataset, **options)
 
     def parameters_without_encoder_decoder(self) -> list[nn.Parameter]:
         """What is to be trained: all parameters but those of the frozen autoencoders."""
-        frozen = {
-            id(parameter)
-            for io in self.modalities
-            for module in (io.encoder, io.decoder)
-            if module is not None
-            for parameter in module.parameters()
-        }
+        frozen = {id(parameter) for io in self.modalities for module in io.frozen for parameter in module.parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in frozen]
 
     def muon_parameters(self) -> list[nn.Parameter]:
@@ -349,10 +346,11 @@ class Transfusion(SamplingMethods, nn.Module):
     def _token_shape(self, modality: int, shape: Shape) -> Shape:
         return self.modalities[modality].token_shape(shape)
 
-    def _all_logits(self, stream: TokenStream, clean: Latents, times: Any) -> Float[Tensor, "b n v"]:
-        t = self._times(stream, CLEAN if times is None else times, None).to(self.device)
+    def _all_logits(self, stream: TokenStream, clean: Latents, times: Any, times_fn: Any) -> Float[Tensor, "b n v"]:
+        is_clean = times is None and times_fn is None
+        t = self._times(stream, CLEAN if is_clean else times, times_fn).to(self.device)
         stream = stream.to(self.device)
-        hidden = self.run(stream, clean if times is None else x_t_of(add_noise(clean, stream, t)), t)
+        hidden = self.run(stream, clean if is_clean else x_t_of(add_noise(clean, stream, t)), t)
         return pad_sequence(list(self.logits(hidden.tokens).split(stream.lengths)), batch_first=True)
 
     def _drop_text(self, stream: TokenStream, probability: float) -> TokenStream:
@@ -361,94 +359,84 @@ class Transfusion(SamplingMethods, nn.Module):
         dropped = torch.rand(len(stream.lengths)) < probability
         return stream.drop_text(dropped, num_text=self.vocabulary.num_text, null=self.vocabulary.null)
 
-    def _times(self, stream: TokenStream, times: Any, times_fn: TimesFunction | None) -> Float[Tensor, " m"]:
+    def _times(self, stream: TokenStream, times: Any, times_fn: Any) -> Float[Tensor, " m"]:
         """A time for every span: given, from the user's function of the number of modalities, or from the policy."""
         spans, num_samples = stream.spans, len(stream.lengths)
-        if times is None and times_fn is not None:
-            times = times_fn(torch.bincount(spans.sample, minlength=num_samples).to(self.device))
-        if times is None:
+        if times is not None and times_fn is not None:
+            raise ValueError("give times or num_modalities_to_times_fn, not both")
+        if times_fn is not None and not callable(times_fn):
+            raise TypeError(f"num_modalities_to_times_fn must be a function, got {type(times_fn).__name__}")
+        if times is None and (times_fn is None or not len(spans)):
             return self.time_policy.draw(spans.is_context).to(self.dtype)
-        times = times.detach().cpu() if isinstance(times, Tensor) else times
-        return times_of_spans(times, spans.sample, spans.index, num_samples).to(self.dtype)
+        if times_fn is not None:
+            times = times_fn(torch.bincount(spans.sample, minlength=num_samples).to(self.device))
+        return times_of_spans(as_times(times), spans.sample, spans.index, num_samples).to(self.dtype)
 
-    def _text_loss(self, hidden: Hidden, stream: TokenStream) -> Float[Tensor, ""]:
+    def _text_error(self, hidden: Hidden, stream: TokenStream) -> ErrorSum:
         """Logits are made only where there is something to predict."""
         targets = (stream.label != stream.ignore_index).nonzero().flatten()
-        return text_loss(self.logits(hidden.tokens[targets]), stream.label[targets])
+        return text_error(self.logits(hidden.tokens[targets]), stream.label[targets])
 
-    def _flow_loss(self, velocities: Latents, flow: Mapping[int, FlowSample]) -> Float[Tensor, " modalities"]:
-        losses = {}
-        for modality, sample in flow.items():
-            target = sample.velocity
-            if self.model_output_clean:  # damped as the prediction is, so that the perfect prediction scores zero
-                target = velocity_towards(estimate_clean(*sample), sample.x_t, sample.t)
-            losses[modality] = squared_error(velocities[modality], target)
-        return self._per_modality(losses)
-
-    def _consistency_loss(
+    def _consistency_errors(
         self,
         velocities: Latents,
         flow: Mapping[int, FlowSample],
-        teacher: Any,
+        teacher: Teacher | None,
         stream: TokenStream,
-        later: Float[Tensor, " m"],
-    ) -> Float[Tensor, " modalities"]:
+        t: Float[Tensor, " m"],
+    ) -> dict[int, ErrorSum]:
         """A straight path has one velocity: ours should be the teacher's a little later (Consistency-FM, arXiv
         2407.02398).
         """
-        if teacher is None:
-            return self._per_modality({})
-        x_later = {
-            modality: (sample.x_t + (latent_times(stream, modality, later) - sample.t)[:, None] * sample.velocity)
-            for modality, sample in flow.items()
-        }
-        with evaluating(teacher):
-            targets = teacher.velocities(teacher.run(stream, x_later, later), stream, x_later, later)
-        return self._per_modality(
-            {modality: squared_error(velocities[modality], target) for modality, target in targets.items()}
-        )
+        if teacher is None or not flow:
+            return {}
+        later = t + teacher.ahead
+        x_later = {modality: sample.x_t + teacher.ahead * sample.velocity for modality, sample in flow.items()}
+        with evaluating(teacher.model):
+            targets = teacher.model.velocities(teacher.model.run(stream, x_later, later), stream, x_later, later)
+        errors = {}
+        for modality, target in targets.items():
+            if self.model_output_clean:  # the same clean latent, seen from where we stand: damping depends on the time
+                times = latent_times(stream, modality, later)
+                clean = estimate_clean(x_later[modality], target, times, damped=True)
+                target = velocity_towards(clean, flow[modality].x_t, flow[modality].t)
+            errors[modality] = squared_error(velocities[modality], target)
+        return errors
 
-    def _reconstruction_loss(
+    def _reconstruction_errors(
         self, velocities: Latents, flow: Mapping[int, FlowSample], stream: TokenStream
-    ) -> Float[Tensor, " modalities"]:
+    ) -> dict[int, ErrorSum]:
         """What the clean estimate decodes to, against what the clean latent decodes to."""
         if self.loss_weights.recon == 0:
-            return self._per_modality({})
-        losses = {}
+            return {}
+        errors = {}
         for modality, sample in flow.items():
             estimate = estimate_clean(sample.x_t, velocities[modality], sample.t, damped=self.model_output_clean)
             io, shapes = self.modalities[modality], stream.spans.shapes_of(modality)
-            with torch.no_grad():
-                target = io.decode(unflatten(estimate_clean(*sample), shapes))
+            target = io.decode(unflatten(estimate_clean(*sample), shapes))
             made = io.decode_with_gradient(unflatten(estimate, shapes))
-            losses[modality] = squared_error(*(torch.cat([x.flatten() for x in each]) for each in (made, target)))
-        return self._per_modality(losses)
-
-    def _per_modality(self, losses: Mapping[int, Tensor]) -> Float[Tensor, " modalities"]:
-        zero = torch.zeros((), device=self.device, dtype=self.dtype)
-        return torch.stack([losses.get(modality, zero) for modality in range(self.num_modalities)])
+            errors[modality] = squared_error(*(torch.cat([x.flatten() for x in each]) for each in (made, target)))
+        return errors
 
 
-def add_noise(clean: Latents, stream: TokenStream, t: Float[Tensor, " m"]) -> dict[int, FlowSample]:
-    """Latents of every type on their way at the times of their spans, each from noise of its own."""
-    return {
-        modality: interpolate(latents, torch.randn_like(latents), latent_times(stream, modality, t))
-        for modality, latents in clean.items()
-    }
+def as_trunk(transformer: Any) -> Any:
+    if isinstance(transformer, Mapping):
+        return Transformer(**transformer)
+    if not isinstance(transformer, nn.Module) or not isinstance(getattr(transformer, "dim", None), int):
+        raise TypeError(
+            "transformer must be a dict of Transformer arguments, or a module that has its width as `dim`, "
+            f"got {type(transformer).__name__}"
+        )
+    return transformer
 
 
-def x_t_of(flow: Mapping[int, FlowSample]) -> Latents:
-    return {modality: sample.x_t for modality, sample in flow.items()}
-
-
-def latent_times(stream: TokenStream, modality: int, t: Float[Tensor, " m"]) -> Float[Tensor, " k"]:
-    """The time of every latent of a type: that of its span."""
-    members = stream.spans.of_type(modality)
-    sizes = torch.tensor([stream.spans.sizes[i] for i in members], device=t.device)
-    return t[members].repeat_interleave(sizes)
-
-
-def unflatten(latents: Float[Tensor, "k c"], shapes: Sequence[Shape]) -> list[Float[Tensor, "..."]]:
-    """Flat latents as instances `(*axes, c)`."""
-    parts = latents.split([prod(shape) for shape in shapes])
-    return [part.reshape(*shape, part.shape[-1]) for part, shape in zip(parts, shapes, strict=True)]
+def as_teacher(ema: Any, ahead: float) -> Teacher | None:
+    """The averaged model inside an `EMA`, or a model as it is."""
+    if ema is None:
+        return None
+    model = getattr(ema, "ema_model", ema)
+    if not isinstance(model, Transfusion):
+        raise TypeError(f"velocity_consistency_ema_model must be an EMA of this model, got {type(ema).__name__}")
+    if not 0 < ahead < 1:
+        raise ValueError(f"velocity_consistency_delta_time must lie between 0 and 1, got {ahead}")
+    return Teacher(model, ahead)

@@ -77,7 +77,7 @@ class CachedContext:
         rows = [lane.row for lane in lanes]
         view = self.cache.view(rows, stream.layout)
         stream = stream.to(self.model.device)
-        hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(stream), view)
+        hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
         for lane, length in zip(lanes, stream.lengths, strict=True):
             lane.mark_read(length)
@@ -103,7 +103,7 @@ class RecomputeContext:
     def advance(self, lanes: Sequence[Lane]) -> Shaped[Tensor, "r d"]:
         samples = [lane.read + lane.pending for lane in lanes]
         stream = self.model.pack(samples).to(self.model.device)
-        hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(stream))
+        hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(self.model, stream))
         for lane, length in zip(lanes, stream.lengths, strict=True):
             lane.mark_read(length - lane.past.length)
         return hidden.tokens[stream.last]
@@ -121,20 +121,20 @@ class RecomputeContext:
 Context = CachedContext | RecomputeContext
 
 
-def _clean_times(stream: TokenStream) -> Tensor:
-    return torch.full((len(stream.spans),), CLEAN, device=stream.token.device)
+def _clean_times(model: Model, stream: TokenStream) -> Tensor:
+    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.dtype)
 
 
 def _evaluate(model: Model, plan: Plan, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
     spans = plan.stream.spans
     now = dict(zip(plan.last_span, x_t, strict=True))
-    t = _clean_times(plan.stream).to(times.dtype)
+    t = _clean_times(model, plan.stream)
     t[plan.last_span] = times
     latents = {}
     for modality in spans.modality.unique().tolist():
         members = spans.of_type(modality)
-        past = _split(plan.history[modality], spans, members) if modality in plan.history else {}
-        latents[modality] = torch.cat([now.get(span, past.get(span)) for span in members])
+        every = (_split(plan.history[modality], spans, members) if modality in plan.history else {}) | now
+        latents[modality] = torch.cat([every[span] for span in members])
     velocities = model.velocities(model.run(plan.stream, latents, t, plan.view), plan.stream, latents, t)
     by_span: dict[int, Tensor] = {}
     for modality, flat in velocities.items():

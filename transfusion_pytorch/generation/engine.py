@@ -3,72 +3,31 @@
 A turn of the loop lets every sample that writes choose one token, and every sample that draws take one step of the
 solver, whatever their types and shapes.
 
-k latents of a span, c their channels, v vocabulary.
+s drawings, r rows that write, v vocabulary, b samples, n and m tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchdiffeq import odeint
 
 from transfusion_pytorch.flow.guidance import guided
 from transfusion_pytorch.flow.solver import check_method, integrate, is_single_step
 from transfusion_pytorch.generation.context import CachedContext, Context, Lane, Model, Plan, RecomputeContext
-from transfusion_pytorch.generation.grammar import Grammar, GrammarState
-from transfusion_pytorch.generation.requests import SamplingOptions, forced_modality, parse_prompt, without_text
+from transfusion_pytorch.generation.grammar import Grammar
+from transfusion_pytorch.generation.requests import (
+    SamplingOptions,
+    forced_modality,
+    parse_prompt,
+    split_opening,
+    without_text,
+)
+from transfusion_pytorch.generation.state import Drawing, Phase, Sampled, SampleState
 from transfusion_pytorch.generation.text import sample_tokens
-from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, mark, merge_texts
-from transfusion_pytorch.sequence.vocabulary import format_shape
-
-
-class Phase(Enum):
-    WRITING = auto()
-    DRAWING = auto()
-    DONE = auto()
-
-
-@dataclass
-class Drawing:
-    """A modality on its way from noise to data: `x` are its flat latents `(k, c)` after `step` intervals."""
-
-    type: int
-    shape: Shape
-    x: Float[Tensor, "k c"]
-    step: int = 0
-
-    def as_piece(self) -> Modality:
-        return Modality(self.type, self.x.unflatten(0, self.shape) if self.shape else self.x[0])
-
-
-@dataclass
-class SampleState:
-    """One sample in the making.
-
-    - `pieces`: the sample so far, markers included
-    - `length`: its tokens
-    - `lane`: the sample as the transformer reads it; `unconditional`: the same without its text, once it is guided,
-      in the row of the cache kept for that (`guide_row`)
-    - `grammar`: what may be written next; `drawing`: what is being drawn
-    """
-
-    lane: Lane
-    guide_row: int = 0
-    phase: Phase = Phase.WRITING
-    pieces: list[Piece] = field(default_factory=list)
-    length: int = 0
-    grammar: GrammarState = field(default_factory=GrammarState)
-    drawing: Drawing | None = None
-    unconditional: Lane | None = None
-
-    @property
-    def lanes(self) -> list[Lane]:
-        return [self.lane] if self.unconditional is None else [self.lane, self.unconditional]
+from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Shape, Text, mark, merge_texts
 
 
 class Engine:
@@ -78,64 +37,67 @@ class Engine:
         self.model, self.options, self.vocabulary = model, options, model.vocabulary
         self.solver = dict(model.odeint_kwargs if options.odeint_kwargs is None else options.odeint_kwargs)
         check_method(self.solver)
-        num_dims = [io.spec.num_dim for io in model.modalities]
-        self.grammar = Grammar(self.vocabulary, num_dims, fixed_shape=options.fixed_modality_shape)
+        self.fixed = None if options.fixed_modality_shape is None else tuple(options.fixed_modality_shape)
+        axes = [_axes(io, self.fixed) for io in model.modalities]
+        if not any(axes):
+            raise ValueError(f"fixed_modality_shape {self.fixed}: no modality of this model can have that shape")
+        self.grammar = Grammar(self.vocabulary, axes, most=options.max_modality_tokens, fixed_shape=self.fixed)
         self._plan: tuple[Any, Plan] | None = None
 
     # mixed samples
 
-    def sample(self, prompts: Sequence[Any]) -> list[list[Piece]]:
-        """Continues every prompt until it ends its sentence or reaches `max_length`: marked samples, latents
-        channel-last.
-        """
-        forced = forced_modality(
-            self.options.force_modality_at_start, len(self.model.modalities), self.options.fixed_modality_shape
-        )
-        context = self._context(2 * len(prompts))
-        states = self._start(prompts, forced)
+    def sample(self, prompts: Sequence[Any]) -> list[Sampled]:
+        """Continues every prompt until it ends its sentence or comes to `max_length`."""
+        forced = forced_modality(self.options.force_modality_at_start, len(self.model.modalities), self.fixed)
+        parsed = [parse_prompt(prompt, self.vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        states = self._start(self.model.encode(parsed, "prompt"), forced)
+        context = self._context(len(prompts) * (1 if self.options.cfg_scale == 1 else 2))
         while active := [state for state in states if state.phase is not Phase.DONE]:
             self._turn(active, context)
-        return [merge_texts(state.pieces) for state in states]
+        return [
+            Sampled(merge_texts(state.pieces), [piece for piece in prompt if isinstance(piece, Modality)])
+            for state, prompt in zip(states, parsed, strict=True)
+        ]
 
     def _turn(self, states: Sequence[SampleState], context: Context) -> None:
         features = self._read_pending(states, context)
         writing = [state for state in states if state.phase is Phase.WRITING]
-        drawing = [state for state in states if state.phase is Phase.DRAWING]
+        drawings = [state.drawing for state in states if state.drawing is not None]
         if writing:
             self._write(writing, self.model.logits(torch.stack([features[state.lane.row] for state in writing])))
-        if drawing:
-            self._draw(drawing, context)
-            for state in drawing:
+        if drawings:
+            self._draw(drawings, context)
+            for state in states:
                 if state.drawing is not None and state.drawing.step == self.options.modality_steps:
-                    self._finish_drawing(state)
+                    self._finish_drawing(state, state.drawing)
 
     def _read_pending(self, states: Sequence[SampleState], context: Context) -> dict[int, Tensor]:
-        """Reads what every lane has not read yet, and returns the features of its last token by row."""
+        """Reads what has not been read yet, and returns the features of each lane's last token by row."""
         lanes = [lane for state in states for lane in state.lanes if lane.pending]
         if not lanes:
             return {}
-        lanes.sort(key=lambda lane: (sum(map(_size, lane.pending)), lane.row))
+        lanes.sort(key=lambda lane: (self._num_tokens(lane.pending), lane.row))  # one length is one plain batch
         return dict(zip([lane.row for lane in lanes], context.advance(lanes), strict=True))
 
     # starting
 
-    def _start(self, prompts: Sequence[Any], forced: tuple[int, Shape | None] | None) -> list[SampleState]:
-        parsed = [parse_prompt(prompt, self.vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        encoded = self.model.encode([bare for bare, _ in parsed], "prompt")
+    def _start(self, prompts: Sequence[Sequence[Piece]], forced: tuple[int, Shape | None] | None) -> list[SampleState]:
         states = []
-        for i, (bare, (_, opened)) in enumerate(zip(encoded, parsed, strict=True)):
-            state = SampleState(Lane(row=i), guide_row=len(prompts) + i)
+        for i, prompt in enumerate(prompts):
+            where, state = f"prompt {i}", SampleState(Lane(row=i), guide_row=len(prompts) + i)
+            bare, opened = split_opening(prompt, self.vocabulary, where)
             for piece in mark(bare, self.vocabulary, complete=False):
                 self._append(state, piece)
-            if state.length > self.options.max_length:
+            if (length := state.length + len(opened)) > self.options.max_length:
                 raise ValueError(
-                    f"prompt {i} has {state.length} tokens with its markers, "
-                    f"more than max_length={self.options.max_length}"
+                    f"{where} has {length} tokens with its markers, more than max_length={self.options.max_length}"
                 )
-            self._replay(state, opened, f"prompt {i}")
-            if forced is not None and state.phase is Phase.WRITING:
+            self._replay(state, opened, where)
+            if forced is not None:
+                if opened:
+                    raise ValueError(f"force_modality_at_start: {where} opens a modality at its end already")
                 self._force(state, *forced)
-            if state.length >= self.options.max_length and state.phase is Phase.WRITING:
+            elif state.length == self.options.max_length:
                 state.phase = Phase.DONE
             states.append(state)
         return states
@@ -143,24 +105,30 @@ class Engine:
     def _replay(self, state: SampleState, opened: Sequence[int], where: str) -> None:
         """Takes a prompt that ends inside the markers of a modality to where it stopped."""
         for token in opened:
-            if not self.grammar.allowed(state.grammar, self._limit(state))[token]:
-                raise ValueError(f"{where}: the modality it opens at its end, {list(opened)}, is not of a valid shape")
+            if state.phase is not Phase.WRITING or not self.grammar.allowed(state.opening)[token]:
+                shapes = f"of at most max_modality_tokens={self.options.max_modality_tokens} latents"
+                raise ValueError(
+                    f"{where}: the markers at its end, {list(opened)}, do not open a modality of a shape it can have, "
+                    f"{shapes if self.fixed is None else f'which is fixed_modality_shape={self.fixed}'}"
+                )
             self._accept(state, token)
 
     def _force(self, state: SampleState, modality: int, shape: Shape | None) -> None:
-        if state.grammar.written is not None:
-            raise ValueError("force_modality_at_start: a prompt opens a modality at its end already")
         shape = self._shape_or_default(modality, shape)
         self._append(state, Text(self.vocabulary.opening(modality, shape)))
+        if not self._has_room(state, modality, shape):
+            raise ValueError(
+                f"force_modality_at_start: a modality of shape {shape} does not fit behind {state.length} tokens, "
+                f"max_length is {self.options.max_length}"
+            )
         self._start_drawing(state, modality, shape)
 
     # writing
 
     def _write(self, states: Sequence[SampleState], logits: Float[Tensor, "r v"]) -> None:
-        allowed = torch.stack([self.grammar.allowed(state.grammar, self._limit(state)) for state in states])
         tokens = sample_tokens(
             logits,
-            allowed.to(logits.device),
+            torch.stack([self.grammar.allowed(state.opening) for state in states]).to(logits.device),
             temperature=self.options.text_temperature,
             min_p=self.options.text_min_p,
         )
@@ -168,37 +136,44 @@ class Engine:
             self._accept(state, token)
 
     def _accept(self, state: SampleState, token: int) -> None:
-        before = state.grammar
-        state.grammar = self.grammar.advance(before, token, self._limit(state))
+        opening, state.opening = state.opening, self.grammar.advance(state.opening, token)
         self._append(state, Text(torch.tensor([token])))
         if token in self.vocabulary.som:
             modality = self.vocabulary.som.index(token)
-            self._start_drawing(state, modality, self._written_shape(modality, before.written or ""))
-        elif token == self.vocabulary.eos or state.length >= self.options.max_length:
+            shape = self._written_shape(modality, opening or "")
+            if self._has_room(state, modality, shape):
+                self._start_drawing(state, modality, shape)
+            else:
+                state.phase = Phase.DONE
+        elif token == self.vocabulary.eos or state.length == self.options.max_length:
             state.phase = Phase.DONE
 
     def _append(self, state: SampleState, piece: Piece) -> None:
         state.pieces.append(piece)
-        state.length += self._num_tokens(piece)
+        state.length += self._num_tokens([piece])
         state.lane.pending.append(piece)
         if state.unconditional is not None:
             state.unconditional.pending += without_text([piece], self.vocabulary)
 
-    def _num_tokens(self, piece: Piece) -> int:
-        if isinstance(piece, Text):
-            return len(piece.ids)
-        return prod(self.model.modalities[piece.type].token_shape(piece.shape))
+    def _num_tokens(self, pieces: Iterable[Piece]) -> int:
+        return sum(
+            len(piece.ids) if isinstance(piece, Text) else self._num_latent_tokens(piece.type, piece.shape)
+            for piece in pieces
+        )
 
-    def _limit(self, state: SampleState) -> int:
-        return self.grammar.limit(self.options.max_length - state.length, self.options.max_modality_tokens)
+    def _num_latent_tokens(self, modality: int, shape: Shape) -> int:
+        return prod(self.model.modalities[modality].token_shape(shape))
+
+    def _has_room(self, state: SampleState, modality: int, shape: Shape) -> bool:
+        """Whether the latents, and what closes them, come within `max_length`."""
+        return state.length + self._num_latent_tokens(modality, shape) + 1 <= self.options.max_length
 
     def _written_shape(self, modality: int, written: str) -> Shape:
-        spec = self.model.modalities[modality].spec
-        shape = spec.parse_shape(written)
-        fixed = self.options.fixed_modality_shape
-        if fixed is not None and written == format_shape(fixed):
-            return tuple(fixed)
-        if shape is not None and self.model.modalities[modality].supports(shape):
+        if self.fixed is not None:
+            return self.fixed
+        io = self.model.modalities[modality]
+        shape = io.spec.parse_shape(written)
+        if shape is not None and prod(shape) <= self.options.max_modality_tokens and io.supports(shape):
             return shape
         if self.model.fallback_to_default_shape_if_invalid:
             return self._shape_or_default(modality, None)
@@ -216,96 +191,95 @@ class Engine:
                 "modality_default_shape"
             )
         if not io.supports(tuple(shape)):
-            raise ValueError(f"modality {modality} cannot have the shape {tuple(shape)}, it has {io.spec.num_dim} axes")
+            axes = " or ".join(map(str, sorted(_axes(io, None))))
+            reason = "the modules around the transformer do not take it"
+            raise ValueError(
+                f"modality {modality} cannot have the shape {tuple(shape)}: "
+                f"{reason if len(shape) in _axes(io, None) else f'it has {axes} axes'}"
+            )
         return tuple(shape)
 
     # drawing
 
     def _start_drawing(self, state: SampleState, modality: int, shape: Shape) -> None:
-        io = self.model.modalities[modality]
-        if state.length + prod(io.token_shape(shape)) + 1 > self.options.max_length:
-            raise ValueError(
-                f"a modality of shape {shape} does not fit behind {state.length} tokens, max_length is "
-                f"{self.options.max_length}"
-            )
-        state.phase = Phase.DRAWING
-        state.drawing = Drawing(modality, shape, self._noise(prod(shape), io.spec.dim_latent))
         has_text = any(
             isinstance(piece, Text) and (piece.ids < self.vocabulary.num_text).any() for piece in state.pieces
         )
         if self.options.cfg_scale != 1 and has_text and state.unconditional is None:
-            pieces = without_text(state.pieces, self.vocabulary)
-            state.unconditional = Lane(state.guide_row, pending=pieces)
+            state.unconditional = Lane(state.guide_row, pending=without_text(state.pieces, self.vocabulary))
+        state.phase = Phase.DRAWING
+        state.drawing = self._blank(modality, shape, state.lane, state.unconditional)
 
-    def _noise(self, rows: int, channels: int) -> Float[Tensor, "k c"]:
-        given = self.options.init_modality_noise
-        if given is None:
-            return torch.randn(rows, channels, device=self.model.device, dtype=self.model.dtype)
-        if given.shape[0] < rows or given.shape[1] < channels:
-            raise ValueError(f"init_modality_noise needs {rows} rows and {channels} channels, got {tuple(given.shape)}")
-        return given[:rows, :channels].to(self.model.device, self.model.dtype)
+    def _blank(self, modality: int, shape: Shape, lane: Lane, unconditional: Lane | None = None) -> Drawing:
+        """A drawing that is nothing but noise."""
+        rows, channels = prod(shape), self.model.modalities[modality].spec.dim_latent
+        noise = self.options.init_modality_noise
+        if noise is None:
+            noise = torch.randn(rows, channels, device=self.model.device, dtype=self.model.dtype)
+        if noise.shape[0] < rows or noise.shape[1] < channels:
+            raise ValueError(
+                f"init_modality_noise needs {rows} rows and {channels} channels for shape {shape} of modality "
+                f"{modality}, got {tuple(noise.shape)}"
+            )
+        x = noise[:rows, :channels].to(self.model.device, self.model.dtype)
+        return Drawing(modality, shape, x, lane, unconditional)
 
-    def _finish_drawing(self, state: SampleState) -> None:
+    def _finish_drawing(self, state: SampleState, drawing: Drawing) -> None:
         """The clean latents are read, and kept, like anything else that has been written."""
-        drawing, state.drawing = state.drawing, None
+        state.drawing = None
         self._append(state, drawing.as_piece())
         self._append(state, Text(self.vocabulary.closing(drawing.type)))
-        state.phase = Phase.DONE if state.length >= self.options.max_length else Phase.WRITING
+        state.phase = Phase.DONE if state.length == self.options.max_length else Phase.WRITING
 
-    def _draw(self, states: Sequence[SampleState], context: Context) -> None:
+    def _draw(self, drawings: Sequence[Drawing], context: Context) -> None:
         """One step of the solver for all together, or, for a method that chooses its own steps, all of them one by
         one.
         """
-        steps = self.options.modality_steps
         if is_single_step(self.solver):
-            self._step(states, context, 1 / steps, self._one_step)
-            for state in states:
-                state.drawing.step += 1
+            self._step(drawings, context, 1)
             return
-        for state in states:
-            self._step([state], context, 1.0, self._all_steps)
-            state.drawing.step = steps
+        for drawing in drawings:
+            self._step([drawing], context, self.options.modality_steps)
 
-    def _one_step(self, velocity: Callable, x: Tensor) -> Tensor:
-        return odeint(velocity, x, torch.tensor([0.0, 1.0], device=x.device, dtype=x.dtype), **self.solver)[-1]
-
-    def _all_steps(self, velocity: Callable, x: Tensor) -> Tensor:
-        return integrate(velocity, x, steps=self.options.modality_steps, options=self.solver)
-
-    def _step(self, states: Sequence[SampleState], context: Context, span: float, solve: Callable) -> None:
-        """Moves every drawing on by `span` of its way, all in one vector whose own time runs from 0 to 1."""
-        drawings = [state.drawing for state in states]
-        start = torch.tensor([drawing.step / self.options.modality_steps for drawing in drawings])
-        start = start.to(self.model.device, self.model.dtype)
-        sizes = [drawing.x.numel() for drawing in drawings]
-        plan, lanes_of = self._planned(states, context)
+    def _step(self, drawings: Sequence[Drawing], context: Context, intervals: int) -> None:
+        """Moves every drawing on by so many intervals, all in one vector whose own time runs from 0 to 1."""
+        steps, sizes = self.options.modality_steps, [drawing.x.numel() for drawing in drawings]
+        start = [drawing.step / steps for drawing in drawings]
+        start = torch.tensor(start, device=self.model.device, dtype=self.model.dtype)
+        span = intervals / steps
+        plan, guided_drawings = self._planned(drawings, context)
 
         def velocity(time: Tensor, flat: Tensor) -> Tensor:
             x = [part.view_as(drawing.x) for part, drawing in zip(flat.split(sizes), drawings, strict=True)]
-            velocities = self._velocities(context, plan, lanes_of, x, start + time * span)
+            velocities = self._velocities(context, plan, guided_drawings, x, start + time * span)
             return span * torch.cat([part.flatten() for part in velocities])
 
-        after = solve(velocity, torch.cat([drawing.x.flatten() for drawing in drawings]))
+        x = torch.cat([drawing.x.flatten() for drawing in drawings])
+        after = integrate(velocity, x, steps=intervals, options=self.solver)
         for drawing, part in zip(drawings, after.split(sizes), strict=True):
             drawing.x = part.view_as(drawing.x)
+            drawing.step += intervals
 
-    def _planned(self, states: Sequence[SampleState], context: Context) -> tuple[Plan, list[int]]:
-        """The stream of all lanes that draw, conditional ones first, made once for as long as they stay the same."""
-        guided_states = [i for i, state in enumerate(states) if state.unconditional is not None]
-        lanes = [state.lane for state in states] + [states[i].unconditional for i in guided_states]
-        key = tuple((lane.row, lane.past) for lane in lanes)
+    def _planned(self, drawings: Sequence[Drawing], context: Context) -> tuple[Plan, list[int]]:
+        """The stream of all lanes that draw, conditional ones first, made once for as long as they stay the same; and
+        which of the drawings are guided.
+        """
+        pairs = [(i, drawing.unconditional) for i, drawing in enumerate(drawings) if drawing.unconditional is not None]
+        guided_drawings = [i for i, _ in pairs]
+        lanes = [drawing.lane for drawing in drawings] + [lane for _, lane in pairs]
+        key = (context, *((lane.row, lane.past) for lane in lanes))
         if self._plan is None or self._plan[0] != key:
-            spans = [states[i].drawing.as_piece() for i in [*range(len(states)), *guided_states]]
+            spans = [drawings[i].as_piece() for i in [*range(len(drawings)), *guided_drawings]]
             self._plan = (key, context.plan(lanes, spans))
-        return self._plan[1], guided_states
+        return self._plan[1], guided_drawings
 
     def _velocities(
-        self, context: Context, plan: Plan, guided_states: list[int], x: list[Tensor], times: Float[Tensor, " s"]
+        self, context: Context, plan: Plan, guided_drawings: list[int], x: list[Tensor], times: Float[Tensor, " s"]
     ) -> list[Tensor]:
-        again = [x[i] for i in guided_states]
-        every = context.velocities(plan, x + again, torch.cat((times, times[guided_states])))
+        again = [x[i] for i in guided_drawings]
+        every = context.velocities(plan, x + again, torch.cat((times, times[guided_drawings])))
         conditional, unconditional = every[: len(x)], every[len(x) :]
-        for i, without in zip(guided_states, unconditional, strict=True):
+        for i, without in zip(guided_drawings, unconditional, strict=True):
             conditional[i] = guided(conditional[i], without, self.options.cfg_scale)
         return conditional
 
@@ -332,24 +306,19 @@ class Engine:
 
     def draw_only(self, batch_size: int, modality: int) -> list[Modality]:
         """Draws `batch_size` instances of a modality without any text around them."""
-        io = self.model.modalities[modality]
-        shape = self._shape_or_default(modality, self.options.fixed_modality_shape)
-        states = [
-            SampleState(
-                Lane(row),
-                phase=Phase.DRAWING,
-                drawing=Drawing(modality, shape, self._noise(prod(shape), io.spec.dim_latent)),
-            )
-            for row in range(batch_size)
-        ]
+        shape = self._shape_or_default(modality, self.fixed)
+        drawings = [self._blank(modality, shape, Lane(row)) for row in range(batch_size)]
         context = RecomputeContext(self.model, batch_size)  # there is nothing to remember
-        while states[0].drawing.step < self.options.modality_steps:
-            self._draw(states, context)
-        return [state.drawing.as_piece() for state in states]
+        while drawings[0].step < self.options.modality_steps:
+            self._draw(drawings, context)
+        return [drawing.as_piece() for drawing in drawings]
 
     def _context(self, rows: int) -> Context:
         return (CachedContext if self.options.cache_kv else RecomputeContext)(self.model, rows)
 
 
-def _size(piece: Piece) -> int:
-    return len(piece.ids) if isinstance(piece, Text) else piece.tensor.numel()
+def _axes(io: Any, fixed: Shape | None) -> set[int]:
+    """How many axes a modality can have; none where it cannot have the one shape that is to be."""
+    if fixed is not None:
+        return {len(fixed)} if io.supports(fixed) else set()
+    return set(range(MAX_AXES + 1)) if io.spec.num_dim is None else {io.spec.num_dim}

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from transfusion_pytorch.generation.engine import Engine
-from transfusion_pytorch.generation.requests import SamplingOptions
-from transfusion_pytorch.sequence.samples import Shape, check_text_batch
+from transfusion_pytorch.generation.engine import Engine, Sampled
+from transfusion_pytorch.generation.requests import SamplingOptions, check_int, check_type, checks_itself
+from transfusion_pytorch.sequence.samples import Shape, Text, check_text_batch
+
+Sample = list[Tensor | tuple[int, Tensor]]
 
 
 @contextmanager
@@ -32,12 +34,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class SamplingMethods:
     """What a model offers that can sample: thin calls of the engine. Mixed into `Transfusion`."""
 
-    def sample(self, prompt: Any = None, **options: Any) -> list[Tensor | tuple[int, Tensor]]:
+    # what is needed of the model beside `generation.context.Model`
+    decode: Any
+    prob_uncond: float
+    vocabulary: Any
+    modalities: Any
+    device: Any
+
+    def sample(self, prompt: Any = None, **options: Any) -> Sample:
         """Continues one prompt. See `sample_many`."""
         return self.sample_many([prompt], **options)[0]
 
     sample_one = sample
 
+    @checks_itself
     def sample_many(
         self,
         prompts: Sequence[Any],
@@ -54,13 +64,17 @@ class SamplingMethods:
         max_modality_tokens: int = 4096,
         odeint_kwargs: Mapping[str, Any] | None = None,
         return_unprocessed_modalities: bool = False,
-    ) -> list[list[Tensor | tuple[int, Tensor]]]:
+    ) -> list[Sample]:
         """Continues any mixture of prompts, all at once.
 
         A prompt is None, a text tensor, a modality (raw, encoded by its encoder) or `(type, modality)`, or a list of
         those; a returned sample is one too. Each returned sample alternates text, markers included, with `(type,
-        modality)`, begins with sos, and ends with eos unless it reached `max_length` tokens.
+        modality)`, begins with sos, and ends with eos unless `max_length` cut it off. Modalities of the prompt come
+        back as they were given.
 
+        - `max_length`: where a sample is cut off, in tokens: the rest of a longer one is not written, and a modality
+          that does not fit is not drawn. It changes nothing before that: the same sample, given back as a prompt, goes
+          on from there
         - `text_temperature` 0 takes the likeliest token; `text_min_p` cuts off what is less likely than that times
           the likeliest
         - `modality_steps`: intervals of the ODE solver; `odeint_kwargs` instead of the model's own
@@ -70,9 +84,10 @@ class SamplingMethods:
         - `init_modality_noise`: `(n, d)` noise to start from, as much of it as needed, the same for every modality
         - `cache_kv`: False reads everything again at every step
         - `max_modality_tokens`: how many latents a shape written by the model may come to
-        - `return_unprocessed_modalities`: latents as they are, not decoded
+        - `return_unprocessed_modalities`: latents as they are, those of the prompt too, not decoded
         """
-        prompts = list(prompts)
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}; for one there is sample")
         if not prompts:
             raise ValueError("there are no prompts; for a sample from nothing give [None]")
         if cfg_scale is None:
@@ -90,9 +105,15 @@ class SamplingMethods:
             max_modality_tokens=max_modality_tokens,
             odeint_kwargs=odeint_kwargs,
         )
-        with evaluating(self):
-            return self.decode(Engine(self, options).sample(prompts), raw=return_unprocessed_modalities)
+        model: Any = self
+        with evaluating(model):
+            sampled = Engine(model, options).sample(prompts)
+            if return_unprocessed_modalities:
+                return self.decode([pieces for pieces, _ in sampled], raw=True)
+            made = self.decode([pieces[2 * len(given) :] for pieces, given in sampled])
+            return [self._given(sample) + parts for sample, parts in zip(sampled, made, strict=True)]
 
+    @checks_itself
     def generate_text_only(
         self,
         prompt: Int[Tensor, "b n"],
@@ -106,10 +127,14 @@ class SamplingMethods:
         prompt.
         """
         check_text_batch(prompt, self.vocabulary.num_text)
+        check_int(seq_len, "seq_len", least=0)
         options = SamplingOptions(text_temperature=temperature, text_min_p=min_p, cache_kv=cache_kv)
-        with evaluating(self):
-            return Engine(self, options).write_only(prompt.to(self.device), max(seq_len - prompt.shape[1], 0))
+        model: Any = self
+        with evaluating(model):
+            num_tokens = max(seq_len - prompt.shape[1], 0)
+            return Engine(model, options).write_only(prompt.to(self.device, torch.long), num_tokens)
 
+    @checks_itself
     def generate_modality_only(
         self,
         batch_size: int = 1,
@@ -124,17 +149,24 @@ class SamplingMethods:
         """Draws `(batch_size, ...)` of one modality without any text, as `model(images, modality_type=...)` trains
         it.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 <= modality_type < len(self.modalities):
-            raise ValueError(f"unknown modality type {modality_type}, this model has {len(self.modalities)} (from 0)")
+        check_int(batch_size, "batch_size")
+        check_type(modality_type, len(self.modalities), "modality_type")
         options = SamplingOptions(
             modality_steps=modality_steps,
             fixed_modality_shape=fixed_modality_shape,
             init_modality_noise=init_modality_noise,
             odeint_kwargs=odeint_kwargs,
         )
-        with evaluating(self):
-            drawn = Engine(self, options).draw_only(batch_size, modality_type)
+        model: Any = self
+        with evaluating(model):
+            drawn = Engine(model, options).draw_only(batch_size, modality_type)
             returned = self.decode([[piece] for piece in drawn], raw=return_unprocessed_modalities)
         return torch.stack([instance for [(_, instance)] in returned])
+
+    def _given(self, sample: Sampled) -> Sample:
+        """A sample as far as its prompt's last modality, those being the user's own."""
+        given = iter([(piece.type, piece.tensor.detach().to(self.device)) for piece in sample.given])
+        return [
+            piece.ids.to(self.device) if isinstance(piece, Text) else next(given)
+            for piece in sample.pieces[: 2 * len(sample.given)]
+        ]

@@ -1,10 +1,10 @@
 """What is asked of the sampler: its options, and a prompt made ready."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeVar, no_type_check
 
 import torch
 from torch import Tensor
@@ -13,8 +13,15 @@ from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, c
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
 
 ForcedModality = int | tuple[int, Shape]
+Door = TypeVar("Door", bound=Callable)
 
 
+def checks_itself(door: Door) -> Door:
+    """Leaves the arguments of a function or dataclass to its own checks, which say more than those of `TYPECHECK`."""
+    return no_type_check(door)
+
+
+@checks_itself
 @dataclass(frozen=True)
 class SamplingOptions:
     """How to sample; see `Transfusion.sample`. Raises `ValueError` or `TypeError` for what makes no sense."""
@@ -33,41 +40,83 @@ class SamplingOptions:
 
     def __post_init__(self):
         for name in ("max_length", "modality_steps", "max_modality_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not (isfinite(self.text_temperature) and self.text_temperature >= 0):
-            raise ValueError(f"text_temperature must be finite and not negative, got {self.text_temperature}")
+            check_int(getattr(self, name), name)
+        for name in ("text_temperature", "text_min_p", "cfg_scale"):
+            check_number(getattr(self, name), name)
+        if self.text_temperature < 0:
+            raise ValueError(f"text_temperature must not be negative, got {self.text_temperature}")
         if not 0 <= self.text_min_p <= 1:
             raise ValueError(f"text_min_p must be between 0 and 1, got {self.text_min_p}")
-        if not isfinite(self.cfg_scale):
-            raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}")
         if self.fixed_modality_shape is not None:
             check_shape(self.fixed_modality_shape, "fixed_modality_shape")
-        noise = self.init_modality_noise
-        if noise is not None and (not isinstance(noise, Tensor) or noise.ndim != 2 or not noise.is_floating_point()):
-            raise ValueError("init_modality_noise must be a float tensor (n, d): rows of latents, channels")
+        if self.init_modality_noise is not None:
+            check_noise(self.init_modality_noise)
+        if self.odeint_kwargs is not None and not isinstance(self.odeint_kwargs, Mapping):
+            raise TypeError(
+                "odeint_kwargs must be a dict of arguments of torchdiffeq.odeint, such as dict(method='euler'), got "
+                f"{type(self.odeint_kwargs).__name__}"
+            )
+
+
+def check_int(value: Any, name: str, *, least: int = 1) -> None:
+    """Raises `TypeError` or `ValueError` unless `value` is an int and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(value: Any, name: str) -> None:
+    """Raises `TypeError` or `ValueError` unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_shape(shape: Any, name: str) -> None:
     """Raises `ValueError` unless `shape` is a tuple of positive ints."""
-    if not isinstance(shape, (tuple, list)) or not all(isinstance(size, Integral) and size > 0 for size in shape):
+    is_shape = isinstance(shape, (tuple, list)) and all(isinstance(size, Integral) for size in shape)
+    if not is_shape or any(int(size) < 1 for size in shape):
         raise ValueError(f"{name} must be a tuple of positive ints, such as (4, 4), got {shape!r}")
 
 
-def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> tuple[list[Piece], list[int]]:
-    """A bare sample to continue, and the ids of a modality that it opens at its end without giving it.
+def check_noise(noise: Any) -> None:
+    """Raises `ValueError` unless `noise` is a finite float tensor of two axes."""
+    if not isinstance(noise, Tensor) or noise.ndim != 2 or not noise.is_floating_point():
+        got = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"init_modality_noise must be a float tensor (n, d): rows of latents, channels, got {got}")
+    if not noise.isfinite().all():
+        raise ValueError("init_modality_noise contains NaN or infinity")
 
-    A prompt may carry any markers that a returned sample has. Raises as `parse_sample` does.
+
+def check_type(modality: Any, num_modalities: int, name: str) -> int:
+    """The type of one of a model's modalities. Raises `TypeError` or `ValueError` for anything else."""
+    if isinstance(modality, bool) or not isinstance(modality, Integral):
+        raise TypeError(f"{name}: a modality type is an int, got {modality!r}")
+    if not 0 <= int(modality) < num_modalities:
+        raise ValueError(f"{name}: unknown modality type {modality}, this model has {num_modalities} (from 0)")
+    return int(modality)
+
+
+def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> list[Piece]:
+    """The parts of a prompt as they came; none for None. Raises `TypeError` or `ValueError` that names the part at
+    fault.
     """
     if prompt is None or (isinstance(prompt, list) and not prompt):
-        return [], []
+        return []
     pieces = parse_sample(prompt, vocabulary.num_modalities, where)
     for i, piece in enumerate(pieces):
         if isinstance(piece, Text):
             check_ids(piece.ids, vocabulary.num_logits, f"{where}, part {i}")
+    return pieces
+
+
+def split_opening(pieces: Sequence[Piece], vocabulary: Vocabulary, where: str) -> tuple[list[Piece], list[int]]:
+    """A bare sample to continue, and the ids of a modality that it opens at its end without giving it.
+
+    A prompt may carry any markers that a returned sample has. Raises `ValueError` where one stands elsewhere.
+    """
     bare = strip_markers(pieces, vocabulary)
     opened: list[int] = []
     if bare and isinstance(bare[-1], Text) and vocabulary.meta in bare[-1].ids.tolist():
@@ -88,16 +137,15 @@ def forced_modality(forced: Any, num_modalities: int, fixed_shape: Shape | None)
     if forced is None:
         return None
     modality, shape = forced if isinstance(forced, (tuple, list)) and len(forced) == 2 else (forced, None)
-    if isinstance(modality, bool) or not isinstance(modality, Integral):
-        raise TypeError(f"force_modality_at_start must be a type or (type, shape), got {forced!r}")
-    if not 0 <= modality < num_modalities:
-        raise ValueError(f"force_modality_at_start: unknown modality type {modality}, this model has {num_modalities}")
-    if shape is not None:
-        check_shape(shape, "the shape in force_modality_at_start")
-        if fixed_shape is not None and tuple(shape) != tuple(fixed_shape):
-            raise ValueError(f"force_modality_at_start asks for {tuple(shape)}, fixed_modality_shape for {fixed_shape}")
-        return int(modality), tuple(shape)
-    return int(modality), None if fixed_shape is None else tuple(fixed_shape)
+    modality = check_type(modality, num_modalities, "force_modality_at_start, a type or (type, shape)")
+    if shape is None:
+        return modality, None if fixed_shape is None else tuple(fixed_shape)
+    check_shape(shape, "the shape in force_modality_at_start")
+    if fixed_shape is not None and tuple(shape) != tuple(fixed_shape):
+        raise ValueError(
+            f"force_modality_at_start asks for {tuple(shape)}, fixed_modality_shape for {tuple(fixed_shape)}"
+        )
+    return modality, tuple(shape)
 
 
 def without_text(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:

@@ -20,7 +20,8 @@ def sample_tokens(
 ) -> Int[Tensor, " r"]:
     """A token for each row among those `allowed`; `temperature` 0 takes the likeliest."""
     logits = logits.float().masked_fill(~allowed, float("-inf"))
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(dim=-1)
     logits = min_p_filter(logits, min_p)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # or a low temperature divides them beyond what a float holds
     return torch.multinomial((logits / temperature).softmax(dim=-1), 1).flatten()

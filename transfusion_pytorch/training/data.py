@@ -1,8 +1,9 @@
 """Batches of samples from any dataset of samples."""
 
+from numbers import Integral
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 
 def collate_fn(samples: list[Any]) -> list[list[Any]]:
@@ -15,10 +16,12 @@ def collate_fn(samples: list[Any]) -> list[list[Any]]:
 
 
 def _as_parts(sample: Any) -> list[Any]:
-    is_modality = isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], int)
+    is_modality = isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Integral)
     return list(sample) if isinstance(sample, (list, tuple)) and not is_modality else [sample]
 
 
-def create_dataloader(dataset: Dataset, *, batch_size: int = 16, shuffle: bool = False, **options: Any) -> DataLoader:
-    """A `DataLoader` whose batches `Transfusion` takes as they are. `options` are those of `DataLoader`."""
+def create_dataloader(dataset: Any, *, batch_size: int = 16, shuffle: bool = False, **options: Any) -> DataLoader:
+    """Batches that `Transfusion` takes as they are, of a `Dataset` or a list of samples. `options` are those of
+    `DataLoader`.
+    """
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_fn, **options)

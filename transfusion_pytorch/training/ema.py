@@ -1,6 +1,6 @@
 """An exponential moving average of a model that can do what the model can."""
 
-from typing import Any
+from typing import Any, cast
 
 from ema_pytorch import EMA
 from torch import nn
@@ -12,4 +12,4 @@ def create_ema(model: nn.Module, *, beta: float = 0.99, **options: Any) -> EMA:
     """An `ema_pytorch.EMA` of `model` with its sampling methods. `options` are those of `EMA` (`update_every` and
     others).
     """
-    return EMA(model, beta=beta, forward_method_names=SAMPLING_METHODS, **options)
+    return cast(EMA, EMA(model, beta=beta, forward_method_names=SAMPLING_METHODS, **options))

@@ -1,9 +1,9 @@
 """The losses, and their sum.
 
-k slots of one type, c channels, v vocabulary.
+n slots, v vocabulary, e errors of different kinds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
 
 
 class LossBreakdown(NamedTuple):
@@ -35,45 +37,76 @@ class LossWeights(NamedTuple):
     recon: float
 
 
-def text_loss(logits: Shaped[Tensor, "n v"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the labels, zero where there is none."""
-    return global_mean(F.cross_entropy(_precise(logits), labels, reduction="sum"), len(labels))
+class ErrorSum(NamedTuple):
+    """Errors added up, and how many of them: a mean that is yet to be taken."""
+
+    total: Float[Tensor, ""]
+    count: int
 
 
-def squared_error(prediction: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Mean squared error over all elements."""
-    error = F.mse_loss(_precise(prediction), _precise(target), reduction="sum")
-    return global_mean(error, target.numel())
+def text_error(logits: Shaped[Tensor, "n v"], labels: Int[Tensor, " n"]) -> ErrorSum:
+    """Cross-entropy over the labels."""
+    return ErrorSum(F.cross_entropy(_precise(logits), labels, reduction="sum"), len(labels))
+
+
+def squared_error(prediction: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> ErrorSum:
+    """Squared error over all elements."""
+    return ErrorSum(F.mse_loss(_precise(prediction), _precise(target), reduction="sum"), target.numel())
+
+
+def flow_errors(
+    velocities: Mapping[int, Tensor], flow: Mapping[int, FlowSample], *, of_clean: bool
+) -> dict[int, ErrorSum]:
+    """Errors of the velocities of each modality; `of_clean` says that they were made from predictions of the clean
+    latent.
+    """
+    errors = {}
+    for modality, sample in flow.items():
+        target = sample.velocity
+        if of_clean:  # damped as the prediction is, so that the perfect prediction scores zero
+            target = velocity_towards(estimate_clean(*sample), sample.x_t, sample.t)
+        errors[modality] = squared_error(velocities[modality], target)
+    return errors
 
 
 def combine(
     *,
-    text: Float[Tensor, ""],
-    flow: Float[Tensor, " modalities"],
-    velocity: Float[Tensor, " modalities"],
-    recon: Float[Tensor, " modalities"],
+    text: ErrorSum,
+    flow: Mapping[int, ErrorSum],
+    velocity: Mapping[int, ErrorSum],
+    recon: Mapping[int, ErrorSum],
     weights: LossWeights,
 ) -> LossBreakdown:
-    """Adds the weighted parts up."""
+    """Takes the means, of each modality that has errors and zero for the others, and adds the weighted ones up."""
+    modalities = range(len(weights.flow))
+    nothing = ErrorSum(text.total.new_zeros(()), 0)
+    sums = [errors.get(modality, nothing) for errors in (flow, velocity, recon) for modality in modalities]
+    means = global_means([text, *sums])
+    of_text, (of_flow, of_velocity, of_recon) = means[0], means[1:].unflatten(0, (3, -1))
     total = (
-        weights.text * text
-        + (flow * flow.new_tensor(weights.flow)).sum()
-        + weights.velocity * velocity.sum()
-        + weights.recon * recon.sum()
+        weights.text * of_text
+        + (of_flow * of_flow.new_tensor(weights.flow)).sum()
+        + weights.velocity * of_velocity.sum()
+        + weights.recon * of_recon.sum()
     )
-    return LossBreakdown(total, text, flow, velocity, recon)
+    return LossBreakdown(total, of_text, of_flow, of_velocity, of_recon)
 
 
-def global_mean(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:
-    """A mean over the batches of all processes, scaled so that the averaging of gradients in DDP comes out right.
+def global_means(sums: Sequence[ErrorSum]) -> Float[Tensor, " e"]:
+    """Means over the batches of all processes, scaled so that the averaging of gradients in DDP comes out right; zero
+    where nothing was added up.
 
     Each process divides by the mean count instead of its own; otherwise a token in a short batch would weigh more.
+    All counts travel together, also those of a modality that this process happens not to have. Where no gradient is
+    wanted a process keeps to its own counts, so that one alone can evaluate.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        counts = torch.tensor(float(count), device=total.device)
+    totals = torch.stack([error.total for error in sums])
+    counts = torch.tensor([error.count for error in sums], device=totals.device)
+    processes = 1
+    if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
-        return total / (counts / dist.get_world_size()).clamp(min=1 / dist.get_world_size())
-    return total / max(count, 1)
+        processes = dist.get_world_size()
+    return totals * processes / counts.clamp(min=1)
 
 
 def _precise(x: Tensor) -> Tensor:

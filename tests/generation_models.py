@@ -1,0 +1,185 @@
+"""Small models for the tests of sampling, and oracles that know nothing of the engine."""
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torchdiffeq import odeint
+
+from transfusion_pytorch import Transfusion
+from transfusion_pytorch.generation.grammar import Grammar
+from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Text
+
+torch.set_num_threads(1)  # such small models gain nothing by two, and lose much where other work shares the cores
+
+VECTOR, LINE, IMAGE, VIDEO = range(4)  # the modalities of `build`, of 0 to 3 axes
+CHANNELS = (2, 3, 1, 2)
+GREEDY = dict(text_temperature=0.0, modality_steps=2, max_length=40, max_modality_tokens=6)
+
+
+class Lively(nn.Linear):
+    """A read-out whose choices hang on the last digits of what it reads: greedy text is no loop, and any slip shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(40 * super().forward(x)) + self.push
+
+
+def build(*, seed: int = 0, push: dict[str, float] | None = None, transformer: dict | None = None, **options):
+    """A tiny model in float64 whose every parameter is perturbed, so that nothing is zero by initialisation.
+
+    `push` moves the logits of `meta`, `eos` and others, which lie between -1 and 1.
+    """
+    torch.manual_seed(seed)
+    options = dict(num_text_tokens=4, dim_latent=CHANNELS, modality_num_dim=(0, 1, 2, 3)) | options
+    model = Transfusion(transformer=dict(dim=8, depth=2, dim_head=4, heads=2) | (transformer or {}), **options)
+    model.to_logits = Lively(8, model.vocabulary.num_logits, bias=False)
+    model.to_logits.register_buffer("push", torch.zeros(model.vocabulary.num_logits))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        for name, value in (dict(meta=0.6, eos=-0.2) | (push or {})).items():
+            ids = getattr(model.vocabulary, name)
+            model.to_logits.push[list(ids) if isinstance(ids, tuple) else ids] = value
+    return model.double().eval()
+
+
+def noise(rows: int = 64, channels: int = 3, seed: int = 1) -> Tensor:
+    return torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def latents(modality: int, *shape: int, seed: int = 2) -> tuple[int, Tensor]:
+    """A modality of `build` as a part of a sample."""
+    generator = torch.Generator().manual_seed(seed)
+    return modality, torch.randn(*shape, CHANNELS[modality], generator=generator, dtype=torch.float64)
+
+
+def text(*ids: int) -> Tensor:
+    return torch.tensor(ids)
+
+
+def assert_same(got: list, expected: list, tolerance: float = 1e-9) -> None:
+    """Samples are the same: text to the id, modalities within `tolerance`."""
+    assert shapes_of(got) == shapes_of(expected)
+    for part, other in zip(got, expected, strict=True):
+        if isinstance(part, tuple):
+            torch.testing.assert_close(part[1], other[1], atol=tolerance, rtol=0)
+
+
+def shapes_of(sample: list) -> list:
+    """A sample as one can compare and read it: ids, and types with shapes."""
+    return [(part[0], tuple(part[1].shape)) if isinstance(part, tuple) else part.tolist() for part in sample]
+
+
+def drawn(sample: list) -> list[tuple[int, Tensor]]:
+    return [part for part in sample if isinstance(part, tuple)]
+
+
+def to_pieces(sample: list) -> list[Piece]:
+    """A returned sample of latents, channels last, as the transformer reads it."""
+    return [Modality(*part) if isinstance(part, tuple) else Text(part) for part in sample]
+
+
+def slots_of(model, sample: list) -> list[int]:
+    """The id in every slot of a sample, -1 where it is a latent."""
+    slots = []
+    for part in sample:
+        if isinstance(part, tuple):
+            slots += [-1] * prod(model.modalities[part[0]].token_shape(tuple(part[1].shape[:-1])))
+        else:
+            slots += part.tolist()
+    return slots
+
+
+def parts_of(prompt) -> list:
+    """A prompt as a list of parts."""
+    return [] if prompt is None else prompt if isinstance(prompt, list) else [prompt]
+
+
+def num_given(model, prompt) -> int:
+    """The slots that a prompt of latents takes up, with all its markers."""
+    slots = 1  # sos
+    for part in parts_of(prompt):
+        if isinstance(part, tuple) or part.is_floating_point():
+            modality, x = part if isinstance(part, tuple) else (0, part)
+            slots += len(model.vocabulary.opening(modality, tuple(x.shape[:-1]))) + 1
+            slots += len(slots_of(model, [(modality, x)]))
+        else:
+            slots += part.numel()
+    return slots
+
+
+def grammar_of(model, most: int = GREEDY["max_modality_tokens"]) -> Grammar:
+    dims = [io.spec.num_dim for io in model.modalities]
+    return Grammar(model.vocabulary, [range(MAX_AXES + 1) if dim is None else {dim} for dim in dims], most=most)
+
+
+def assert_greedy(model, sample: list, given: int, most: int = GREEDY["max_modality_tokens"]) -> int:
+    """One forward pass over the whole sample, as in training, would have written every id behind the `given` slots.
+    Returns how many those are.
+    """
+    meta, eom, grammar = model.meta_id, model.eom_ids, grammar_of(model, most)
+    if not isinstance(sample[-1], tuple) and meta in (ids := sample[-1].tolist()):
+        sample = [*sample[:-1], sample[-1][: ids.index(meta)]]  # cut off before the latents came
+    sample = [part for part in sample if isinstance(part, tuple) or len(part)]
+    with torch.no_grad():
+        [logits] = model([sample], return_loss=False)
+    slots, opening, checked = slots_of(model, sample), None, 0
+    assert len(logits) - len(slots) == (slots[-1] != model.eos_id)  # in training there is an eos
+    for slot, token in enumerate(slots):
+        if slot >= given and token >= 0 and token not in eom:
+            best = logits[slot - 1].masked_fill(~grammar.allowed(opening), float("-inf")).argmax()
+            assert best == token, f"slot {slot} of {slots}: {token} was written, {best} is the likeliest"
+            checked += 1
+        opening = grammar.advance(opening, token)
+    return checked
+
+
+def solve(
+    model, before: list[Piece], modality: int, start: Tensor, shape: tuple, *, steps: int, scale: float, **solver
+):
+    """Draws a modality behind marked pieces: everything is read again each time, guidance by its formula."""
+    nulled = [
+        Text(torch.where(piece.ids < model.vocabulary.num_text, model.vocabulary.null, piece.ids))
+        if isinstance(piece, Text)
+        else piece
+        for piece in before
+    ]
+
+    def velocity(t, x):
+        conditional = velocity_behind(model, before, Modality(modality, x.reshape(*shape, x.shape[-1])), t)
+        if scale == 1:
+            return conditional
+        unconditional = velocity_behind(model, nulled, Modality(modality, x.reshape(*shape, x.shape[-1])), t)
+        return (1 - scale) * unconditional + scale * conditional
+
+    with torch.no_grad():
+        return odeint(velocity, start, torch.linspace(0, 1, steps + 1, dtype=start.dtype), **solver)[-1]
+
+
+def velocity_behind(model, before: list[Piece], span: Modality, t: Tensor) -> Tensor:
+    stream, values = model.pack([[*before, span]]), model.latents_by_type([[*before, span]])
+    times = torch.ones(len(stream.spans), dtype=torch.float64)
+    times[-1] = t
+    velocities = model.velocities(model.run(stream, values, times), stream, values, times)
+    return velocities[span.type][-prod(span.shape) :]
+
+
+def assert_drawn(model, sample: list, given: int = 0, *, steps: int = 2, scale: float = 1.0, start=None, **solver):
+    """The latents of a returned sample are what `solve` makes of the same noise; the first `given` are the prompt's."""
+    start, pieces = noise() if start is None else start, to_pieces(sample)
+    places = [i for i, piece in enumerate(pieces) if isinstance(piece, Modality)]
+    for i in places[given:]:
+        modality, x = sample[i]
+        has_text = any((piece.ids < model.vocabulary.num_text).any() for piece in pieces[:i] if isinstance(piece, Text))
+        rows, channels = prod(x.shape[:-1]), x.shape[-1]
+        expected = solve(
+            model,
+            pieces[:i],
+            modality,
+            start[:rows, :channels],
+            tuple(x.shape[:-1]),
+            steps=steps,
+            scale=scale if has_text else 1.0,
+            **(solver or dict(method="midpoint")),
+        )
+        torch.testing.assert_close(x.reshape(rows, channels), expected, atol=1e-9, rtol=0)

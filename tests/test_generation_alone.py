@@ -1,0 +1,160 @@
+"""Text without modalities, modalities without text, and the choice of a token."""
+
+import pytest
+import torch
+from generation_models import IMAGE, LINE, VECTOR, VIDEO, build, noise
+from torchdiffeq import odeint
+
+from transfusion_pytorch import UNetDown, UNetUp
+from transfusion_pytorch.generation.text import min_p_filter, sample_tokens
+from transfusion_pytorch.sequence.samples import Modality
+
+
+def naive(model, ids, seq_len):
+    """Greedy text, one whole forward pass for each token."""
+    with torch.no_grad():
+        while ids.shape[1] < seq_len:
+            logits = model(ids, return_loss=False)[:, -1, : model.vocabulary.num_text]
+            ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("cache_kv", [True, False])
+@pytest.mark.parametrize("transformer", [dict(), dict(kv_heads=1, use_value_residual=True, num_residual_streams=2)])
+def test_greedy_text_is_that_of_the_naive_loop(transformer, cache_kv):
+    model, prompt = build(num_text_tokens=9, transformer=transformer), torch.randint(0, 9, (3, 4))
+    written = model.generate_text_only(prompt, 24, temperature=0.0, cache_kv=cache_kv)
+    assert torch.equal(torch.cat([prompt, written], dim=1), naive(model, prompt, 24))
+    assert len(written.unique()) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.uint8])
+@pytest.mark.parametrize("seq_len", [0, 2, 4, 5, 9])
+def test_text_has_the_length_that_was_asked_for(seq_len, dtype):
+    prompt = torch.randint(0, 4, (2, 4)).to(dtype)
+    written = build().generate_text_only(prompt, seq_len)
+    assert written.shape == (2, max(seq_len - 4, 0))
+    assert written.dtype == torch.long
+
+
+def test_text_alone_has_no_markers():
+    model = build(push=dict(meta=50.0, eos=50.0, som=50.0))
+    written = model.generate_text_only(torch.tensor([[1], [2]]), 40, temperature=2.0, min_p=0.0)
+    assert set(written.flatten().tolist()) == {0, 1, 2, 3}
+
+
+def flow_alone(model, modality, shape, steps, **solver):
+    """Solves the flow of one instance, which is a whole sample by itself."""
+    start = noise()[: torch.Size(shape).numel(), : model.modalities[modality].spec.dim_latent]
+
+    def velocity(t, x):
+        sample = [[Modality(modality, x.reshape(*shape, x.shape[-1]))]]
+        stream, values = model.pack(sample), model.latents_by_type(sample)
+        hidden = model.run(stream, values, t.reshape(1))
+        return model.velocities(hidden, stream, values, t.reshape(1))[modality]
+
+    with torch.no_grad():
+        return odeint(velocity, start, torch.linspace(0, 1, steps + 1, dtype=start.dtype), **solver)[-1]
+
+
+@pytest.mark.parametrize(("modality", "shape"), [(VECTOR, ()), (LINE, (4,)), (IMAGE, (2, 3)), (VIDEO, (1, 2, 2))])
+@pytest.mark.parametrize("method", ["midpoint", "rk4", "explicit_adams"])
+def test_modality_alone_solves_its_flow(modality, shape, method):
+    model = build()
+    solver = dict(
+        modality_type=modality, fixed_modality_shape=shape, modality_steps=3, odeint_kwargs=dict(method=method)
+    )
+    got = model.generate_modality_only(2, init_modality_noise=noise(), **solver)
+    expected = flow_alone(model, modality, shape, 3, method=method)
+    assert got.shape == (2, *shape, expected.shape[-1])
+    for instance in got:
+        torch.testing.assert_close(instance.reshape(expected.shape), expected, atol=1e-9, rtol=0)
+
+
+def test_modalities_of_a_batch_do_not_see_each_other(monkeypatch):
+    model, starts = build(), noise(rows=12).split(4)
+    options = dict(modality_type=LINE, fixed_modality_shape=(4,), modality_steps=2)
+    alone = [model.generate_modality_only(init_modality_noise=start, **options) for start in starts]
+    waiting = iter(starts)
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: next(waiting))
+    batch = model.generate_modality_only(3, **options)
+    torch.testing.assert_close(batch, torch.cat(alone), atol=1e-9, rtol=0)
+
+
+def test_modality_alone_takes_the_default_shape_and_the_users_channels():
+    model = build(modality_default_shape=((), (2,), (3, 2), (1, 1, 2)), channel_first_latent=True)
+    assert model.generate_modality_only(modality_type=IMAGE, modality_steps=1).shape == (1, 1, 3, 2)
+    assert model.generate_modality_only(2, modality_type=VECTOR, modality_steps=1).shape == (2, 2)
+
+
+def test_modality_alone_is_decoded_at_once():
+    calls = []
+
+    class Decoder(torch.nn.Module):
+        def forward(self, x):
+            calls.append(tuple(x.shape))
+            return -x
+
+    model = build(dim_latent=3, modality_num_dim=1, modality_decoder=Decoder())
+    options = dict(fixed_modality_shape=(2,), modality_steps=1, init_modality_noise=noise())
+    decoded = model.generate_modality_only(4, **options)
+    assert calls == [(4, 2, 3)]
+    torch.testing.assert_close(decoded, -model.generate_modality_only(4, return_unprocessed_modalities=True, **options))
+    assert len(calls) == 1
+
+
+def test_modality_alone_goes_through_a_unet():
+    sizes = dict(dim_hidden=4, num_dim=2)
+    model = build(
+        dim_latent=3, modality_num_dim=2, pre_post_transformer_enc_dec=(UNetDown(3, 8, **sizes), UNetUp(3, 8, **sizes))
+    )
+    got = model.generate_modality_only(fixed_modality_shape=(3, 4), modality_steps=2, init_modality_noise=noise())
+    expected = flow_alone(model, 0, (3, 4), 2, method="midpoint")
+    torch.testing.assert_close(got.reshape(12, 3), expected, atol=1e-9, rtol=0)
+
+
+# choosing a token
+
+
+def logits_of(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("min_p", "kept"),
+    [(0.0, {0, 1, 2, 3}), (0.09, {0, 1, 2, 3}), (0.11, {0, 1, 2}), (0.5, {0, 1}), (0.61, {0}), (1.0, {0})],
+)
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p, kept):
+    logits = logits_of(0.5, 0.3, 0.15, 0.05)
+    filtered = min_p_filter(logits, min_p)
+    assert set(filtered.isfinite().nonzero()[:, 1].tolist()) == kept
+    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
+    tokens = sample_tokens(logits.expand(500, -1), torch.ones(1, 4, dtype=torch.bool), temperature=3.0, min_p=min_p)
+    assert set(tokens.tolist()) == kept
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_the_temperature_says(temperature):
+    count, probabilities = 40_000, torch.tensor([0.5, 0.3, 0.15, 0.05])
+    allowed = torch.tensor([[True, True, False, True]])
+    tokens = sample_tokens(logits_of(*probabilities).expand(count, -1), allowed, temperature=temperature, min_p=0.0)
+    expected = probabilities ** (1 / temperature) * allowed[0]
+    expected = expected / expected.sum()
+    seen = torch.bincount(tokens, minlength=4)
+    chi_square = ((seen - count * expected) ** 2 / (count * expected)).nan_to_num().sum()
+    assert chi_square < 14, "beyond the 99.9th percentile of 2 degrees of freedom"
+    assert seen[2] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-30])
+def test_the_likeliest_is_taken_where_there_is_no_temperature(temperature):
+    logits = 100 * torch.randn(50, 30, dtype=torch.float64)
+    allowed = torch.rand(50, 30) < 0.5
+    expected = logits.masked_fill(~allowed, float("-inf")).argmax(dim=-1)
+    assert torch.equal(sample_tokens(logits, allowed, temperature=temperature, min_p=0.0), expected)
+
+
+def test_min_p_judges_by_what_is_allowed():
+    allowed = torch.tensor([[False, True, True, True]])
+    tokens = sample_tokens(logits_of(0.98, 0.01, 0.009, 0.001).expand(300, -1), allowed, temperature=1.0, min_p=0.5)
+    assert set(tokens.tolist()) == {1, 2}
