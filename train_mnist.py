@@ -43,8 +43,8 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "digits": Recipe(steps=2000, patch=2, dim=64, depth=4),
-    "mnist": Recipe(steps=5000, patch=4, dim=96, depth=5, batch_size=32),
-    "fashion": Recipe(steps=5000, patch=4, dim=96, depth=5, batch_size=32),
+    "mnist": Recipe(steps=4000, patch=4, dim=96, depth=5, batch_size=32),
+    "fashion": Recipe(steps=4000, patch=4, dim=96, depth=5, batch_size=32),
 }
 
 

@@ -10,11 +10,28 @@ from transfusion_pytorch import Transfusion
 from transfusion_pytorch.generation.grammar import Grammar
 from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Text
 
-torch.set_num_threads(1)  # such small models gain nothing by two, and lose much where other work shares the cores
-
 VECTOR, LINE, IMAGE, VIDEO = range(4)  # the modalities of `build`, of 0 to 3 axes
 CHANNELS = (2, 3, 1, 2)
 GREEDY = dict(text_temperature=0.0, modality_steps=2, max_length=40, max_modality_tokens=6)
+
+
+# options of `build`: everything that the transformer and its read-out can be
+MODELS = {
+    "plain": dict(),
+    "kv_heads": dict(transformer=dict(kv_heads=1)),
+    "laser": dict(transformer=dict(attn_laser=True)),
+    "value residual": dict(transformer=dict(use_value_residual=True)),
+    "hyper-connections": dict(transformer=dict(num_residual_streams=2)),
+    "frac-connections": dict(transformer=dict(num_residual_fracs=2)),
+    "softcap": dict(transformer=dict(attn_kwargs=dict(softcap_value=2.0))),
+    "no gates": dict(transformer=dict(attn_kwargs=dict(gate_values=False))),
+    "no skips": dict(transformer=dict(unet_skips=False)),
+    "no norm of queries": dict(transformer=dict(qk_rmsnorm=False)),
+    "swiglu": dict(transformer=dict(ff_kwargs=dict(activation="swiglu"))),
+    "three layers": dict(transformer=dict(depth=3)),
+    "clean": dict(model_output_clean=True),
+    "no positions": dict(add_pos_emb=False),
+}
 
 
 class Lively(nn.Linear):

@@ -5,6 +5,7 @@ from generation_models import (
     GREEDY,
     IMAGE,
     LINE,
+    MODELS,
     VECTOR,
     VIDEO,
     assert_drawn,
@@ -22,7 +23,6 @@ from generation_models import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generation_cache import MODELS
 
 from transfusion_pytorch.generation.engine import Engine
 from transfusion_pytorch.generation.state import Phase

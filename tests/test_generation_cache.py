@@ -6,6 +6,7 @@ from generation_models import (
     GREEDY,
     IMAGE,
     LINE,
+    MODELS,
     VECTOR,
     VIDEO,
     assert_drawn,
@@ -27,23 +28,6 @@ from transfusion_pytorch.generation.context import CachedContext, Lane
 from transfusion_pytorch.generation.engine import Engine
 from transfusion_pytorch.generation.requests import without_text
 from transfusion_pytorch.sequence.samples import Text
-
-MODELS = {
-    "plain": dict(),
-    "kv_heads": dict(transformer=dict(kv_heads=1)),
-    "laser": dict(transformer=dict(attn_laser=True)),
-    "value residual": dict(transformer=dict(use_value_residual=True)),
-    "hyper-connections": dict(transformer=dict(num_residual_streams=2)),
-    "frac-connections": dict(transformer=dict(num_residual_fracs=2)),
-    "softcap": dict(transformer=dict(attn_kwargs=dict(softcap_value=2.0))),
-    "no gates": dict(transformer=dict(attn_kwargs=dict(gate_values=False))),
-    "no skips": dict(transformer=dict(unet_skips=False)),
-    "no norm of queries": dict(transformer=dict(qk_rmsnorm=False)),
-    "swiglu": dict(transformer=dict(ff_kwargs=dict(activation="swiglu"))),
-    "three layers": dict(transformer=dict(depth=3)),
-    "clean": dict(model_output_clean=True),
-    "no positions": dict(add_pos_emb=False),
-}
 
 PROMPTS = {
     "nothing": None,
@@ -172,6 +156,13 @@ def test_cache_holds_clean_latents_after_drawing(monkeypatch):
             assert fresh.lengths == [length]
             for got, expected in zip(context.cache.keys + context.cache.values, fresh.keys + fresh.values, strict=True):
                 torch.testing.assert_close(got[at, :, :length], expected[0, :, :length], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 3), (2.0, 6)])
+def test_cache_has_rows_for_guidance_where_there_is_any(monkeypatch, scale, rows):
+    contexts = spied_contexts(monkeypatch)
+    build().sample_many([None] * 3, **GREEDY | dict(cfg_scale=scale, max_length=3))
+    assert [len(context.cache.lengths) for context in contexts] == [rows]
 
 
 def test_cache_would_notice_latents_that_are_not_clean():

@@ -21,6 +21,7 @@ from generation_models import (
     text,
 )
 
+from transfusion_pytorch import UNetDown, UNetUp
 from transfusion_pytorch.generation.grammar import Grammar
 from transfusion_pytorch.sequence.vocabulary import ALPHABET, Vocabulary, format_shape, parse_shape
 
@@ -184,6 +185,16 @@ def test_a_modality_is_drawn_where_there_is_just_enough_room(room, fits):
     assert len(drawn(sample)) == fits
     assert slots_of(model, sample)[:6] == [4, *model.vocabulary.opening(IMAGE, (2, 3)).tolist()]
     assert len(slots_of(model, sample)) == (13 if fits else 6)
+
+
+def test_room_is_for_tokens_which_a_unet_has_fewer_of_than_latents():
+    sizes = dict(dim_hidden=4, num_dim=2)
+    unet = (UNetDown(3, 8, **sizes), UNetUp(3, 8, **sizes))
+    model = build(dim_latent=3, modality_num_dim=2, pre_post_transformer_enc_dec=unet)
+    model = writes(model, model.meta_id, "8,8", model.som_ids[0])
+    sample = model.sample(**GREEDY | dict(max_length=1 + 5 + 16 + 1, max_modality_tokens=64))
+    assert shapes_of(drawn(sample)) == [(0, (8, 8, 3))]
+    assert len(slots_of(model, sample)) == 23
 
 
 def test_a_forced_modality_needs_room():

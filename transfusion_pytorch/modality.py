@@ -289,7 +289,7 @@ class _SafeParser:
     def __call__(self, text: str) -> Shape | None:
         try:
             shape = self.parse(text)
-        except (ValueError, AssertionError):
+        except (ValueError, AssertionError, IndexError):
             return None
         valid = isinstance(shape, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in shape)
         return tuple(shape) if valid else None
