@@ -54,7 +54,7 @@ def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Trans
         num_text_tokens=num_classes,  # one word for each class
         dim_latent=latents.shape[-1],
         modality_default_shape=tuple(latents.shape[1:-1]),
-        flow_loss_weight=5.0,  # lambda of the Transfusion paper
+        flow_loss_weight=2.0,  # the paper has 5; a few words here say as much as a whole caption there
         transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=recipe.heads, dim_head=recipe.dim // recipe.heads),
     )
 

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="bytes in a window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--validate-every", type=int, default=200, help="in steps (default: %(default)s)")
     parser.add_argument("--prompt", default="The ", help="what the sample at the end starts with")
     parser.add_argument("--write", type=int, default=400, help="bytes to write at the end (default: %(default)s)")
