@@ -39,10 +39,11 @@ class Recipe(NamedTuple):
     heads: int = 4
     batch_size: int = 64
     learning_rate: float = 2e-3
+    flow_loss_weight: float = 5.0  # as in the Transfusion paper
 
 
 RECIPES = {
-    "digits": Recipe(steps=2000, patch=2, dim=64, depth=4),
+    "digits": Recipe(steps=2000, patch=2, dim=64, depth=4, flow_loss_weight=2.0),
     "mnist": Recipe(steps=4000, patch=4, dim=96, depth=5, batch_size=32),
     "fashion": Recipe(steps=4000, patch=4, dim=96, depth=5, batch_size=32),
 }
@@ -54,7 +55,7 @@ def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Trans
         num_text_tokens=num_classes,  # one word for each class
         dim_latent=latents.shape[-1],
         modality_default_shape=tuple(latents.shape[1:-1]),
-        flow_loss_weight=2.0,  # the paper has 5; a few words here say as much as a whole caption there
+        flow_loss_weight=recipe.flow_loss_weight,
         transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=recipe.heads, dim_head=recipe.dim // recipe.heads),
     )
 
