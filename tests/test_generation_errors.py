@@ -61,8 +61,16 @@ PROMPTS = {
     ),
     "an opening that is no shape": (text(META, COMMA), ValueError, "prompt 0: the markers at its end"),
     "an opening that is too large": (text(META, FOUR, FOUR), ValueError, "at most max_modality_tokens=6 latents"),
-    "text behind an opening": (text(META, FOUR, SOM[1], 2), ValueError, "prompt 0: the markers at its end"),
-    "two openings": (text(META, FOUR, SOM[1], META, FOUR, SOM[1]), ValueError, "prompt 0: the markers at its end"),
+    "text behind an opening": (
+        text(META, FOUR, SOM[1], 2),
+        ValueError,
+        "prompt 0: markers of a modality stand where there is none",
+    ),
+    "two openings": (
+        text(META, FOUR, SOM[1], META, FOUR, SOM[1]),
+        ValueError,
+        "prompt 0: markers of a modality stand where there is none",
+    ),
     "more than max_length": (
         text(*[1] * 40),
         ValueError,

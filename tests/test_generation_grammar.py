@@ -222,7 +222,7 @@ def test_custom_shape_function_is_asked():
 @pytest.mark.parametrize(
     "parse", [lambda written: None, lambda written: (0, 3), lambda written: (3,), lambda written: (300, 300), int]
 )
-def test_shapes_that_are_none_fall_back_to_the_default(parse):
+def test_shapes_that_are_none_fall_back_to_the_default_or_end_the_sample(parse):
     options = dict(to_modality_shape_fn=parse, modality_default_shape=((), (2,), (2, 1), (1, 1, 1)))
     for fallback in (True, False):
         model = build(**options, fallback_to_default_shape_if_invalid=fallback)
@@ -230,8 +230,7 @@ def test_shapes_that_are_none_fall_back_to_the_default(parse):
         if fallback:
             assert shapes_of(drawn(model.sample(**GREEDY))) == [(IMAGE, (2, 1, 1))]
         else:
-            with pytest.raises(ValueError, match=r"modality 2: '2,2' was written, no shape .* fallback_to_default"):
-                model.sample(**GREEDY)
+            assert shapes_of(model.sample(**GREEDY)) == [[4, *model.vocabulary.opening(IMAGE, (2, 2))]]
 
 
 def test_a_default_that_does_not_fit_ends_the_sample():

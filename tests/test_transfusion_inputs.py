@@ -12,6 +12,8 @@ from torch import nn, tensor
 from transfusion_pytorch import LossBreakdown
 from transfusion_pytorch.sequence.samples import Modality
 
+SOS, META, SOM, CHAR = NUM_TEXT, NUM_TEXT + 2, NUM_TEXT + 3, NUM_TEXT + 7
+
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
 
@@ -52,7 +54,18 @@ def test_a_float_tensor_is_modality_0_and_an_integer_tensor_is_text(model):
     expected = model([[ids, (0, latents)]], return_loss=False)
     for batch in ([[ids, latents]], ([ids, latents],), [[tensor(1), tensor([2]), (np.int64(0), latents)]]):
         torch.testing.assert_close(model(batch, return_loss=False), expected, **EXACT)
-    assert torch.equal(model([ids, latents], return_loss=False), model([[ids], [latents]], return_loss=False))
+    assert torch.equal(model([ids, ids], return_loss=False), model([[ids], [ids]], return_loss=False))
+
+
+def test_a_forgotten_outer_list_is_refused(model):
+    with pytest.raises(TypeError, match=r"side by side .* go in a list: \[\[\.\.\.\]\]"):
+        model([tensor([1, 2]), images(2, 2)])
+
+
+@pytest.mark.parametrize("end", [[META], [META, CHAR], [META, CHAR, SOM]])
+def test_a_sample_that_was_cut_off_in_an_opening_is_taken_without_it(model, end):
+    cut = model([[tensor([SOS, 1, 2, *end])]], return_loss=False)
+    torch.testing.assert_close(cut, model([[tensor([1, 2])]], return_loss=False), **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -271,7 +284,6 @@ def forbidden(*args, **options):
 IDS, LATENTS = tensor([1, 2]), torch.ones(2, 2, 3)
 NAN, INFINITY = LATENTS.clone(), LATENTS.clone()
 NAN[0, 1, 2], INFINITY[1, 0, 0] = float("nan"), -float("inf")
-SOS, META, CHAR = NUM_TEXT, NUM_TEXT + 2, NUM_TEXT + 7
 
 MALFORMED_BATCHES = {
     "nothing": (None, TypeError, r"a batch is a list of samples, got NoneType"),
@@ -310,7 +322,7 @@ MALFORMED_BATCHES = {
     "id one too high": ([[tensor([1, SOS])]], ValueError, r"sample 0, part 0: token id 10 is outside .* 0 to 9"),
     "id below zero": ([[tensor(-1)]], ValueError, r"sample 0, part 0: token id -1 is outside the vocabulary"),
     "markers out of place": (
-        [[tensor([SOS, 1, META, CHAR])]],
+        [[tensor([SOS, META, CHAR, 1])]],
         ValueError,
         r"sample 0 without its markers, part 0: .* 12",
     ),

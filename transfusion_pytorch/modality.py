@@ -5,6 +5,7 @@ reads them.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -218,7 +219,8 @@ def build_modalities(
             if half is not None and not isinstance(half, nn.Module):
                 raise TypeError(f"modality {i}: {name} must be an nn.Module, got {type(half).__name__}")
         num_dim = resolve_num_dim(i, num_dims[i], shapes[i])
-        spec = ModalitySpec(i, dims[i], num_dim, shapes[i], bool(first[i]), shape_parser(parsers[i]))
+        default_shape = None if shapes[i] is None else tuple(shapes[i])
+        spec = ModalitySpec(i, dims[i], num_dim, default_shape, bool(first[i]), shape_parser(parsers[i]))
         if positions[i] and not num_dim:
             raise ValueError(
                 f"modality {i}: add_pos_emb needs the number of axes, at least 1; set modality_num_dim or "
@@ -238,8 +240,8 @@ def build_modalities(
             batched=bool(batched[i]),
             add_pos_emb=bool(num_dim) if positions[i] is None else bool(positions[i]),
         )
-        if shapes[i] is not None and pairs[i] is not None:
-            io.token_shape(shapes[i])  # fails now where the pair does not fit
+        if default_shape is not None and pairs[i] is not None:
+            io.token_shape(default_shape)  # fails now where the pair does not fit
         modules.append(io)
     return Modalities(modules)
 
@@ -255,7 +257,7 @@ def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], b
     return tuple(value)
 
 
-def resolve_num_dim(modality: int, num_dim: int | None, default_shape: Shape | None) -> int | None:
+def resolve_num_dim(modality: int, num_dim: Any, default_shape: Any) -> int | None:
     """The number of axes, given or that of the default shape."""
     if num_dim is not None and not (isinstance(num_dim, int) and 0 <= num_dim <= MAX_AXES):
         raise ValueError(f"modality {modality}: modality_num_dim must be 0 to {MAX_AXES}, got {num_dim}")
@@ -289,10 +291,10 @@ class _SafeParser:
     def __call__(self, text: str) -> Shape | None:
         try:
             shape = self.parse(text)
-        except (ValueError, AssertionError, IndexError):
+        except (ValueError, TypeError, LookupError, AssertionError):
             return None
-        valid = isinstance(shape, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in shape)
-        return tuple(shape) if valid else None
+        valid = isinstance(shape, (tuple, list)) and all(isinstance(size, Integral) and int(size) > 0 for size in shape)
+        return tuple(map(int, shape)) if valid else None
 
 
 def _is_shape(value: Any) -> bool:

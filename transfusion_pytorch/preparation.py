@@ -18,6 +18,7 @@ from transfusion_pytorch.sequence.samples import (
     mark,
     parse_batch,
     parse_samples,
+    split_opening,
     strip_markers,
 )
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
@@ -59,7 +60,8 @@ def without_markers(sample: list[Piece], vocabulary: Vocabulary, where: str) -> 
     """
     first = sample[0]
     if isinstance(first, Text) and int(first.ids[0]) == vocabulary.sos:
-        sample, where = strip_markers(sample, vocabulary), f"{where} without its markers"
+        sample, _ = split_opening(strip_markers(sample, vocabulary), vocabulary)  # it may have been cut off there
+        where = f"{where} without its markers"
     for j, piece in enumerate(sample):
         if isinstance(piece, Text):
             check_ids(piece.ids, vocabulary.num_text, f"{where}, part {j}")

@@ -179,7 +179,7 @@ class Transfusion(SamplingMethods, nn.Module):
         n, vocabulary)` of every slot, markers included, zero behind the end of shorter samples; modalities are then
         clean unless `times` are given. Raises `ValueError` or `TypeError` that says what is wrong where.
         """
-        teacher = as_teacher(velocity_consistency_ema_model, velocity_consistency_delta_time)
+        teacher = as_teacher(self, velocity_consistency_ema_model, velocity_consistency_delta_time)
         dropped = check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         stream, clean = self.prepare(samples, modality_type)
         if not return_loss:
@@ -430,12 +430,13 @@ def as_trunk(transformer: Any) -> Any:
     return transformer
 
 
-def as_teacher(ema: Any, ahead: float) -> Teacher | None:
+def as_teacher(student: Transfusion, ema: Any, ahead: float) -> Teacher | None:
     """The averaged model inside an `EMA`, or a model as it is."""
     if ema is None:
         return None
     model = getattr(ema, "ema_model", ema)
-    if not isinstance(model, Transfusion):
+    dims = [io.spec.dim_latent for io in student.modalities]
+    if not isinstance(model, Transfusion) or [io.spec.dim_latent for io in model.modalities] != dims:
         raise TypeError(f"velocity_consistency_ema_model must be an EMA of this model, got {type(ema).__name__}")
     if not 0 < ahead < 1:
         raise ValueError(f"velocity_consistency_delta_time must lie between 0 and 1, got {ahead}")

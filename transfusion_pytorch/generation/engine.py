@@ -20,9 +20,9 @@ from transfusion_pytorch.generation.context import CachedContext, Context, Lane,
 from transfusion_pytorch.generation.grammar import Grammar
 from transfusion_pytorch.generation.requests import (
     SamplingOptions,
+    bare_and_opened,
     forced_modality,
     parse_prompt,
-    split_opening,
     without_text,
 )
 from transfusion_pytorch.generation.state import Drawing, Phase, Sampled, SampleState
@@ -85,7 +85,7 @@ class Engine:
         states = []
         for i, prompt in enumerate(prompts):
             where, state = f"prompt {i}", SampleState(Lane(row=i), guide_row=len(prompts) + i)
-            bare, opened = split_opening(prompt, self.vocabulary, where)
+            bare, opened = bare_and_opened(prompt, self.vocabulary, where)
             for piece in mark(bare, self.vocabulary, complete=False):
                 self._append(state, piece)
             if (length := state.length + len(opened)) > self.options.max_length:
@@ -141,7 +141,7 @@ class Engine:
         if token in self.vocabulary.som:
             modality = self.vocabulary.som.index(token)
             shape = self._written_shape(modality, opening or "")
-            if self._has_room(state, modality, shape):
+            if shape is not None and self._has_room(state, modality, shape):
                 self._start_drawing(state, modality, shape)
             else:
                 state.phase = Phase.DONE
@@ -168,7 +168,8 @@ class Engine:
         """Whether the latents, and what closes them, come within `max_length`."""
         return state.length + self._num_latent_tokens(modality, shape) + 1 <= self.options.max_length
 
-    def _written_shape(self, modality: int, written: str) -> Shape:
+    def _written_shape(self, modality: int, written: str) -> Shape | None:
+        """What was written, or else the default shape if that is to serve; None for no shape that can be drawn."""
         if self.fixed is not None:
             return self.fixed
         io = self.model.modalities[modality]
@@ -177,10 +178,7 @@ class Engine:
             return shape
         if self.model.fallback_to_default_shape_if_invalid:
             return self._shape_or_default(modality, None)
-        raise ValueError(
-            f"modality {modality}: {written!r} was written, no shape it can have; set fixed_modality_shape, or "
-            "modality_default_shape and fallback_to_default_shape_if_invalid=True"
-        )
+        return None
 
     def _shape_or_default(self, modality: int, shape: Shape | None) -> Shape:
         io = self.model.modalities[modality]

@@ -109,7 +109,8 @@ class SamplingMethods:
         with evaluating(model):
             sampled = Engine(model, options).sample(prompts)
             if return_unprocessed_modalities:
-                return self.decode([pieces for pieces, _ in sampled], raw=True)
+                latents = self.decode([pieces for pieces, _ in sampled], raw=True)
+                return [[_own(part) for part in sample] for sample in latents]
             made = self.decode([pieces[2 * len(given) :] for pieces, given in sampled])
             return [self._given(sample) + parts for sample, parts in zip(sampled, made, strict=True)]
 
@@ -165,8 +166,13 @@ class SamplingMethods:
 
     def _given(self, sample: Sampled) -> Sample:
         """A sample as far as its prompt's last modality, those being the user's own."""
-        given = iter([(piece.type, piece.tensor.detach().to(self.device)) for piece in sample.given])
+        given = iter([(piece.type, piece.tensor.detach().clone().to(self.device)) for piece in sample.given])
         return [
             piece.ids.to(self.device) if isinstance(piece, Text) else next(given)
             for piece in sample.pieces[: 2 * len(sample.given)]
         ]
+
+
+def _own(part: Tensor | tuple[int, Tensor]) -> Tensor | tuple[int, Tensor]:
+    """A copy, so that nothing returned shares memory with a prompt."""
+    return (part[0], part[1].clone()) if isinstance(part, tuple) else part

@@ -9,7 +9,16 @@ from typing import Any, TypeVar, no_type_check
 import torch
 from torch import Tensor
 
-from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, check_ids, parse_sample, strip_markers
+from transfusion_pytorch.sequence.samples import (
+    Modality,
+    Piece,
+    Shape,
+    Text,
+    check_ids,
+    parse_sample,
+    split_opening,
+    strip_markers,
+)
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
 
 ForcedModality = int | tuple[int, Shape]
@@ -112,18 +121,12 @@ def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> list[Piece]
     return pieces
 
 
-def split_opening(pieces: Sequence[Piece], vocabulary: Vocabulary, where: str) -> tuple[list[Piece], list[int]]:
+def bare_and_opened(pieces: Sequence[Piece], vocabulary: Vocabulary, where: str) -> tuple[list[Piece], list[int]]:
     """A bare sample to continue, and the ids of a modality that it opens at its end without giving it.
 
     A prompt may carry any markers that a returned sample has. Raises `ValueError` where one stands elsewhere.
     """
-    bare = strip_markers(pieces, vocabulary)
-    opened: list[int] = []
-    if bare and isinstance(bare[-1], Text) and vocabulary.meta in bare[-1].ids.tolist():
-        ids = bare[-1].ids.tolist()
-        start = ids.index(vocabulary.meta)
-        opened = ids[start:]
-        bare = bare[:-1] + ([Text(torch.tensor(ids[:start]))] if start else [])
+    bare, opened = split_opening(strip_markers(pieces, vocabulary), vocabulary)
     for piece in bare:
         if isinstance(piece, Text) and (piece.ids >= vocabulary.num_text).any():
             raise ValueError(

@@ -97,7 +97,7 @@ class Transformer(nn.Module):
     - `ff_expansion_factor`, `ff_kwargs` (`activation`: `"geglu"` or `"swiglu"`), `attn_kwargs` (`gate_values`,
       `softcap_value`)
     - `dropout`: of what every branch adds, and inside the feedforward
-    - `attn_laser`, `qk_rmsnorm`, `use_value_residual`: see `Attention`; the value residual is on from two layers up
+    - `attn_laser`, `qk_rmsnorm`, `use_value_residual`: see `Attention`; values are mixed with the first layer's
     - `unet_skips`: the second half of the layers also reads what the first half wrote, innermost first (U-ViT, arXiv
       2209.12152)
     - `num_residual_streams`, `num_residual_fracs`: hyper-connections (arXiv 2409.19606) and frac-connections (arXiv

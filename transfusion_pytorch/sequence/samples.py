@@ -89,7 +89,13 @@ def parse_samples(samples: Any, num_modalities: int) -> list[list[Piece]]:
         raise TypeError(f"a batch is a list of samples, got {type(samples).__name__}")
     if not samples:
         raise ValueError("the batch is empty, expected at least one sample")
-    return [parse_sample(sample, num_modalities, f"sample {i}") for i, sample in enumerate(samples)]
+    parsed = [parse_sample(sample, num_modalities, f"sample {i}") for i, sample in enumerate(samples)]
+    lone = {type(sample[0]) for sample, given in zip(parsed, samples, strict=True) if not isinstance(given, list)}
+    if len(lone) > 1:
+        raise TypeError(
+            "text and modalities stand side by side in the batch; the parts of a sample go in a list: [[...]]"
+        )
+    return parsed
 
 
 def parse_sample(sample: Any, num_modalities: int, where: str) -> list[Piece]:
@@ -177,6 +183,16 @@ def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece
         if ids:
             bare.append(Text(torch.tensor(ids)))
     return bare
+
+
+def split_opening(pieces: Sequence[Piece], vocabulary: Vocabulary) -> tuple[list[Piece], list[int]]:
+    """Parts a sample from the markers at its end that open a modality which was never drawn."""
+    last = pieces[-1].ids.tolist() if pieces and isinstance(pieces[-1], Text) else []
+    start = last.index(vocabulary.meta) if vocabulary.meta in last else len(last)
+    spelled = last[start + 1 : -1] if last and last[-1] in vocabulary.som else last[start + 1 :]
+    if start == len(last) or not all(map(vocabulary.is_char, spelled)):
+        return list(pieces), []
+    return [*pieces[:-1], *([Text(torch.tensor(last[:start]))] if start else [])], last[start:]
 
 
 def merge_texts(pieces: Sequence[Piece]) -> list[Piece]:
