@@ -15,18 +15,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from transfusion_pytorch import Transfusion
+from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images, patchify, unpatchify
 from transfusion_pytorch.examples.judge import recognised, train_judge
 from transfusion_pytorch.examples.pairs import TASKS, LabelImagePairs, endless
 from transfusion_pytorch.examples.pictures import save_curves, save_grid
-from transfusion_pytorch.examples.run import (
-    add_common_arguments,
-    cosine_schedule,
-    fresh_folder,
-    pick_device,
-    progress,
-    seed_everything,
-)
 
 
 class Recipe(NamedTuple):
@@ -49,30 +42,35 @@ RECIPES = {
 }
 
 
-def build_model(data: LabelledImages, num_classes: int, recipe: Recipe) -> Transfusion:
-    latents = patchify(data.images[:1], recipe.patch)
+def build_model(shape: tuple[int, ...], num_classes: int, recipe: Recipe) -> Transfusion:
+    *axes, channels = shape
     return Transfusion(
         num_text_tokens=num_classes,  # one word for each class
-        dim_latent=latents.shape[-1],
-        modality_default_shape=tuple(latents.shape[1:-1]),
+        dim_latent=channels,
+        modality_default_shape=tuple(axes),
         flow_loss_weight=recipe.flow_loss_weight,
         transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=recipe.heads, dim_head=recipe.dim // recipe.heads),
     )
 
 
-def draw(model, labels: Tensor, *, patch: int, cfg_scale: float, steps: int) -> Tensor:
-    """An image (c, h, w) for each label; the model itself writes that an image comes, and of what shape."""
-    samples = model.sample_many(list(labels), max_length=256, cfg_scale=cfg_scale, modality_steps=steps)
-    latents = [next((part[1] for part in sample if isinstance(part, tuple)), None) for sample in samples]
-    blank = torch.zeros_like(next((part for part in latents if part is not None), torch.zeros(1, 1, patch**2)))
-    same = [part if part is not None and part.shape == blank.shape else blank for part in latents]
-    return unpatchify(torch.stack(same), patch).cpu()
+def draw(model, labels: Tensor, *, shape: tuple[int, ...], patch: int, cfg_scale: float, steps: int) -> Tensor:
+    """An image (c, h, w) for each label, blank where there is none of `shape` (h / p, w / p, c p p).
+
+    The model itself writes that an image comes, and how large it is.
+    """
+    length = shape[0] * shape[1] + 32  # of the image, and more than enough for what stands around it
+    samples = model.sample_many(list(labels), max_length=length, cfg_scale=cfg_scale, modality_steps=steps)
+    first = [next((part[1] for part in sample if isinstance(part, tuple)), torch.empty(0)) for sample in samples]
+    latents = [image.cpu() if image.shape == shape else torch.zeros(shape) for image in first]
+    return unpatchify(torch.stack(latents), patch)
 
 
 def caption(model, images: Tensor, *, patch: int) -> Tensor:
-    """The word that the model writes after each image."""
-    samples = model.sample_many(list(patchify(images, patch)), max_length=256, text_temperature=0.0)
-    return torch.stack([sample[-1][1] if len(sample[-1]) > 1 else torch.tensor(-1) for sample in samples]).cpu()
+    """The word that the model writes after each image, -1 where it writes none."""
+    latents = patchify(images, patch)
+    length = latents[0, ..., 0].numel() + 16
+    samples = model.sample_many(list(latents), max_length=length, text_temperature=0.0)
+    return torch.stack([sample[2][1] if len(sample[2]) > 1 else torch.tensor(-1) for sample in samples]).cpu()
 
 
 def main() -> None:
@@ -85,22 +83,23 @@ def main() -> None:
     parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
     parser.add_argument("--sample-every", type=int, default=500, help="training steps between grids (0: none)")
     parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end, for each class")
-    add_common_arguments(parser, steps=None)
+    run.add_common_arguments(parser, steps=None)
     args = parser.parse_args()
 
     data = load_images(args.dataset, args.data)
     print(f"data: {data.source}")
     recipe = RECIPES[data.name]
     steps, batch_size = args.steps or recipe.steps, args.batch_size or recipe.batch_size
-    device, tasks = pick_device(args.device), TASKS[args.task]
-    seed_everything(args.seed)
-    folder = fresh_folder(args.results, f"{data.name}-{args.task}")
-    how = dict(patch=recipe.patch, cfg_scale=args.cfg_scale, steps=args.modality_steps)
+    device, tasks = run.pick_device(args.device), TASKS[args.task]
+    run.seed_everything(args.seed)
+    shape = tuple(patchify(data.train.images[0], recipe.patch).shape)
+    folder = run.fresh_folder(args.results, f"{data.name}-{args.task}")
+    how = dict(shape=shape, patch=recipe.patch, cfg_scale=args.cfg_scale, steps=args.modality_steps)
 
-    model = build_model(data.train, len(data.class_names), recipe).to(device)
+    model = build_model(shape, len(data.class_names), recipe).to(device)
     ema = model.create_ema(beta=0.99, update_every=10, update_after_step=min(100, steps // 4))
     optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
-    schedule = LambdaLR(optimizer, lambda step: cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
+    schedule = LambdaLR(optimizer, lambda step: run.cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
     dataset = LabelImagePairs(data.train, tasks, patch=recipe.patch, seed=args.seed)
     batches = model.create_dataloader(
         dataset, batch_size=batch_size, shuffle=True, drop_last=len(dataset) >= batch_size
@@ -109,7 +108,7 @@ def main() -> None:
 
     started, curves = time.monotonic(), {"text": [], "flow": []}
     labels_shown = torch.arange(len(data.class_names)).repeat(2)
-    for step, batch in zip(bar := progress(steps, description="training"), endless(dataset, batches), strict=False):
+    for step, batch in zip(bar := run.progress(steps, description="training"), endless(dataset, batches), strict=False):
         loss, parts = model(batch, return_breakdown=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
