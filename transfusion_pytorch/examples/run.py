@@ -32,9 +32,10 @@ def positive_int(text: str) -> int:
     return number
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
-    """Adds `--steps` (with this default), `--seed`, `--device` and `--results`."""
-    parser.add_argument("--steps", type=positive_int, default=steps, help="training steps (default: %(default)s)")
+def add_common_arguments(parser: argparse.ArgumentParser, *, steps: int | None) -> None:
+    """Adds `--steps` (with this default, None where it depends on the data), `--seed`, `--device` and `--results`."""
+    usual = "what suits the data" if steps is None else steps
+    parser.add_argument("--steps", type=positive_int, default=steps, help=f"training steps (default: {usual})")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is here)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own, fresh folder")
