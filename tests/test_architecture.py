@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parents[1] / NAME
 # A file beside the rooms is a room of its own; `transfusion` wires them, `__init__` is the front door of the package.
 ALLOWED = {
     "typecheck": [],
-    "display": [],
     "examples": [],
     "sequence": [],
     "flow": [],
     "latents": ["sequence", "flow"],
     "network": ["sequence.masks", "sequence.positions"],
     "generation": ["sequence", "flow"],
+    "display": ["generation.events", "generation.progress"],
     "training": ["sequence", "flow"],
     "modality": ["sequence", "network"],
     "preparation": ["sequence", "modality"],

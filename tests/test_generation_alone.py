@@ -6,8 +6,15 @@ from generation_models import IMAGE, LINE, VECTOR, VIDEO, build, noise
 from torchdiffeq import odeint
 
 from transfusion_pytorch import UNetDown, UNetUp
-from transfusion_pytorch.generation.text import min_p_filter, sample_tokens
+from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.generation.text import keep_min_p, sample_tokens
 from transfusion_pytorch.sequence.samples import Modality
+
+
+def choose(logits, allowed, *, temperature=1.0, min_p=0.0):
+    """A token for each row, all with the same options."""
+    options = [SamplingOptions(text_temperature=temperature, text_min_p=min_p)] * len(logits)
+    return torch.tensor(sample_tokens(logits, allowed, options, torch.rand(len(logits)).tolist()))
 
 
 def naive(model, ids, seq_len):
@@ -126,10 +133,10 @@ def logits_of(*probabilities: float) -> torch.Tensor:
 )
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p, kept):
     logits = logits_of(0.5, 0.3, 0.15, 0.05)
-    filtered = min_p_filter(logits, min_p)
+    filtered = keep_min_p(logits, torch.tensor([[min_p]]))
     assert set(filtered.isfinite().nonzero()[:, 1].tolist()) == kept
     assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
-    tokens = sample_tokens(logits.expand(500, -1), torch.ones(1, 4, dtype=torch.bool), temperature=3.0, min_p=min_p)
+    tokens = choose(logits.expand(500, -1), torch.ones(1, 4, dtype=torch.bool), temperature=3.0, min_p=min_p)
     assert set(tokens.tolist()) == kept
 
 
@@ -137,7 +144,7 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p, kept):
 def test_tokens_come_as_often_as_the_temperature_says(temperature):
     count, probabilities = 40_000, torch.tensor([0.5, 0.3, 0.15, 0.05])
     allowed = torch.tensor([[True, True, False, True]])
-    tokens = sample_tokens(logits_of(*probabilities).expand(count, -1), allowed, temperature=temperature, min_p=0.0)
+    tokens = choose(logits_of(*probabilities).expand(count, -1), allowed, temperature=temperature, min_p=0.0)
     expected = probabilities ** (1 / temperature) * allowed[0]
     expected = expected / expected.sum()
     seen = torch.bincount(tokens, minlength=4)
@@ -151,10 +158,10 @@ def test_the_likeliest_is_taken_where_there_is_no_temperature(temperature):
     logits = 100 * torch.randn(50, 30, dtype=torch.float64)
     allowed = torch.rand(50, 30) < 0.5
     expected = logits.masked_fill(~allowed, float("-inf")).argmax(dim=-1)
-    assert torch.equal(sample_tokens(logits, allowed, temperature=temperature, min_p=0.0), expected)
+    assert torch.equal(choose(logits, allowed, temperature=temperature, min_p=0.0), expected)
 
 
 def test_min_p_judges_by_what_is_allowed():
     allowed = torch.tensor([[False, True, True, True]])
-    tokens = sample_tokens(logits_of(0.98, 0.01, 0.009, 0.001).expand(300, -1), allowed, temperature=1.0, min_p=0.5)
+    tokens = choose(logits_of(0.98, 0.01, 0.009, 0.001).expand(300, -1), allowed, temperature=1.0, min_p=0.5)
     assert set(tokens.tolist()) == {1, 2}

@@ -24,7 +24,7 @@ from generation_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfusion_pytorch.generation.engine import Engine
+from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.generation.state import Phase
 
 PROMPTS = [
@@ -49,9 +49,9 @@ def options_with(**options):
 
 
 def test_many_prompts_at_once_are_as_one_by_one(monkeypatch):
-    together, turn = set(), Engine._turn
+    together, step = set(), Scheduler._step
     monkeypatch.setattr(
-        Engine, "_turn", lambda *args: together.add(frozenset(state.phase for state in args[1])) or turn(*args)
+        Scheduler, "_step", lambda *args: together.add(frozenset(state.phase for state in args[1])) or step(*args)
     )
     model, options = build(seed=4), options_with(max_length=32, cfg_scale=2.0)
     batch = model.sample_many(PROMPTS, **options)

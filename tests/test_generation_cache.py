@@ -25,8 +25,7 @@ from generation_models import (
 
 from transfusion_pytorch import UNetDown, UNetUp
 from transfusion_pytorch.generation.context import CachedContext, Lane
-from transfusion_pytorch.generation.engine import Engine
-from transfusion_pytorch.generation.requests import without_text
+from transfusion_pytorch.generation.prompts import without_text
 from transfusion_pytorch.sequence.samples import Text
 
 PROMPTS = {
@@ -118,16 +117,19 @@ def test_cache_changes_nothing_between_the_halves_of_a_unet(scale):
 
 
 def spied_contexts(monkeypatch) -> list[CachedContext]:
-    """Every context that an engine makes from now on."""
-    made, create = [], Engine._context
-    monkeypatch.setattr(Engine, "_context", lambda *args: made.append(create(*args)) or made[-1])
+    """Every context that is made from now on; rows that are given back keep what they had."""
+    made, create = [], CachedContext.__init__
+    monkeypatch.setattr(CachedContext, "__init__", lambda self, *args: made.append(self) or create(self, *args))
     return made
 
 
 def read_fresh(model, pieces) -> CachedContext:
-    context = CachedContext(model, 1)
+    context, lane = CachedContext(model), Lane()
+    for piece in pieces:
+        lane.append(piece)
+    context.open(lane)
     with torch.no_grad():
-        context.advance([Lane(0, pending=pieces)])
+        context.advance([lane])
     return context
 
 
@@ -145,7 +147,7 @@ def test_cache_holds_clean_latents_after_drawing(monkeypatch):
     model = build(push=dict(eos=-9.0))
     contexts = spied_contexts(monkeypatch)
     samples = model.sample_many([text(1), text(2, 3)], cfg_scale=2.0, init_modality_noise=noise(), **GREEDY)
-    (context,) = contexts
+    context = contexts[0]
     for row, sample in enumerate(samples):
         assert len(drawn(sample)) > 1
         pieces = to_pieces(sample)
@@ -161,8 +163,9 @@ def test_cache_holds_clean_latents_after_drawing(monkeypatch):
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 3), (2.0, 6)])
 def test_cache_has_rows_for_guidance_where_there_is_any(monkeypatch, scale, rows):
     contexts = spied_contexts(monkeypatch)
-    build().sample_many([None] * 3, **GREEDY | dict(cfg_scale=scale, max_length=3))
-    assert [len(context.cache.lengths) for context in contexts] == [rows]
+    options = GREEDY | dict(cfg_scale=scale, max_length=9, force_modality_at_start=(LINE, (2,)))
+    build().sample_many([text(i) for i in range(3)], **options)
+    assert [sum(length > 0 for length in context.cache.lengths) for context in contexts] == [rows]
 
 
 def test_cache_would_notice_latents_that_are_not_clean():

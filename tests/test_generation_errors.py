@@ -177,7 +177,7 @@ def test_there_must_be_a_prompt(idle):
         (
             None,
             dict(fixed_modality_shape=(3,), force_modality_at_start=(LINE, (2,))),
-            r"asks for \(2,\), fixed_.* \(3,\)",
+            r"shape \(2,\) is asked for, and fixed_modality_shape is \(3,\)",
         ),
         (
             None,
@@ -195,7 +195,7 @@ def test_there_must_be_a_prompt(idle):
         (
             None,
             dict(fixed_modality_shape=(1, 1, 1, 1)),
-            r"\(1, 1, 1, 1\): no modality of this model can have that shape",
+            r"fixed_modality_shape must be a tuple of 0 to 3 positive ints.* got \(1, 1, 1, 1\)",
         ),
     ],
 )

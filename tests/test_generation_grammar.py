@@ -200,7 +200,7 @@ def test_room_is_for_tokens_which_a_unet_has_fewer_of_than_latents():
 def test_a_forced_modality_needs_room():
     model, options = build(), GREEDY | dict(force_modality_at_start=(LINE, (12,)))
     assert len(slots_of(model, model.sample(text(1), **options | dict(max_length=19)))) == 19
-    with pytest.raises(ValueError, match=r"\(12,\) does not fit behind 6 tokens, max_length is 18"):
+    with pytest.raises(ValueError, match=r"\(12,\) does not fit behind the 6 tokens of prompt 0, max_length is 18"):
         model.sample(text(1), **options | dict(max_length=18))
 
 

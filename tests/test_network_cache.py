@@ -155,11 +155,17 @@ def test_a_view_from_before_the_cache_grew_still_serves():
 
 def test_neighbouring_rows_are_read_without_a_copy():
     cache = make_cache(4)
-    layout = stream("tt", "tt").layout
-    keys, _ = cache.view([1, 2], layout).read(0, slice(0, 2), 2)
+    layout, new = stream("tt", "tt").layout, torch.randn(2, 4, 2, 6, dtype=torch.float64)
+    view = cache.view([1, 2], layout)
+    keys, values = view.update(0, 0, new, -new)
     assert keys.data_ptr() == cache.keys[0][1:].data_ptr()
-    copied, _ = cache.view([2, 1], layout).read(0, slice(0, 2), 2)
-    assert copied.untyped_storage().data_ptr() != cache.keys[0].untyped_storage().data_ptr()
+    assert torch.equal(keys, new)
+    assert torch.equal(values, -new)
+    apart = cache.view([2, 0], layout)
+    assert [run.samples for run in apart.runs] == [slice(0, 1), slice(1, 2)], "a batch of their own each"
+    assert [apart.update(0, i, new[:1], new[:1])[0].data_ptr() for i in (0, 1)] == [
+        cache.keys[0][row].data_ptr() for row in (2, 0)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -100,7 +100,7 @@ def test_cached_is_uncached_wherever_reading_stops(options):
     first = torch.tensor([0, 7, 10])
     for turn in range(max(map(len, places))):
         cut = [place[turn % len(place)] for place in places]
-        rows, cache = [3, 0, 2], model.create_cache(4, device=x.device, dtype=x.dtype)
+        rows, cache = [3, 0, 2], model.create_cache(rows=4, device=x.device, dtype=x.dtype)
         for start, stop in (([0, 0, 0], cut), (cut, [7, 3, 1])):
             active = [i for i in range(3) if stop[i] > start[i]]
             slots = torch.cat([torch.arange(first[i] + start[i], first[i] + stop[i]) for i in active])
@@ -111,7 +111,7 @@ def test_cached_is_uncached_wherever_reading_stops(options):
             view = cache.view([rows[i] for i in active], layout)
             arguments = part._replace(layout=layout).arguments(condition)
             out = model(x[slots], **arguments, cache=view)
-            cache.commit(view.rows, layout.lengths)
+            cache.commit([rows[i] for i in active], layout.lengths)
             torch.testing.assert_close(out, whole[slots], rtol=0, atol=1e-10)
 
 
@@ -201,7 +201,7 @@ def test_a_layer_is_two_branches_each_behind_a_norm_and_in_front_of_a_gate():
 
 def test_a_cache_has_no_more_than_the_key_and_value_heads():
     for kv_heads, expected in ((None, 2), (1, 1)):
-        cache = fresh(kv_heads=kv_heads).create_cache(3, device=torch.device("cpu"), dtype=torch.float32)
+        cache = fresh(kv_heads=kv_heads).create_cache(rows=3, device=torch.device("cpu"), dtype=torch.float32)
         assert cache.keys[0].shape == (3, expected, cache.slots, 4)
         assert len(cache.keys) == len(cache.values) == 3
         assert cache.bytes_per_token == 3 * 2 * expected * 4 * 4

@@ -157,5 +157,10 @@ def test_neighbours_of_one_length_are_a_run():
         (slice(2, 3), slice(6, 7)),
         (slice(3, 4), slice(7, 10)),
     ]
-    assert layout.num_samples == 4
+    assert [(run.samples, run.tokens) for run in layout.runs_in((4, 5, 9, 0))] == [
+        (slice(0, 2), slice(0, 6)),
+        (slice(2, 3), slice(6, 7)),
+        (slice(3, 4), slice(7, 10)),
+    ]
+    assert [run.samples for run in layout.runs_in((5, 4, 6, 7))] == [slice(i, i + 1) for i in range(4)]
     assert layout.start.tolist() == [0, 0, 0, 3, 3, 3, 6, 7, 7, 7]

@@ -13,8 +13,19 @@ if os.environ.get("TYPECHECK", "").lower() in ("1", "true"):
 
     install_import_hook("transfusion_pytorch", "transfusion_pytorch.typecheck.check")
 
-from transfusion_pytorch.display import print_modality_sample
+from transfusion_pytorch.display import print_modality_sample, render_image, show_sample, show_samples, watch
+from transfusion_pytorch.flow.path import slerp
 from transfusion_pytorch.flow.times import TimePolicy
+from transfusion_pytorch.generation.engine import Engine, EngineStats, Request
+from transfusion_pytorch.generation.events import (
+    DrawingProgress,
+    Ended,
+    EndReason,
+    ModalityDone,
+    ModalityStarted,
+    TextToken,
+)
+from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.network.unet import UNetDown, UNetUp
 from transfusion_pytorch.training.data import collate_fn, create_dataloader
@@ -25,7 +36,17 @@ from transfusion_pytorch.transfusion import Transfusion
 __version__ = version("transfusion-pytorch")
 
 __all__ = [
+    "DrawingProgress",
+    "EndReason",
+    "Ended",
+    "Engine",
+    "EngineStats",
     "LossBreakdown",
+    "ModalityDone",
+    "ModalityStarted",
+    "Request",
+    "SamplingOptions",
+    "TextToken",
     "TimePolicy",
     "Transformer",
     "Transfusion",
@@ -35,4 +56,9 @@ __all__ = [
     "create_dataloader",
     "create_ema",
     "print_modality_sample",
+    "render_image",
+    "show_sample",
+    "show_samples",
+    "slerp",
+    "watch",
 ]

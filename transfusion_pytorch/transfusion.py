@@ -17,7 +17,8 @@ from transfusion_pytorch import preparation
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy, times_of_spans
-from transfusion_pytorch.generation.methods import SamplingMethods, evaluating
+from transfusion_pytorch.generation.engine import evaluating
+from transfusion_pytorch.generation.methods import SamplingMethods
 from transfusion_pytorch.latents import Latents, add_noise, latent_times, latents_by_type, unflatten, x_t_of
 from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_modality
 from transfusion_pytorch.network.cache import CacheView

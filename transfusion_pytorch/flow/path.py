@@ -44,5 +44,23 @@ def velocity_towards(
     return einx.divide("n c, n -> n c", clean - x_t, _remaining(t, damped=True))
 
 
+def slerp(start: Float[Tensor, "n c"], end: Float[Tensor, "n c"], weight: float) -> Float[Tensor, "n c"]:
+    """Noise between two noises, from `start` at weight 0 to `end` at 1, along the sphere on which noise lies: a straight
+    line between them passes through noise that is too weak (arXiv 1609.04468). Each is one point, of n c coordinates.
+    """
+    if start.shape != end.shape:
+        raise ValueError(
+            f"slerp goes between two tensors of one shape, got {tuple(start.shape)} and {tuple(end.shape)}"
+        )
+    precise = torch.promote_types(start.dtype, torch.float32)
+    one, other = start.to(precise), end.to(precise)
+    cosine = torch.dot(one.flatten(), other.flatten()) / (one.norm() * other.norm()).clamp(min=1e-12)
+    angle = cosine.clamp(-1, 1).acos()
+    if angle.sin() < 1e-4:  # side by side, where the two ways are the same
+        return torch.lerp(one, other, weight).to(start.dtype)
+    mixed = ((1 - weight) * angle).sin() * one + (weight * angle).sin() * other
+    return (mixed / angle.sin()).to(start.dtype)
+
+
 def _remaining(t: Tensor, damped: bool) -> Tensor:
     return (1 - t).clamp(min=MIN_REMAINING if damped else 0.0)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchdiffeq import odeint
@@ -30,18 +29,16 @@ def is_single_step(options: Mapping[str, Any]) -> bool:
 
 
 def integrate(
-    velocity: Velocity, noise: Float[Tensor, "..."], *, steps: int, start: float = 0.0, options: Mapping[str, Any]
+    velocity: Velocity, start: Float[Tensor, "..."], times: Float[Tensor, " steps"], options: Mapping[str, Any]
 ) -> Float[Tensor, "..."]:
-    """Follows `velocity(t, x)` from `noise` at `start` to t = 1 over `steps` equal intervals.
+    """Follows `velocity(t, x)` from `start` at the first of the `times` to the last; between two of them lies a step.
 
     `options` are those of `torchdiffeq.odeint` (method, atol, rtol, options). An adaptive method chooses its own steps
-    between the ends; the first that it tries is one interval.
+    between the ends; the first that it tries is the first of these.
     """
-    if steps < 1:
-        raise ValueError(f"steps are intervals, at least 1, got {steps}")
-    precise = torch.promote_types(noise.dtype, torch.float32)
-    grid = torch.linspace(start, 1.0, steps + 1, device=noise.device, dtype=precise)
-    return odeint(velocity, noise, grid, **_within(grid, options))[-1]
+    if len(times) < 2:
+        raise ValueError(f"steps are intervals between times, at least 1, got {len(times)} times")
+    return odeint(velocity, start, times, **_within(times, options))[-1]
 
 
 def _within(grid: Float[Tensor, " steps"], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """How the engine asks the transformer: with a cache of what has been read, or by reading everything again.
 
-A lane is one sequence as the transformer reads it. A guided sample has two, with its text and without.
+A lane is one sequence as the transformer reads it. A guided sample has several: itself, the same without its text, and
+without its modalities too.
+
+r lanes, k latents of a span, c their channels, d model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
-from transfusion_pytorch.sequence.stream import Past, TokenStream
+from transfusion_pytorch.sequence.stream import Past, TokenStream, pack_ids
 
 
 @runtime_checkable
@@ -25,12 +28,14 @@ class Model(Protocol):
     transformer: Any
     odeint_kwargs: dict[str, Any]
     fallback_to_default_shape_if_invalid: bool
+    prob_uncond: float
     device: torch.device
     dtype: torch.dtype
 
     def pack(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream: ...
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> dict[int, Tensor]: ...
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
+    def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
     def run(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
     def velocities(self, hidden: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
     def logits(self, tokens: Tensor) -> Tensor: ...
@@ -38,19 +43,38 @@ class Model(Protocol):
 
 @dataclass
 class Lane:
-    """What has been read, what waits to be read, and where the next token stands."""
+    """What waits to be read, and what has been: `past`. `row` is its place in the cache, once it is opened.
 
-    row: int
-    pending: list[Piece] = field(default_factory=list)
+    Ids that follow the last pending piece are kept as plain numbers until they are read: a step of decoding is one of
+    them, and has no use for more.
+    """
+
+    row: int | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     read: list[Piece] = field(default_factory=list)
     past: Past = field(default_factory=Past)
 
+    def append(self, piece: Piece) -> None:
+        if isinstance(piece, Text):
+            self.ids += piece.ids.tolist()
+        else:
+            self.pieces = [*self.pending, piece]
+            self.ids = []
+
+    @property
+    def is_pending(self) -> bool:
+        return bool(self.ids or self.pieces)
+
+    @property
+    def pending(self) -> list[Piece]:
+        return [*self.pieces, *([Text(torch.tensor(self.ids))] if self.ids else [])]
+
     def mark_read(self, num_tokens: int) -> None:
-        """`num_tokens` are those of the pending pieces; a span takes one position however long it is."""
-        steps = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in self.pending)
+        """`num_tokens` are those of what is pending; a span takes one position however long it is."""
+        steps = len(self.ids) + sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in self.pieces)
         self.past = Past(self.past.length + num_tokens, self.past.position + steps)
-        self.read += self.pending
-        self.pending = []
+        self.pieces, self.ids = [], []
 
 
 @dataclass(frozen=True)
@@ -59,35 +83,90 @@ class Plan:
 
     stream: TokenStream
     history: dict[int, Tensor]
-    last_span: list[int]
+    spans: list[int]
     view: Any = None
 
 
+class Prefix(NamedTuple):
+    """What was read at the start of a row: how far that came, and the features of its last token."""
+
+    row: int
+    past: Past
+    features: Shaped[Tensor, " d"]
+
+
 class CachedContext:
-    """Reads every token once. What a solver tries is written behind the committed prefix, and replaced."""
+    """Reads every token once. What a solver tries is written behind the committed prefix, and replaced.
 
-    def __init__(self, model: Model, rows: int):
+    What several lanes begin with is read once, and copied: samples of one prompt, and histories without text.
+    """
+
+    def __init__(self, model: Model):
         self.model = model
-        self.cache = model.transformer.create_cache(rows, device=model.device, dtype=model.dtype)
+        self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
+        self.tokens_read = 0
+        self._prefixes: dict[Hashable, Prefix] = {}
 
-    def advance(self, lanes: Sequence[Lane]) -> Shaped[Tensor, "r d"]:
-        """Reads what is pending and commits it. Returns the last token's features for each lane."""
-        samples = [lane.pending for lane in lanes]
-        stream = self.model.pack(samples, [lane.past for lane in lanes])
+    def open(self, lane: Lane) -> None:
+        lane.row = self.cache.acquire()
+
+    def close(self, lane: Lane) -> None:
+        if lane.row is not None:
+            self._prefixes = {key: prefix for key, prefix in self._prefixes.items() if prefix.row != lane.row}
+            self.cache.release(lane.row)
+
+    def advance(self, lanes: Sequence[Lane]) -> list[Tensor]:
+        """Reads what is pending and commits it. Returns the features `(d,)` of each lane's last token."""
+        keys = [None if lane.past.length else fingerprint(lane.pending) for lane in lanes]
+        known = dict(self._prefixes)
+        first = {key: i for i, key in reversed(list(enumerate(keys))) if key is not None and key not in known}
+        readers = [i for i, key in enumerate(keys) if key is None or first.get(key) == i]
+        features = dict(zip(readers, self._read([lanes[i] for i in readers]), strict=True)) if readers else {}
+        for key, i in first.items():
+            known[key] = self._prefixes[key] = Prefix(lanes[i].row, lanes[i].past, features[i])
+        followers: dict[Hashable, list[int]] = {}
+        for i, key in enumerate(keys):
+            if i not in features:
+                followers.setdefault(key, []).append(i)
+        for key, members in followers.items():
+            prefix = known[key]
+            self.cache.copy(prefix.row, [lanes[i].row for i in members], prefix.past.length)
+            for i in members:
+                lanes[i].mark_read(prefix.past.length)
+                features[i] = prefix.features
+        return [features[i] for i in range(len(lanes))]
+
+    def _read(self, lanes: Sequence[Lane]) -> list[Tensor]:
+        order = sorted(
+            range(len(lanes)), key=lambda i: (len(lanes[i].ids) if not lanes[i].pieces else -1, lanes[i].row)
+        )
+        lanes = [lanes[i] for i in order]  # those of one length in neighbouring rows are one plain batch
+        past = [lane.past for lane in lanes]
+        latents: dict[int, Tensor] = {}
+        if any(lane.pieces for lane in lanes):
+            samples = [lane.pending for lane in lanes]
+            stream, latents = self.model.pack(samples, past), self.model.latents_by_type(samples)
+        else:
+            stream = pack_ids([lane.ids for lane in lanes], past)
         rows = [lane.row for lane in lanes]
         view = self.cache.view(rows, stream.layout)
         stream = stream.to(self.model.device)
-        hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(self.model, stream), view)
+        hidden = self.model.run(stream, latents, _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
+        self.tokens_read += sum(stream.lengths)
         for lane, length in zip(lanes, stream.lengths, strict=True):
             lane.mark_read(length)
-        return hidden.tokens[stream.last]
+        last = hidden.tokens[stream.last]
+        return [last[place] for place in _inverse(order)]
 
     def plan(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> Plan:
         """Lays out one span behind each lane."""
-        stream = self.model.pack([[span] for span in spans], [lane.past for lane in lanes])
-        view = self.cache.view([lane.row for lane in lanes], stream.layout)
-        return Plan(stream.to(self.model.device), {}, list(range(len(lanes))), view)
+        order = sorted(range(len(lanes)), key=lambda i: (spans[i].type, spans[i].shape, lanes[i].row or 0))
+        lanes = [lanes[i] for i in order]
+        stream = self.model.pack([[spans[i]] for i in order], [lane.past for lane in lanes])
+        has_past = any(lane.past.length for lane in lanes)
+        view = self.cache.view([lane.row for lane in lanes], stream.layout) if has_past else None
+        return Plan(stream.to(self.model.device), {}, _inverse(order), view)
 
     def velocities(self, plan: Plan, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
         """The velocity of each planned span, flat `(k, c)`, at its own time."""
@@ -97,16 +176,26 @@ class CachedContext:
 class RecomputeContext:
     """Reads everything again each time: slower, and right by construction. The cache is held to it by the tests."""
 
-    def __init__(self, model: Model, rows: int):
+    def __init__(self, model: Model):
         self.model = model
+        self.tokens_read = 0
+        self._rows = 0
 
-    def advance(self, lanes: Sequence[Lane]) -> Shaped[Tensor, "r d"]:
+    def open(self, lane: Lane) -> None:
+        lane.row, self._rows = self._rows, self._rows + 1
+
+    def close(self, lane: Lane) -> None:
+        lane.read = []
+
+    def advance(self, lanes: Sequence[Lane]) -> list[Tensor]:
         samples = [lane.read + lane.pending for lane in lanes]
         stream = self.model.pack(samples).to(self.model.device)
         hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(self.model, stream))
-        for lane, length in zip(lanes, stream.lengths, strict=True):
+        self.tokens_read += sum(stream.lengths)
+        for lane, sample, length in zip(lanes, samples, stream.lengths, strict=True):
+            lane.read = sample
             lane.mark_read(length - lane.past.length)
-        return hidden.tokens[stream.last]
+        return list(hidden.tokens[stream.last])
 
     def plan(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> Plan:
         samples = [[*lane.read, span] for lane, span in zip(lanes, spans, strict=True)]
@@ -121,25 +210,45 @@ class RecomputeContext:
 Context = CachedContext | RecomputeContext
 
 
+def fingerprint(pieces: Iterable[Piece]) -> Hashable:
+    """Equal for equal pieces, to the bit."""
+    return tuple(
+        tuple(piece.ids.tolist())
+        if isinstance(piece, Text)
+        else (piece.type, piece.shape, piece.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for piece in pieces
+    )
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each entry went: `[2 0 1] -> [1 2 0]`."""
+    places = [0] * len(order)
+    for place, i in enumerate(order):
+        places[i] = place
+    return places
+
+
 def _clean_times(model: Model, stream: TokenStream) -> Tensor:
-    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.dtype)
+    precise = torch.promote_types(model.dtype, torch.float32)
+    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=precise)
 
 
 def _evaluate(model: Model, plan: Plan, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
     spans = plan.stream.spans
-    now = dict(zip(plan.last_span, x_t, strict=True))
+    now = dict(zip(plan.spans, x_t, strict=True))
     t = _clean_times(model, plan.stream)
-    t[plan.last_span] = times
+    t[plan.spans] = times.to(t.dtype)
     latents = {}
     for modality in spans.modality.unique().tolist():
         members = spans.of_type(modality)
         every = (_split(plan.history[modality], spans, members) if modality in plan.history else {}) | now
         latents[modality] = torch.cat([every[span] for span in members])
-    velocities = model.velocities(model.run(plan.stream, latents, t, plan.view), plan.stream, latents, t)
+    rounded = {modality: flat.to(model.dtype) for modality, flat in latents.items()}
+    velocities = model.velocities(model.run(plan.stream, rounded, t, plan.view), plan.stream, latents, t)
     by_span: dict[int, Tensor] = {}
     for modality, flat in velocities.items():
         by_span |= _split(flat, spans, spans.of_type(modality))
-    return [by_span[span] for span in plan.last_span]
+    return [by_span[span] for span in plan.spans]
 
 
 def _split(flat: Tensor, spans: Any, members: list[int]) -> dict[int, Tensor]:

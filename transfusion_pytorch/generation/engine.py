@@ -1,322 +1,281 @@
-"""The sampler: any number of prompts at once, each somewhere between writing and drawing.
+"""The engine: prompts in, samples or events out.
 
-A turn of the loop lets every sample that writes choose one token, and every sample that draws take one step of the
-solver, whatever their types and shapes.
-
-s drawings, r rows that write, v vocabulary, b samples, n and m tokens.
+b samples, n and m tokens.
 """
 
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
 
-from transfusion_pytorch.flow.guidance import guided
-from transfusion_pytorch.flow.solver import check_method, integrate, is_single_step
-from transfusion_pytorch.generation.context import CachedContext, Context, Lane, Model, Plan, RecomputeContext
-from transfusion_pytorch.generation.grammar import Grammar
-from transfusion_pytorch.generation.requests import (
-    SamplingOptions,
-    bare_and_opened,
-    forced_modality,
-    parse_prompt,
-    without_text,
-)
-from transfusion_pytorch.generation.state import Drawing, Phase, Sampled, SampleState
-from transfusion_pytorch.generation.text import sample_tokens
-from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Shape, Text, mark, merge_texts
+from transfusion_pytorch.generation.context import CachedContext
+from transfusion_pytorch.generation.events import Ended, EndReason, Event
+from transfusion_pytorch.generation.options import SamplingOptions, as_generators, check_int, checks_itself
+from transfusion_pytorch.generation.progress import SampleProgress
+from transfusion_pytorch.generation.prompts import bare_and_opened, parse_prompt
+from transfusion_pytorch.generation.rules import Rules
+from transfusion_pytorch.generation.scheduler import Scheduler
+from transfusion_pytorch.generation.state import Phase, Sampled, SampleState
+from transfusion_pytorch.sequence.samples import Modality, Text, mark
+
+Sample = list[Tensor | tuple[int, Tensor]]
+MAX_BATCH = 64
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule is back in the mode it had, whatever happened."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done so far, and what its cache takes.
+
+    - `turns` of the loop; `tokens_read` went through the transformer and stayed (a prompt that several share is read
+      once); `tokens_written` were chosen
+    - `drawings` were finished, after `evaluations` of the network, each for all that were drawn at the time
+    - `bytes_per_token` of the cache, and the `cache_bytes` of all its slots
+    """
+
+    turns: int
+    tokens_read: int
+    tokens_written: int
+    drawings: int
+    evaluations: int
+    bytes_per_token: int
+    cache_bytes: int
+
+
+class Request:
+    """A prompt on its way through an engine."""
+
+    def __init__(self, engine: "Engine", state: SampleState):
+        self._engine, self._state = engine, state
+        self._is_told = False
+
+    @property
+    def is_done(self) -> bool:
+        return self._state.phase is Phase.DONE
+
+    @property
+    def reason(self) -> EndReason | None:
+        """Why it ended, once it has."""
+        return self._state.reason
+
+    def new_events(self) -> list[Event]:
+        """What has happened since it was asked last; `Ended` is the last of all."""
+        events, self._state.events = self._state.events, []
+        if self.is_done and not self._is_told:
+            self._is_told = True
+            [sample] = self._engine.deliver([self._state])
+            assert self.reason is not None
+            events.append(Ended(sample, self.reason, self._state.error))
+        return events
+
+    def events(self) -> Iterator[Event]:
+        """What happens, as it happens: the engine is set to work whenever there is no news. Whoever stops listening
+        cancels the request. Raises the error that ends it, if one does.
+        """
+        try:
+            while not self._is_told:
+                yield from self.new_events()
+                if not self.is_done:
+                    self._engine.step()
+        finally:
+            self.cancel()
+        if self._state.error is not None:
+            raise self._state.error
+
+    def result(self) -> Sample:
+        """The finished sample. Raises the error that ended it, if one did, and `RuntimeError` while it goes on."""
+        if not self.is_done:
+            raise RuntimeError("this request is not done yet: call step() of its engine until it is, or run()")
+        if self._state.error is not None:
+            raise self._state.error
+        [sample] = self._engine.deliver([self._state])
+        return sample
+
+    def cancel(self) -> None:
+        """Stops the work on it and frees its place. What there is so far is its result."""
+        self._engine.scheduler.cancel(self._state)
 
 
 class Engine:
-    """Samples from a model with one set of options. Stateless between calls."""
+    """Serves a model: takes prompts at any time, works on up to `max_batch` of them at once, and tells what becomes of
+    them.
 
-    def __init__(self, model: Model, options: SamplingOptions):
-        self.model, self.options, self.vocabulary = model, options, model.vocabulary
-        self.solver = dict(model.odeint_kwargs if options.odeint_kwargs is None else options.odeint_kwargs)
-        check_method(self.solver)
-        self.fixed = None if options.fixed_modality_shape is None else tuple(options.fixed_modality_shape)
-        axes = [_axes(io, self.fixed) for io in model.modalities]
-        if not any(axes):
-            raise ValueError(f"fixed_modality_shape {self.fixed}: no modality of this model can have that shape")
-        self.grammar = Grammar(self.vocabulary, axes, most=options.max_modality_tokens, fixed_shape=self.fixed)
-        self._plan: tuple[Any, Plan] | None = None
+    ```python
+    engine = model.create_engine(max_batch=16)
+    requests = [engine.submit(prompt, max_length=256) for prompt in prompts]
+    while not engine.is_idle:
+        engine.step()
+        for request in requests:
+            print(request.new_events())
+    samples = [request.result() for request in requests]
+    ```
 
-    # mixed samples
+    It keeps its cache from one request to the next. Only one thread may use it.
+    """
 
-    def sample(self, prompts: Sequence[Any]) -> list[Sampled]:
-        """Continues every prompt until it ends its sentence or comes to `max_length`."""
-        forced = forced_modality(self.options.force_modality_at_start, len(self.model.modalities), self.fixed)
-        parsed = [parse_prompt(prompt, self.vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        states = self._start(self.model.encode(parsed, "prompt"), forced)
-        context = self._context(len(prompts) * (1 if self.options.cfg_scale == 1 else 2))
-        while active := [state for state in states if state.phase is not Phase.DONE]:
-            self._turn(active, context)
-        return [
-            Sampled(merge_texts(state.pieces), [piece for piece in prompt if isinstance(piece, Modality)])
-            for state, prompt in zip(states, parsed, strict=True)
-        ]
+    def __init__(self, model: Any, *, max_batch: int = MAX_BATCH, cache_kv: bool = True):
+        check_int(max_batch, "max_batch")
+        self.model = model
+        self.scheduler = Scheduler(model, max_batch=max_batch, cache_kv=cache_kv)
 
-    def _turn(self, states: Sequence[SampleState], context: Context) -> None:
-        features = self._read_pending(states, context)
-        writing = [state for state in states if state.phase is Phase.WRITING]
-        drawings = [state.drawing for state in states if state.drawing is not None]
-        if writing:
-            self._write(writing, self.model.logits(torch.stack([features[state.lane.row] for state in writing])))
-        if drawings:
-            self._draw(drawings, context)
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle
+
+    @property
+    def stats(self) -> EngineStats:
+        scheduler, context = self.scheduler, self.scheduler.context
+        cache = context.cache if isinstance(context, CachedContext) else None
+        return EngineStats(
+            turns=scheduler.turns,
+            tokens_read=context.tokens_read,
+            tokens_written=scheduler.tokens_written,
+            drawings=scheduler.drawings,
+            evaluations=scheduler.solver.evaluations,
+            bytes_per_token=0 if cache is None else cache.bytes_per_token,
+            cache_bytes=0 if cache is None else cache.num_bytes,
+        )
+
+    # requests that come and go
+
+    @checks_itself
+    def submit(self, prompt: Any = None, *, listen: bool = True, **options: Any) -> Request:
+        """Queues one prompt, with `SamplingOptions` of its own. Without `listen` it has no event but `Ended`. Raises
+        `ValueError` or `TypeError` for a bad one, which harms no other.
+        """
+        with evaluating(self.model):
+            [state] = self._prepare([prompt], SamplingOptions(**options))
+        state.is_observed = listen
+        self.scheduler.add([state])
+        return Request(self, state)
+
+    def step(self) -> None:
+        """One turn: every sample that writes chooses a token, every one that draws takes a step of its solver."""
+        with evaluating(self.model):
+            self.scheduler.turn()
+
+    def run(self) -> None:
+        """Works until there is nothing left to do."""
+        with evaluating(self.model):
+            while not self.is_idle:
+                self.scheduler.turn()
+
+    # calls that wait for their results
+
+    @checks_itself
+    def sample_many(self, prompts: Sequence[Any], *, progress: bool = False, **options: Any) -> list[Sample]:
+        """Continues every prompt to its end, all with the same `SamplingOptions`; see `Transfusion.sample_many`."""
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}; for one there is sample")
+        if not prompts:
+            raise ValueError("there are no prompts; for a sample from nothing give [None]")
+        with evaluating(self.model):
+            states = self._prepare(prompts, SamplingOptions(**options))
+            self._finish(states, progress)
+            return self.deliver(states)
+
+    def write_only(self, prompt: Int[Tensor, "b n"], options: SamplingOptions) -> Int[Tensor, "b m"]:
+        """Continues plain text to `max_length` ids, without markers. Returns what was written."""
+        with evaluating(self.model):
+            rules, generators = Rules(self.model, options), as_generators(options.generator, len(prompt))
+            states = [
+                SampleState(rules, generator, f"text {i}", is_framed=False).begin([Text(ids)])
+                for i, (ids, generator) in enumerate(zip(prompt.cpu(), generators, strict=True))
+            ]
+            self._finish(states)
+        return torch.tensor([state.ids[prompt.shape[1] :] for state in states], device=self.model.device).long()
+
+    def draw_only(self, batch_size: int, modality: int, options: SamplingOptions) -> list[Tensor]:
+        """Draws `batch_size` instances of a modality without any text around them."""
+        with evaluating(self.model):
+            rules, generators = Rules(self.model, options), as_generators(options.generator, batch_size)
+            shape = rules.shape_of(modality, None)
+            states = [
+                SampleState(rules, generator, f"instance {i}", is_framed=False)
+                for i, generator in enumerate(generators)
+            ]
             for state in states:
-                if state.drawing is not None and state.drawing.step == self.options.modality_steps:
-                    self._finish_drawing(state, state.drawing)
+                state.draw(modality, shape)
+            self._finish(states)
+            raw = options.return_unprocessed_modalities
+            return [instance for [(_, instance)] in self.model.decode([state.pieces for state in states], raw=raw)]
 
-    def _read_pending(self, states: Sequence[SampleState], context: Context) -> dict[int, Tensor]:
-        """Reads what has not been read yet, and returns the features of each lane's last token by row."""
-        lanes = [lane for state in states for lane in state.lanes if lane.pending]
-        if not lanes:
-            return {}
-        lanes.sort(key=lambda lane: (self._num_tokens(lane.pending), lane.row))  # one length is one plain batch
-        return dict(zip([lane.row for lane in lanes], context.advance(lanes), strict=True))
+    # before and after
 
-    # starting
-
-    def _start(self, prompts: Sequence[Sequence[Piece]], forced: tuple[int, Shape | None] | None) -> list[SampleState]:
+    def _prepare(self, prompts: Sequence[Any], options: SamplingOptions) -> list[SampleState]:
+        """Prompts checked, encoded and ready to be continued. Raises `ValueError` or `TypeError` that names the prompt
+        and part at fault.
+        """
+        vocabulary = self.model.vocabulary
+        rules, generators = Rules(self.model, options), as_generators(options.generator, len(prompts))
+        parsed = [parse_prompt(prompt, vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
         states = []
-        for i, prompt in enumerate(prompts):
-            where, state = f"prompt {i}", SampleState(Lane(row=i), guide_row=len(prompts) + i)
-            bare, opened = bare_and_opened(prompt, self.vocabulary, where)
-            for piece in mark(bare, self.vocabulary, complete=False):
-                self._append(state, piece)
-            if (length := state.length + len(opened)) > self.options.max_length:
-                raise ValueError(
-                    f"{where} has {length} tokens with its markers, more than max_length={self.options.max_length}"
-                )
-            self._replay(state, opened, where)
-            if forced is not None:
-                if opened:
-                    raise ValueError(f"force_modality_at_start: {where} opens a modality at its end already")
-                self._force(state, *forced)
-            elif state.length == self.options.max_length:
-                state.phase = Phase.DONE
-            states.append(state)
+        for i, (prompt, generator) in enumerate(zip(self.model.encode(parsed, "prompt"), generators, strict=True)):
+            bare, opened = bare_and_opened(prompt, vocabulary, f"prompt {i}")
+            given = [piece for piece in parsed[i] if isinstance(piece, Modality)]
+            state = SampleState(rules, generator, f"prompt {i}", given)
+            states.append(state.begin(mark(bare, vocabulary, complete=False), opened))
         return states
 
-    def _replay(self, state: SampleState, opened: Sequence[int], where: str) -> None:
-        """Takes a prompt that ends inside the markers of a modality to where it stopped."""
-        for token in opened:
-            if state.phase is not Phase.WRITING or not self.grammar.allowed(state.opening)[token]:
-                shapes = f"of at most max_modality_tokens={self.options.max_modality_tokens} latents"
-                raise ValueError(
-                    f"{where}: the markers at its end, {list(opened)}, do not open a modality of a shape it can have, "
-                    f"{shapes if self.fixed is None else f'which is fixed_modality_shape={self.fixed}'}"
-                )
-            self._accept(state, token)
+    def _finish(self, states: Sequence[SampleState], progress: bool = False) -> None:
+        """Works until all of these are done. Raises the first error that ended one of them."""
+        self.scheduler.add(states)
+        try:
+            with SampleProgress(len(states), show=progress) as bar:
+                while any(state.phase is not Phase.DONE for state in states):
+                    self.scheduler.turn()
+                    finished = sum(state.phase is Phase.DONE for state in states)
+                    bar.update(
+                        finished=finished, tokens=self.scheduler.tokens_written, steps=self.scheduler.solver.evaluations
+                    )
+        finally:
+            for state in states:
+                self.scheduler.cancel(state)
+        for state in states:
+            if state.error is not None:
+                raise state.error
 
-    def _force(self, state: SampleState, modality: int, shape: Shape | None) -> None:
-        shape = self._shape_or_default(modality, shape)
-        self._append(state, Text(self.vocabulary.opening(modality, shape)))
-        if not self._has_room(state, modality, shape):
-            raise ValueError(
-                f"force_modality_at_start: a modality of shape {shape} does not fit behind {state.length} tokens, "
-                f"max_length is {self.options.max_length}"
-            )
-        self._start_drawing(state, modality, shape)
+    def deliver(self, states: Sequence[SampleState]) -> list[Sample]:
+        """Samples as users see them: decoded, but for the modalities of the prompt, which come back as they came."""
+        made = [state.sampled() for state in states]
+        raw = [state.rules.options.return_unprocessed_modalities for state in states]
+        shown = iter(self._shown([state for state, is_raw in zip(states, raw, strict=True) if not is_raw]))
+        return [
+            [_own(part) for part in self.model.decode([sample.pieces], raw=True)[0]] if is_raw else next(shown)
+            for sample, is_raw in zip(made, raw, strict=True)
+        ]
 
-    # writing
+    def _shown(self, states: Sequence[SampleState]) -> list[Sample]:
+        made = [state.sampled() for state in states]
+        parts = self.model.decode([pieces[2 * len(given) :] for pieces, given in made])
+        return [self._given(sample) + rest for sample, rest in zip(made, parts, strict=True)]
 
-    def _write(self, states: Sequence[SampleState], logits: Float[Tensor, "r v"]) -> None:
-        tokens = sample_tokens(
-            logits,
-            torch.stack([self.grammar.allowed(state.opening) for state in states]).to(logits.device),
-            temperature=self.options.text_temperature,
-            min_p=self.options.text_min_p,
-        )
-        for state, token in zip(states, tokens.tolist(), strict=True):
-            self._accept(state, token)
-
-    def _accept(self, state: SampleState, token: int) -> None:
-        opening, state.opening = state.opening, self.grammar.advance(state.opening, token)
-        self._append(state, Text(torch.tensor([token])))
-        if token in self.vocabulary.som:
-            modality = self.vocabulary.som.index(token)
-            shape = self._written_shape(modality, opening or "")
-            if shape is not None and self._has_room(state, modality, shape):
-                self._start_drawing(state, modality, shape)
-            else:
-                state.phase = Phase.DONE
-        elif token == self.vocabulary.eos or state.length == self.options.max_length:
-            state.phase = Phase.DONE
-
-    def _append(self, state: SampleState, piece: Piece) -> None:
-        state.pieces.append(piece)
-        state.length += self._num_tokens([piece])
-        state.lane.pending.append(piece)
-        if state.unconditional is not None:
-            state.unconditional.pending += without_text([piece], self.vocabulary)
-
-    def _num_tokens(self, pieces: Iterable[Piece]) -> int:
-        return sum(
-            len(piece.ids) if isinstance(piece, Text) else self._num_latent_tokens(piece.type, piece.shape)
-            for piece in pieces
-        )
-
-    def _num_latent_tokens(self, modality: int, shape: Shape) -> int:
-        return prod(self.model.modalities[modality].token_shape(shape))
-
-    def _has_room(self, state: SampleState, modality: int, shape: Shape) -> bool:
-        """Whether the latents, and what closes them, come within `max_length`."""
-        return state.length + self._num_latent_tokens(modality, shape) + 1 <= self.options.max_length
-
-    def _written_shape(self, modality: int, written: str) -> Shape | None:
-        """What was written, or else the default shape if that is to serve; None for no shape that can be drawn."""
-        if self.fixed is not None:
-            return self.fixed
-        io = self.model.modalities[modality]
-        shape = io.spec.parse_shape(written)
-        if shape is not None and prod(shape) <= self.options.max_modality_tokens and io.supports(shape):
-            return shape
-        if self.model.fallback_to_default_shape_if_invalid:
-            return self._shape_or_default(modality, None)
-        return None
-
-    def _shape_or_default(self, modality: int, shape: Shape | None) -> Shape:
-        io = self.model.modalities[modality]
-        shape = io.spec.default_shape if shape is None else shape
-        if shape is None:
-            raise ValueError(
-                f"modality {modality} has no default shape: give one here (fixed_modality_shape), or set "
-                "modality_default_shape"
-            )
-        if not io.supports(tuple(shape)):
-            axes = " or ".join(map(str, sorted(_axes(io, None))))
-            reason = "the modules around the transformer do not take it"
-            raise ValueError(
-                f"modality {modality} cannot have the shape {tuple(shape)}: "
-                f"{reason if len(shape) in _axes(io, None) else f'it has {axes} axes'}"
-            )
-        return tuple(shape)
-
-    # drawing
-
-    def _start_drawing(self, state: SampleState, modality: int, shape: Shape) -> None:
-        has_text = any(
-            isinstance(piece, Text) and (piece.ids < self.vocabulary.num_text).any() for piece in state.pieces
-        )
-        if self.options.cfg_scale != 1 and has_text and state.unconditional is None:
-            state.unconditional = Lane(state.guide_row, pending=without_text(state.pieces, self.vocabulary))
-        state.phase = Phase.DRAWING
-        state.drawing = self._blank(modality, shape, state.lane, state.unconditional)
-
-    def _blank(self, modality: int, shape: Shape, lane: Lane, unconditional: Lane | None = None) -> Drawing:
-        """A drawing that is nothing but noise."""
-        rows, channels = prod(shape), self.model.modalities[modality].spec.dim_latent
-        noise = self.options.init_modality_noise
-        if noise is None:
-            noise = torch.randn(rows, channels, device=self.model.device, dtype=self.model.dtype)
-        if noise.shape[0] < rows or noise.shape[1] < channels:
-            raise ValueError(
-                f"init_modality_noise needs {rows} rows and {channels} channels for shape {shape} of modality "
-                f"{modality}, got {tuple(noise.shape)}"
-            )
-        x = noise[:rows, :channels].to(self.model.device, self.model.dtype)
-        return Drawing(modality, shape, x, lane, unconditional)
-
-    def _finish_drawing(self, state: SampleState, drawing: Drawing) -> None:
-        """The clean latents are read, and kept, like anything else that has been written."""
-        state.drawing = None
-        self._append(state, drawing.as_piece())
-        self._append(state, Text(self.vocabulary.closing(drawing.type)))
-        state.phase = Phase.DONE if state.length == self.options.max_length else Phase.WRITING
-
-    def _draw(self, drawings: Sequence[Drawing], context: Context) -> None:
-        """One step of the solver for all together, or, for a method that chooses its own steps, all of them one by
-        one.
-        """
-        if is_single_step(self.solver):
-            self._step(drawings, context, 1)
-            return
-        for drawing in drawings:
-            self._step([drawing], context, self.options.modality_steps)
-
-    def _step(self, drawings: Sequence[Drawing], context: Context, intervals: int) -> None:
-        """Moves every drawing on by so many intervals, all in one vector whose own time runs from 0 to 1."""
-        steps, sizes = self.options.modality_steps, [drawing.x.numel() for drawing in drawings]
-        start = [drawing.step / steps for drawing in drawings]
-        start = torch.tensor(start, device=self.model.device, dtype=self.model.dtype)
-        span = intervals / steps
-        plan, guided_drawings = self._planned(drawings, context)
-
-        def velocity(time: Tensor, flat: Tensor) -> Tensor:
-            x = [part.view_as(drawing.x) for part, drawing in zip(flat.split(sizes), drawings, strict=True)]
-            velocities = self._velocities(context, plan, guided_drawings, x, start + time * span)
-            return span * torch.cat([part.flatten() for part in velocities])
-
-        x = torch.cat([drawing.x.flatten() for drawing in drawings])
-        after = integrate(velocity, x, steps=intervals, options=self.solver)
-        for drawing, part in zip(drawings, after.split(sizes), strict=True):
-            drawing.x = part.view_as(drawing.x)
-            drawing.step += intervals
-
-    def _planned(self, drawings: Sequence[Drawing], context: Context) -> tuple[Plan, list[int]]:
-        """The stream of all lanes that draw, conditional ones first, made once for as long as they stay the same; and
-        which of the drawings are guided.
-        """
-        pairs = [(i, drawing.unconditional) for i, drawing in enumerate(drawings) if drawing.unconditional is not None]
-        guided_drawings = [i for i, _ in pairs]
-        lanes = [drawing.lane for drawing in drawings] + [lane for _, lane in pairs]
-        key = (context, *((lane.row, lane.past) for lane in lanes))
-        if self._plan is None or self._plan[0] != key:
-            spans = [drawings[i].as_piece() for i in [*range(len(drawings)), *guided_drawings]]
-            self._plan = (key, context.plan(lanes, spans))
-        return self._plan[1], guided_drawings
-
-    def _velocities(
-        self, context: Context, plan: Plan, guided_drawings: list[int], x: list[Tensor], times: Float[Tensor, " s"]
-    ) -> list[Tensor]:
-        again = [x[i] for i in guided_drawings]
-        every = context.velocities(plan, x + again, torch.cat((times, times[guided_drawings])))
-        conditional, unconditional = every[: len(x)], every[len(x) :]
-        for i, without in zip(guided_drawings, unconditional, strict=True):
-            conditional[i] = guided(conditional[i], without, self.options.cfg_scale)
-        return conditional
-
-    # one kind alone
-
-    def write_only(self, prompt: Int[Tensor, "b n"], num_tokens: int) -> Int[Tensor, "b m"]:
-        """Continues plain text by `num_tokens` ids of text, without markers."""
-        context = self._context(len(prompt))
-        lanes = [Lane(row, pending=[Text(ids)]) for row, ids in enumerate(prompt.cpu())]
-        allowed = torch.zeros(1, self.vocabulary.num_logits, dtype=torch.bool, device=self.model.device)
-        allowed[:, : self.vocabulary.num_text] = True
-        written = []
-        for _ in range(num_tokens):
-            tokens = sample_tokens(
-                self.model.logits(context.advance(lanes)),
-                allowed,
-                temperature=self.options.text_temperature,
-                min_p=self.options.text_min_p,
-            )
-            written.append(tokens)
-            for lane, token in zip(lanes, tokens.cpu(), strict=True):
-                lane.pending = [Text(token[None])]
-        return torch.stack(written, dim=1) if written else prompt[:, :0]
-
-    def draw_only(self, batch_size: int, modality: int) -> list[Modality]:
-        """Draws `batch_size` instances of a modality without any text around them."""
-        shape = self._shape_or_default(modality, self.fixed)
-        drawings = [self._blank(modality, shape, Lane(row)) for row in range(batch_size)]
-        context = RecomputeContext(self.model, batch_size)  # there is nothing to remember
-        while drawings[0].step < self.options.modality_steps:
-            self._draw(drawings, context)
-        return [drawing.as_piece() for drawing in drawings]
-
-    def _context(self, rows: int) -> Context:
-        return (CachedContext if self.options.cache_kv else RecomputeContext)(self.model, rows)
+    def _given(self, sample: Sampled) -> Sample:
+        """A sample as far as its prompt's last modality, those being the user's own."""
+        device = self.model.device
+        given = iter([(piece.type, piece.tensor.detach().clone().to(device)) for piece in sample.given])
+        return [
+            piece.ids.to(device) if isinstance(piece, Text) else next(given)
+            for piece in sample.pieces[: 2 * len(sample.given)]
+        ]
 
 
-def _axes(io: Any, fixed: Shape | None) -> set[int]:
-    """How many axes a modality can have; none where it cannot have the one shape that is to be."""
-    if fixed is not None:
-        return {len(fixed)} if io.supports(fixed) else set()
-    return set(range(MAX_AXES + 1)) if io.spec.num_dim is None else {io.spec.num_dim}
+def _own(part: Tensor | tuple[int, Tensor]) -> Tensor | tuple[int, Tensor]:
+    """A copy, so that nothing returned shares memory with a prompt."""
+    return (part[0], part[1].clone()) if isinstance(part, tuple) else part

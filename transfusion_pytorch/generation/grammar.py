@@ -9,6 +9,7 @@ An opening is what has been written since `meta`: `"4,"`; it is None in text.
 
 from collections.abc import Collection, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -21,7 +22,8 @@ from transfusion_pytorch.sequence.vocabulary import ALPHABET, Vocabulary, format
 class Grammar:
     """Which ids may follow an opening, or text.
 
-    `axes` are the numbers of axes that each modality can have; `fixed_shape` is the only shape to be written, if given.
+    `axes` are the numbers of axes that each modality can have, none for one that must not be written; `fixed_shape` is
+    the only shape to be written, if given.
     What may be written can always be finished: after every allowed id another one is allowed, and som comes in the end.
     """
 
@@ -31,17 +33,23 @@ class Grammar:
         self.vocabulary, self.axes, self.most = vocabulary, axes, most
         self.fixed = None if fixed_shape is None else format_shape(fixed_shape)
         self.most_axes = max((count for counts in axes for count in counts), default=0)
-        self._text = self._mask([*range(vocabulary.num_text), vocabulary.eos, vocabulary.meta])
-        self._masks: dict[frozenset[int], Tensor] = {}
+        self._masks: dict[Any, Tensor] = {}
 
     def allowed(self, opening: str | None) -> Bool[Tensor, " v"]:
         """The ids that may come next."""
         if opening is None:
-            return self._text
+            return self.text(eos=True, meta=any(self.axes))
         ids = frozenset(self._shape_ids(opening))
         if ids not in self._masks:
             self._masks[ids] = self._mask(list(ids))
         return self._masks[ids]
+
+    def text(self, *, eos: bool, meta: bool) -> Bool[Tensor, " v"]:
+        """The ids of text, and with them what ends a sentence and what opens a modality."""
+        if (eos, meta) not in self._masks:
+            ends = [self.vocabulary.eos] * eos + [self.vocabulary.meta] * meta
+            self._masks[eos, meta] = self._mask([*range(self.vocabulary.num_text), *ends])
+        return self._masks[eos, meta]
 
     def advance(self, opening: str | None, token: int) -> str | None:
         """The opening after an allowed id."""

@@ -1,27 +1,90 @@
-"""Choosing the next token.
+"""Choosing the next token, for many rows at once, each with its own options.
 
 r rows that write, v vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from transfusion_pytorch.generation.options import SamplingOptions
 
-def min_p_filter(logits: Shaped[Tensor, "r v"], min_p: float) -> Shaped[Tensor, "r v"]:
+GREEDY_BELOW = torch.finfo(torch.float32).tiny
+NO_CHOICE = -1
+
+
+def penalize(logits: Float[Tensor, "r v"], seen: Bool[Tensor, "r v"], penalty: Float[Tensor, "r 1"]):
+    """Makes what was `seen` less likely (CTRL, arXiv 1909.05858)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Float[Tensor, "r v"], k: Int[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
+    """Keeps the `k` likeliest tokens of each row, and what ties with the last of them."""
+    k = k.clamp(max=logits.shape[-1])
+    ranked = logits.topk(int(k.max()), dim=-1).values
+    return logits.masked_fill(logits < ranked.gather(-1, k - 1), float("-inf"))
+
+
+def keep_top_p(logits: Float[Tensor, "r v"], p: Float[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
+    """Keeps the likeliest tokens until they have the probability `p` together (arXiv 1904.09751)."""
+    ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(dim=-1) - ranked
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def keep_min_p(logits: Float[Tensor, "r v"], min_p: Float[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
     """Keeps the tokens that are at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
-    probabilities = logits.softmax(dim=-1)
-    least = min_p * probabilities.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(probabilities < least, float("-inf"))
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < likeliest + min_p.log(), float("-inf"))
+
+
+def filter_logits(logits: Float[Tensor, "r v"], options: Sequence[SamplingOptions]) -> Float[Tensor, "r v"]:
+    """Cuts off what each row's options rule out. A filter that no row asks for is not run."""
+
+    def column(name: str, default: float = 1.0) -> Tensor:
+        values = [default if (value := getattr(row, name)) is None else value for row in options]
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    if any(row.text_top_k is not None for row in options):
+        logits = keep_top_k(logits, column("text_top_k", logits.shape[-1]).long())
+    if any(row.text_top_p < 1 for row in options):
+        logits = keep_top_p(logits, column("text_top_p").to(logits.dtype))
+    if any(row.text_min_p > 0 for row in options):
+        logits = keep_min_p(logits, column("text_min_p").to(logits.dtype))
+    return logits
 
 
 def sample_tokens(
-    logits: Shaped[Tensor, "r v"], allowed: Bool[Tensor, "#r v"], *, temperature: float, min_p: float
-) -> Int[Tensor, " r"]:
-    """A token for each row among those `allowed`; `temperature` 0 takes the likeliest."""
-    logits = logits.float().masked_fill(~allowed, float("-inf"))
-    if temperature < torch.finfo(logits.dtype).tiny:
-        return logits.argmax(dim=-1)
-    logits = min_p_filter(logits, min_p)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # or a low temperature divides them beyond what a float holds
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1).flatten()
+    logits: Shaped[Tensor, "r v"],
+    allowed: Bool[Tensor, "#r v"],
+    options: Sequence[SamplingOptions],
+    uniform: Sequence[float],
+    seen: Bool[Tensor, "r v"] | None = None,
+) -> list[int]:
+    """A token for each row among those `allowed`, or `NO_CHOICE` where its logits are not finite.
+
+    `uniform` is a random number in [0, 1) for each row: what a row becomes hangs on its own alone.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if seen is not None:
+        penalty = torch.tensor([row.text_repetition_penalty for row in options], device=logits.device)
+        logits = penalize(logits, seen, penalty[:, None].to(logits.dtype))
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    likeliest, tokens = logits.max(dim=-1)
+    if any(row.text_temperature > GREEDY_BELOW for row in options):
+        logits = filter_logits(logits, options) - likeliest[:, None]  # at most 0, so that any temperature can divide it
+        temperature = torch.tensor([row.text_temperature for row in options], dtype=torch.float64, device=logits.device)
+        greedy = temperature < GREEDY_BELOW
+        drawn = _draw(logits / temperature.masked_fill(greedy, 1.0)[:, None].to(logits.dtype), uniform)
+        tokens = torch.where(greedy, tokens, drawn)
+    return torch.where(likeliest.isfinite(), tokens, NO_CHOICE).tolist()
+
+
+def _draw(logits: Float[Tensor, "r v"], uniform: Sequence[float]) -> Int[Tensor, " r"]:
+    """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    at = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None].clamp(max=1 - 1e-9)
+    return torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True).flatten()

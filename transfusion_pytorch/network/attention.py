@@ -38,18 +38,14 @@ def attend(
     and go through SDPA. `softcap` bounds the logits at `softcap * tanh(logits / softcap)` (Gemma 2, arXiv
     2408.00118).
     """
-    if cache is not None:
-        cache.write(layer, k, v)
-    elif flex and flex_is_possible(q, k, v):
+    if cache is None and flex and flex_is_possible(q, k, v):
         return _attend_flex(q, k, v, layout, softcap)
     outs = []
-    for run in layout.runs:
+    for index, run in enumerate(layout.runs if cache is None else cache.runs):
         split = partial(rearrange, pattern="(g t) h e -> g h t e", g=run.samples.stop - run.samples.start)
-        q_run = split(q[run.tokens])
+        q_run, k_run, v_run = (split(part[run.tokens]) for part in (q, k, v))
         if cache is not None:
-            k_run, v_run = cache.read(layer, run.samples, max(chunk.num_keys for chunk in run.chunks))
-        else:
-            k_run, v_run = split(k[run.tokens]), split(v[run.tokens])
+            k_run, v_run = cache.update(layer, index, k_run, v_run)
         for chunk in run.chunks:
             keys, values = k_run[:, :, : chunk.num_keys], v_run[:, :, : chunk.num_keys]
             out = _attend_dense(q_run[:, :, chunk.queries], keys, values, chunk.mask, chunk.is_causal, softcap)

@@ -1,15 +1,17 @@
 """Keys and values of what has been read already, preallocated and written in place.
 
-r rows, h key/value heads, s slots in a row, n new tokens, d channels of a head.
+r rows, h key/value heads, s slots in a row, d channels of a head, g samples of one length t.
 """
 
+import heapq
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.sequence.masks import Layout
+from transfusion_pytorch.sequence.masks import Layout, Run
 
 
 class KVCache:
@@ -18,23 +20,30 @@ class KVCache:
     Writes are tentative: they go behind the committed prefix of their row, and the next write replaces them. Only
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace. `lengths` are the committed
     prefixes.
+
+    A row is taken with `acquire` and given back with `release`. Rows and slots at least double when there are too few,
+    so that copying costs a constant per token; slots never exceed `limit`.
     """
 
     def __init__(
         self,
         *,
         layers: int,
-        rows: int,
         kv_heads: int,
         dim_head: int,
         device: torch.device,
         dtype: torch.dtype,
+        rows: int = 1,
         slots: int = 64,
+        limit: int | None = None,
     ):
         shape = (rows, kv_heads, slots, dim_head)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.lengths = [0] * rows
+        self.limit = limit
+        self._written = [0] * rows  # slots that may hold anything, committed or not
+        self._free = list(range(rows))
 
     @property
     def slots(self) -> int:
@@ -45,9 +54,31 @@ class KVCache:
         """What one token of one row takes."""
         return sum(2 * keys[0, :, 0].numel() * keys.element_size() for keys in self.keys)
 
+    @property
+    def num_bytes(self) -> int:
+        """What all slots of all rows take."""
+        return self.bytes_per_token * self.slots * len(self.lengths)
+
+    def acquire(self) -> int:
+        """The lowest free row, empty. Rows in use stay close together, where attention can take them as one batch."""
+        if not self._free:
+            self._grow(rows=2 * len(self.lengths), slots=self.slots)
+        row = heapq.heappop(self._free)
+        # A masked slot weighs nothing, but nothing times NaN is NaN: what a former tenant left there has to go.
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, : self._written[row]] = 0
+        self.lengths[row] = self._written[row] = 0
+        return row
+
+    def release(self, row: int) -> None:
+        heapq.heappush(self._free, row)
+
     def view(self, rows: Sequence[int], layout: Layout) -> "CacheView":
         """The cache as one forward pass sees it: sample i of the `layout` continues row `rows[i]`."""
-        self._reserve(max(self.lengths[row] + length for row, length in zip(rows, layout.lengths, strict=True)))
+        ends = [self.lengths[row] + length for row, length in zip(rows, layout.lengths, strict=True)]
+        self._reserve(max(ends))
+        for row, end in zip(rows, ends, strict=True):
+            self._written[row] = max(self._written[row], end)
         return CacheView(self, rows, layout)
 
     def commit(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -55,40 +86,73 @@ class KVCache:
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] += length
 
+    def copy(self, source: int, rows: Sequence[int], length: int) -> None:
+        """Gives each of `rows`, which are empty, the first `length` tokens of `source`."""
+        self._reserve(length)
+        index = torch.tensor(rows, device=self.keys[0].device)
+        for tensor in (*self.keys, *self.values):
+            tensor[index, :, :length] = tensor[source, :, :length]
+        for row in rows:
+            self.lengths[row] = self._written[row] = length
+
     def _reserve(self, slots: int) -> None:
-        """Doubles until there are enough slots, so that the cost of copying is constant per token."""
         if slots <= self.slots:
             return
-        extra = max(slots, 2 * self.slots) - self.slots
+        roomy = 2 * self.slots if self.limit is None else min(2 * self.slots, self.limit)
+        self._grow(rows=len(self.lengths), slots=max(slots, roomy))
+
+    def _grow(self, *, rows: int, slots: int) -> None:
+        """Copies what has been written only: memory that was never touched costs nothing on a CPU."""
+        count, used = len(self.lengths), max(self._written)
         for tensors in (self.keys, self.values):
-            for i, tensor in enumerate(tensors):
-                tensors[i] = torch.nn.functional.pad(tensor, (0, 0, 0, extra))
+            for i, old in enumerate(tensors):
+                tensors[i] = old.new_zeros((rows, old.shape[1], slots, old.shape[3]))
+                tensors[i][:count, :, :used] = old[:, :, :used]
+        self._free += range(count, rows)  # larger than all others, so this stays a heap
+        self.lengths += [0] * (rows - count)
+        self._written += [0] * (rows - count)
+
+
+class Place(NamedTuple):
+    """Where one run of a layout stands in the cache: in neighbouring rows, from the same slot on or not."""
+
+    rows: slice
+    slots: slice | None
+    row_of: Int[Tensor, "g 1"]
+    slot_of: Int[Tensor, "g t"]
 
 
 class CacheView:
     """The rows of a cache that take part in one forward pass, and the slots where its tokens go."""
 
     def __init__(self, cache: KVCache, rows: Sequence[int], layout: Layout):
-        device = cache.keys[0].device
         self.cache = cache
-        self.rows = list(rows)
-        lengths = torch.tensor(layout.lengths)
-        past = torch.tensor([cache.lengths[row] for row in rows])
-        first = (lengths.cumsum(0) - lengths - past).repeat_interleave(lengths)
-        self.row_of_token: Int[Tensor, " n"] = torch.tensor(self.rows).repeat_interleave(lengths).to(device)
-        self.slot_of_token: Int[Tensor, " n"] = (torch.arange(len(first)) - first).to(device)
+        self.runs = layout.runs_in(tuple(rows))
+        self.places = [self._place(run, rows) for run in self.runs]
 
-    def write(self, layer: int, keys: Shaped[Tensor, "n h d"], values: Shaped[Tensor, "n h d"]) -> None:
-        where = (self.row_of_token, slice(None), self.slot_of_token)
-        self.cache.keys[layer][where] = keys.to(self.cache.keys[layer].dtype)
-        self.cache.values[layer][where] = values.to(self.cache.values[layer].dtype)
+    def _place(self, run: Run, rows: Sequence[int]) -> Place:
+        """The rows of a run are neighbours, because `runs_in` parts those that are not."""
+        members = rows[run.samples]
+        past, device = [self.cache.lengths[row] for row in members], self.cache.keys[0].device
+        length = (run.tokens.stop - run.tokens.start) // len(members)
+        together = slice(past[0], past[0] + length) if len(set(past)) == 1 else None
+        row_of, slot_of = torch.tensor(members)[:, None], torch.tensor(past)[:, None] + torch.arange(length)
+        return Place(slice(members[0], members[-1] + 1), together, row_of.to(device), slot_of.to(device))
 
-    def read(self, layer: int, samples: slice, num_keys: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `(g, h, num_keys, d)` of some samples: a view where their rows are neighbours."""
-        rows = self.rows[samples]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if rows == list(range(rows[0], rows[0] + len(rows))):
-            block = slice(rows[0], rows[0] + len(rows))
-            return keys[block, :, :num_keys], values[block, :, :num_keys]
-        index = torch.tensor(rows, device=keys.device)
-        return keys[:, :, :num_keys].index_select(0, index), values[:, :, :num_keys].index_select(0, index)
+    def update(
+        self, layer: int, run: int, keys: Shaped[Tensor, "g h t d"], values: Shaped[Tensor, "g h t d"]
+    ) -> tuple[Shaped[Tensor, "g h k d"], Shaped[Tensor, "g h k d"]]:
+        """Writes the new keys and values of a run, and returns all that it may see: views, nothing is copied."""
+        place, num_keys = self.places[run], max(chunk.num_keys for chunk in self.runs[run].chunks)
+        return (
+            self._update(self.cache.keys[layer], place, keys)[:, :, :num_keys],
+            self._update(self.cache.values[layer], place, values)[:, :, :num_keys],
+        )
+
+    @staticmethod
+    def _update(stored: Tensor, place: Place, new: Tensor) -> Tensor:
+        if place.slots is not None:
+            stored[place.rows, :, place.slots] = new
+        else:
+            stored[place.row_of, :, place.slot_of] = new.transpose(1, 2).to(stored.dtype)
+        return stored[place.rows]

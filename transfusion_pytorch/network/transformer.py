@@ -191,10 +191,10 @@ class Transformer(nn.Module):
                 skips.append(x)
         return self.final_norm(self.reduce_streams(x), self.final_norm.modulation(conditioning))
 
-    def create_cache(self, rows: int, *, device: torch.device, dtype: torch.dtype) -> KVCache:
-        """An empty cache for `rows` samples."""
+    def create_cache(self, *, device: torch.device, dtype: torch.dtype, rows: int = 1) -> KVCache:
+        """An empty cache, to begin with for so many samples."""
         return KVCache(
-            layers=self.depth, rows=rows, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype
+            layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype, rows=rows
         )
 
     def muon_parameters(self) -> list[nn.Parameter]:

@@ -50,16 +50,19 @@ class Layout:
     lengths: tuple[int, ...]
     past: tuple[int, ...]
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.lengths)
-
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The stream as plain batches, in order."""
+        return self.runs_in(tuple(range(len(self.lengths))))
+
+    def runs_in(self, rows: tuple[int, ...]) -> tuple[Run, ...]:
+        """The same where the samples stand in these rows of a cache: those of a batch are of one length, in
+        neighbouring rows.
+        """
         device, end = self.end.device, self.end.cpu()
+        kinds = [(length, row - sample) for sample, (length, row) in enumerate(zip(self.lengths, rows, strict=True))]
         runs, sample, token = [], 0, 0
-        for length, group in groupby(self.lengths):
+        for (length, _), group in groupby(kinds):
             count = len(list(group))
             samples, tokens = slice(sample, sample + count), slice(token, token + count * length)
             chunks = list(_chunks(end[tokens].view(count, length), device))

@@ -7,6 +7,7 @@ and moved to the device of the model in one go.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -187,6 +188,35 @@ def pack(
             shapes=shapes,
             token_shapes=token_shapes,
         ),
+        ignore_index=ignore_index,
+    )
+
+
+def pack_ids(samples: Sequence[Sequence[int]], past: Sequence[Past], *, ignore_index: int = -1) -> TokenStream:
+    """What `pack` makes of text that is only read, without labels. A step of decoding is an id for each sample, and
+    plain numbers are the fastest way to lay out so few.
+    """
+    lengths = tuple(map(len, samples))
+    token, sample, position, end = (
+        torch.tensor(list(chain.from_iterable(column)))
+        for column in (
+            samples,
+            ([i] * length for i, length in enumerate(lengths)),
+            (range(row.position, row.position + length) for row, length in zip(past, lengths, strict=True)),
+            (range(row.length + 1, row.length + length + 1) for row, length in zip(past, lengths, strict=True)),
+        )
+    )
+    none = torch.empty(0, dtype=torch.long)
+    return TokenStream(
+        token=token,
+        sample=sample,
+        span=torch.full_like(token, -1),
+        position=position,
+        end=end,
+        label=torch.full_like(token, ignore_index),
+        lengths=lengths,
+        past=tuple(past),
+        spans=Spans(none, none, none, none.bool(), (), ()),
         ignore_index=ignore_index,
     )
 

@@ -5,7 +5,15 @@ from typing import Any, cast
 from ema_pytorch import EMA
 from torch import nn
 
-SAMPLING_METHODS = ("sample", "sample_one", "sample_many", "generate_text_only", "generate_modality_only")
+SAMPLING_METHODS = (
+    "sample",
+    "sample_one",
+    "sample_many",
+    "sample_stream",
+    "create_engine",
+    "generate_text_only",
+    "generate_modality_only",
+)
 
 
 def create_ema(model: nn.Module, *, beta: float = 0.99, **options: Any) -> EMA:
