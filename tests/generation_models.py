@@ -200,3 +200,159 @@ def assert_drawn(model, sample: list, given: int = 0, *, steps: int = 2, scale: 
             **(solver or dict(method="midpoint")),
         )
         torch.testing.assert_close(x.reshape(rows, channels), expected, atol=1e-9, rtol=0)
+
+
+# drawing with guidance and from what is there already
+
+
+def without_modalities(model, before: list[Piece]) -> list[Piece]:
+    """Null text where there is text, and the markers of the last modality, which is the one to be drawn."""
+    ids = torch.cat([piece.ids for piece in before if isinstance(piece, Text)])
+    opening = before[-1].ids[before[-1].ids.tolist().index(model.meta_id) :]
+    nulls = torch.full((int((ids < model.vocabulary.num_text).sum()),), model.vocabulary.null)
+    return [Text(torch.cat([text(model.sos_id), nulls, opening]))]
+
+
+def guidance_at(
+    model, before: list[Piece], span: Modality, t: Tensor, *, scale: float, modality_scale: float, rescale: float
+) -> Tensor:
+    """The velocity behind marked pieces, led away from what it is without text and without modalities."""
+    vocabulary = model.vocabulary
+    ids = torch.cat([piece.ids for piece in before if isinstance(piece, Text)])
+    has_text, has_modality = bool((ids < vocabulary.num_text).any()), any(isinstance(it, Modality) for it in before)
+    given = velocity_behind(model, before, span, t)
+    scale, modality_scale = scale if has_text else 1.0, modality_scale if has_modality else 1.0
+    if scale == modality_scale == 1:
+        return given
+    nulled = [
+        Text(piece.ids.masked_fill(piece.ids < vocabulary.num_text, vocabulary.null))
+        if isinstance(piece, Text)
+        else piece
+        for piece in before
+    ]
+    textless = velocity_behind(model, nulled, span, t)
+    bare = velocity_behind(model, without_modalities(model, before), span, t) if modality_scale != 1 else textless
+    velocity = bare + modality_scale * (textless - bare) + scale * (given - textless)
+    spread, other = ((one - one.mean()).square().mean().sqrt() for one in (velocity, given))
+    return (1 - rescale) * velocity + rescale * velocity * (other / spread if spread else 1)
+
+
+def flow_behind(
+    model,
+    before: list[Piece],
+    modality: int,
+    shape: tuple,
+    start: Tensor,
+    *,
+    steps: int = 2,
+    shift: float = 1.0,
+    scale: float = 1.0,
+    modality_scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+    init: Tensor | None = None,
+    strength: float = 1.0,
+    anew: Tensor | None = None,
+    **solver,
+) -> Tensor:
+    """Draws a modality behind marked pieces by the formulas, from the noise `start` or on the way to `init`, of which
+    all that is not to be drawn `anew` is put back at every evaluation. Everything is read again each time.
+    """
+    init = start if init is None else init.reshape(start.shape)
+    stays = torch.zeros_like(start).bool() if anew is None else ~anew.reshape(-1, 1).expand_as(start)
+    grid = torch.linspace(0, 1, steps + 1, dtype=start.dtype)
+    grid = (1 - strength) + strength * grid / (grid + shift * (1 - grid))
+    off = dict(scale=1.0, modality_scale=1.0, rescale=0.0)
+    on = dict(scale=scale, modality_scale=modality_scale, rescale=rescale)
+
+    def velocity(t, x):
+        x = torch.where(stays, (1 - t) * start + t * init, x)
+        span = Modality(modality, x.reshape(*shape, x.shape[-1]))
+        guidance = on if interval[0] <= t <= interval[1] else off
+        return torch.where(stays, 0, guidance_at(model, before, span, t, **guidance))
+
+    with torch.no_grad():
+        begin = (1 - grid[0]) * start + grid[0] * init
+        return torch.where(stays, init, odeint(velocity, begin, grid, **(solver or dict(method="midpoint")))[-1])
+
+
+def assert_flows(model, sample: list, given: int = 0, *, start: Tensor | None = None, **flow) -> None:
+    """Every modality of a returned sample but the `given` of its prompt is what `flow_behind` makes of the same noise;
+    the first of them alone is made of an `init`.
+    """
+    start, pieces = noise() if start is None else start, to_pieces(sample)
+    places = [i for i, piece in enumerate(pieces) if isinstance(piece, Modality)]
+    for count, i in enumerate(places[given:]):
+        modality, x = sample[i]
+        options = {k: v for k, v in flow.items() if not count or k not in ("init", "strength", "anew")}
+        rows, channels = prod(x.shape[:-1]), x.shape[-1]
+        shape, begin = tuple(x.shape[:-1]), start[:rows, :channels]
+        expected = flow_behind(model, pieces[:i], modality, shape, begin, **options)
+        torch.testing.assert_close(x.reshape(rows, channels), expected, atol=1e-9, rtol=0)
+
+
+def watch_evaluations(monkeypatch, model) -> list[tuple[int, float]]:
+    """For every evaluation of the flow from now on: how many sequences it runs, and the time of the first of them."""
+    seen, evaluate = [], model.velocities
+
+    def velocities(hidden, stream, x_t, t):
+        seen.append((len(stream.lengths), float(t[0])))
+        return evaluate(hidden, stream, x_t, t)
+
+    monkeypatch.setattr(model, "velocities", velocities)
+    return seen
+
+
+# requests, and what an engine keeps for them
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    """A source of random numbers for each of several prompts."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def script(*ids: int, given: int):
+    """A logits processor that has these ids written behind the first `given`, and then lets the model choose."""
+
+    def insist(so_far: Tensor, logits: Tensor) -> Tensor:
+        at = len(so_far) - given
+        if at >= len(ids):
+            return logits
+        return torch.full_like(logits, -9.0).index_fill(0, torch.tensor(ids[at]), 9.0)
+
+    return insist
+
+
+def fail(error: BaseException, *, at: int):
+    """A logits processor that raises `error` once there are `at` ids."""
+
+    def raise_it(so_far: Tensor, logits: Tensor) -> Tensor:
+        if len(so_far) >= at:
+            raise error
+        return logits
+
+    return raise_it
+
+
+def cache_of(engine):
+    return engine.scheduler.context.cache
+
+
+def assert_no_row_is_lost(engine) -> None:
+    """Nothing waits, and every row of the cache can be taken again, once."""
+    assert engine.is_idle
+    cache = cache_of(engine)
+    count = len(cache.lengths)
+    rows = [cache.acquire() for _ in range(count)]
+    for row in rows:
+        cache.release(row)
+    assert sorted(rows) == list(range(count)), "a row is free twice, or never"
+    assert len(cache.lengths) == count
+
+
+def turns_of(lengths: list[int], most: int) -> int:
+    """How long it takes if `most` of these requests run at once, and the next enters right after one has left."""
+    ends = [0] * most
+    for length in lengths:
+        ends[ends.index(min(ends))] += length
+    return max(ends)

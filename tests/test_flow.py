@@ -2,7 +2,8 @@
 
 import os
 from functools import partial
-from math import exp, log, sin
+from itertools import product
+from math import exp, log, pi, sin
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
-from transfusion_pytorch.flow.guidance import guided
-from transfusion_pytorch.flow.path import MIN_REMAINING, estimate_clean, interpolate, velocity_towards
+from transfusion_pytorch.flow.guidance import guided, guided_twice, rescaled
+from transfusion_pytorch.flow.path import MIN_REMAINING, estimate_clean, interpolate, slerp, velocity_towards
 from transfusion_pytorch.flow.solver import (
     ADAPTIVE_METHODS,
     OTHER_METHODS,
@@ -446,3 +447,152 @@ def test_guidance_is_linear_and_turns_around_with_its_arguments():
     (a, b), (c, d), scale = latents(), latents(), 2.5
     torch.testing.assert_close(guided(a + 2 * c, b + 2 * d, scale), guided(a, b, scale) + 2 * guided(c, d, scale))
     torch.testing.assert_close(guided(a, b, scale), guided(b, a, 1 - scale))
+
+
+def test_guidance_by_two_scales_is_the_formula():
+    conditional, without_text, without_all = (torch.full((1, 1), x, dtype=DOUBLE) for x in (4.0, 2.0, 1.0))
+    assert guided_twice(conditional, without_text, without_all, 5.0, 3.0).item() == 1 + 3 * (2 - 1) + 5 * (4 - 2)
+
+
+def three_predictions():
+    return *latents(), latents()[0]
+
+
+def test_guidance_by_two_scales_ends_in_the_three_predictions():
+    conditional, without_text, without_all = three_predictions()
+    predictions = conditional, without_text, without_all
+    torch.testing.assert_close(guided_twice(*predictions, 1.0, 1.0), conditional)
+    torch.testing.assert_close(guided_twice(*predictions, 0.0, 1.0), without_text)
+    torch.testing.assert_close(guided_twice(*predictions, 0.0, 0.0), without_all)
+
+
+@QUICK
+@given(scale=st.floats(-3, 9), other=st.floats(-3, 9))
+def test_guidance_by_two_scales_is_that_by_one_where_only_one_has_something_to_say(scale, other):
+    a, b, c = three_predictions()
+    torch.testing.assert_close(guided_twice(a, b, c, scale, 1.0), guided(a, b, scale))
+    torch.testing.assert_close(guided_twice(a, b, c, 0.0, other), guided(b, c, other))
+    torch.testing.assert_close(guided_twice(a, b, c, scale, scale), guided(a, c, scale))
+    torch.testing.assert_close(guided_twice(a, b, b, scale, other), guided(a, b, scale))
+    torch.testing.assert_close(guided_twice(b, b, c, scale, other), guided(b, c, other))
+    torch.testing.assert_close(guided_twice(a, a, a, scale, other), a)
+    along = guided_twice(a + 2, b + 2, c + 2, scale, other)
+    torch.testing.assert_close(along, guided_twice(a, b, c, scale, other) + 2)
+
+
+def spread(x):
+    return ((x - x.mean()) ** 2).mean().sqrt()
+
+
+def test_no_rescaling_changes_nothing_and_full_rescaling_restores_the_spread():
+    walked, conditional = latents()
+    walked = 7 * walked + 1
+    assert torch.equal(rescaled(walked, conditional, 0.0), walked)
+    whole = rescaled(walked, conditional, 1.0)
+    torch.testing.assert_close(spread(whole), spread(conditional))
+    torch.testing.assert_close(whole / whole.norm(), walked / walked.norm())
+    torch.testing.assert_close(rescaled(3 * walked, conditional, 1.0), whole)
+
+
+@QUICK
+@given(amount=st.floats(0, 1))
+def test_rescaling_is_linear_in_its_amount(amount):
+    walked, conditional = latents()
+    mixed = (1 - amount) * walked + amount * rescaled(walked, conditional, 1.0)
+    torch.testing.assert_close(rescaled(walked, conditional, amount), mixed)
+    torch.testing.assert_close(rescaled(walked, walked, amount), walked)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_what_has_no_spread_is_rescaled_to_something_finite(dtype, amount):
+    none, same, some = (x.to(dtype) for x in (torch.zeros(5, 3), torch.full((5, 3), 2.0), 100 * torch.randn(5, 3)))
+    for pair in product((none, same, some), repeat=2):
+        assert rescaled(*pair, amount).isfinite().all()
+
+
+@pytest.mark.parametrize("amount", [0.5, 1.0])
+def test_a_single_number_has_no_spread_to_restore(amount):
+    walked, conditional = latents(1, 1)
+    assert torch.equal(rescaled(walked, conditional, amount), walked)
+
+
+# between two noises
+
+
+def angle_between(a, b):
+    return torch.dot(a.flatten() / a.norm(), b.flatten() / b.norm()).clamp(-1, 1).acos()
+
+
+def on_one_sphere(n=5, c=3):
+    a, b = latents(n, c)
+    return a, b * a.norm() / b.norm()
+
+
+def test_the_great_circle_begins_and_ends_at_its_two_noises():
+    a, b = latents()
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+
+
+def test_a_quarter_turn_is_a_sine_and_a_cosine():
+    a, b = torch.tensor([[1.0, 0.0]], dtype=DOUBLE), torch.tensor([[0.0, 1.0]], dtype=DOUBLE)
+    for weight in (0.0, 0.25, 0.3, 1.0):
+        turned = torch.tensor(weight * pi / 2, dtype=DOUBLE)
+        torch.testing.assert_close(slerp(a, b, weight), torch.stack([turned.cos(), turned.sin()])[None])
+
+
+@QUICK
+@given(weight=st.floats(0, 1), other=st.floats(0, 1), within=st.floats(0, 1))
+def test_a_great_circle_keeps_the_norm_and_adds_up(weight, other, within):
+    a, b = on_one_sphere()
+    one, two = slerp(a, b, weight), slerp(a, b, other)
+    torch.testing.assert_close(one.norm(), a.norm())
+    torch.testing.assert_close(one, slerp(b, a, 1 - weight))
+    torch.testing.assert_close(angle_between(a, one), weight * angle_between(a, b), atol=1e-7, rtol=0)
+    between = slerp(one, two, within)  # a part of the same way
+    torch.testing.assert_close(between, slerp(a, b, weight + within * (other - weight)), atol=1e-7, rtol=0)
+
+
+def test_all_coordinates_of_a_noise_are_one_point():
+    a, b = latents()
+    turn = torch.linalg.qr(torch.randn(15, 15, dtype=DOUBLE)).Q
+    turned = [(x.flatten() @ turn).view(5, 3) for x in (a, b, slerp(a, b, 0.3))]
+    torch.testing.assert_close(slerp(turned[0], turned[1], 0.3), turned[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_noises_in_one_direction_are_joined_by_a_line(dtype, factor):
+    a = latents()[0].to(dtype)
+    torch.testing.assert_close(slerp(a, factor * a, 0.25), a * (1 + 0.25 * (factor - 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE])
+def test_between_opposite_or_absent_noises_there_is_something_finite(dtype):
+    a = latents()[0].to(dtype)
+    for one, other in ((a, -a), (a, -2 * a), (a, 0 * a), (0 * a, a), (0 * a, 0 * a)):
+        ends = [slerp(one, other, weight) for weight in (0.0, 0.3, 0.5, 1.0)]
+        assert all(end.isfinite().all() and end.dtype == dtype for end in ends)
+        torch.testing.assert_close(ends[0], one)
+        torch.testing.assert_close(ends[-1], other)
+
+
+@pytest.mark.parametrize("tilt", [1e-6, 0.9e-4, 1.1e-4, 1e-3])
+def test_the_line_takes_over_from_the_circle_without_a_jump(tilt):
+    a = torch.tensor([[1.0, 0.0]], dtype=DOUBLE)
+    b = torch.tensor([[1.0, tilt]], dtype=DOUBLE)
+    torch.testing.assert_close(slerp(a, b, 0.3), torch.lerp(a, b, 0.3), atol=tilt**2, rtol=0)
+
+
+def test_low_precision_is_only_that_of_the_result():
+    a, b = (x.bfloat16() for x in latents())
+    got = slerp(a, b, 0.3)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, slerp(a.float(), b.float(), 0.3).bfloat16(), atol=0, rtol=0)
+
+
+@pytest.mark.skipif(TYPECHECK, reason="the type checker is faster")
+def test_noises_of_two_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"two tensors of one shape, got \(5, 3\) and \(4, 3\)"):
+        slerp(torch.randn(5, 3), torch.randn(4, 3), 0.5)

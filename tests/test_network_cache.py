@@ -185,3 +185,166 @@ def test_a_cache_of_other_precision_rounds_keys_and_values_only():
         reader.read([0], [2])
     assert torch.equal(exact.read([2], [5])[0], rounded.read([2], [5])[0])
     assert torch.equal(*(reader.cache.keys[0][0, :, :5].double() for reader in (exact, rounded)))
+
+
+# rows that come and go
+
+
+def test_the_lowest_free_row_is_taken_and_none_twice():
+    cache = make_cache(1)
+    assert [cache.acquire() for _ in range(5)] == [0, 1, 2, 3, 4]
+    for row in (3, 1, 4):
+        cache.release(row)
+    assert [cache.acquire() for _ in range(4)] == [1, 3, 4, 5]
+
+
+def test_rows_double_and_keep_what_they_have():
+    reader = Reader(["tAAt"], rows=[0], num_rows=1, layers=1)
+    cache, numbers = reader.cache, []
+    assert cache.acquire() == 0
+    with torch.no_grad():
+        first = reader.read([0], [3])
+        before = [tensor[0, :, :3].clone() for tensor in cache.keys + cache.values]
+        for _ in range(8):
+            cache.acquire()
+            numbers.append(len(cache.lengths))
+        assert all(
+            torch.equal(tensor[0, :, :3], old) for tensor, old in zip(cache.keys + cache.values, before, strict=True)
+        )
+        second = reader.read([3], [4])
+    assert numbers == [2, 4, 4, 8, 8, 8, 8, 16]
+    assert cache.lengths == [4] + [0] * 15
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), reader.whole()[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("grown", [False, True])
+@torch.no_grad()
+def test_what_a_former_tenant_left_is_cleared(grown):
+    """Also what it only tried: NaN behind a mask would still be NaN."""
+    samples = ["ttAAAt", "tt"]  # the second is read beside the first, which is longer: its mask covers the rest
+    reader = Reader(samples, rows=[0, 1], num_rows=2)
+    cache = reader.cache
+    assert [cache.acquire(), cache.acquire()] == [0, 1]
+    spoilt = Reader(["AAAA"], rows=[1], num_rows=2)
+    spoilt.cache = cache
+    spoilt.read([0], [4], noise=float("nan"), commit=False)
+    assert cache.keys[0][1].isnan().any()
+    cache.release(1)
+    if grown:
+        cache.view([0], stream("A" * 9).layout)
+        assert cache.slots == 9
+        assert cache.keys[0][1].isnan().any(), "what grows is copied as it is"
+    assert cache.acquire() == 1
+    assert cache.lengths == [0, 0]
+    assert not any(tensor[1].any() for tensor in cache.keys + cache.values)
+    first = reader.read([0, 0], [5, 1])
+    second = reader.read([5, 1], [6, 2])
+    for whole, *parts in zip(reader.whole(), first, second, strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-10)
+
+
+def test_clearing_a_row_touches_no_other():
+    cache = make_cache(3, layers=2)
+    for row in range(3):
+        assert cache.acquire() == row
+    layout = stream("tt", "tt", "tt").layout
+    view = cache.view([0, 1, 2], layout)
+    for layer in range(2):
+        view.update(layer, 0, *torch.randn(2, 3, 4, 2, 6, dtype=torch.float64))
+    cache.commit([0, 1, 2], layout.lengths)
+    before = [tensor.clone() for tensor in cache.keys + cache.values]
+    cache.release(1)
+    assert cache.acquire() == 1
+    assert cache.lengths == [2, 0, 2]
+    for tensor, old in zip(cache.keys + cache.values, before, strict=True):
+        assert torch.equal(tensor[[0, 2]], old[[0, 2]])
+        assert not tensor[1].any()
+
+
+def test_clearing_costs_only_what_was_written(monkeypatch):
+    """A row is as long as the longest sample ever, most of it untouched."""
+    cache = make_cache(2, slots=1000)
+    cache.acquire()
+    cache.view([0], stream("ttt").layout)
+    for tensor in cache.keys + cache.values:
+        tensor.fill_(5.0)
+    cache.release(0)
+    cache.acquire()
+    for tensor in cache.keys + cache.values:
+        assert not tensor[0, :, :3].any()
+        assert (tensor[0, :, 3:] == 5.0).all()
+
+
+@torch.no_grad()
+def test_a_copied_beginning_is_a_beginning_that_was_read():
+    """In any rows, longer than the slots there were in the target or not, and the copies go on by themselves."""
+    samples = ["ttAAAtt", "ttAAAtBB", "ttAAA", "ttAAAt"]
+    reader = Reader(samples, rows=[2, 0, 5, 3], num_rows=6, layers=1)
+    qkv, start = reader.qkv, reader.starts
+    for x in qkv:
+        for first in start[1:]:
+            x[first : first + 5] = x[:5]
+    one = Reader([samples[0]], rows=[2], num_rows=6)
+    one.qkv, one.cache = [x[:7] for x in qkv], reader.cache
+    beginning = one.read([0], [5])[0]
+    reader.cache.copy(2, [0, 5, 3], 5)
+    assert reader.cache.lengths == [5, 0, 5, 5, 0, 5]
+    for tensor in reader.cache.keys + reader.cache.values:
+        for row in (0, 5, 3):
+            assert torch.equal(tensor[row, :, :5], tensor[2, :, :5])
+        assert not tensor[[1, 4]].any()
+    rest = Reader([samples[i] for i in (0, 1, 3)], rows=[2, 0, 3], num_rows=6)
+    ends = [start[0] + torch.arange(7), start[1] + torch.arange(8), start[3] + torch.arange(6)]
+    rest.qkv, rest.cache = [x[torch.cat(ends)] for x in qkv], reader.cache
+    parts = rest.read([5, 5, 5], [7, 8, 6])
+    for whole, part in zip(rest.whole(), parts, strict=True):
+        torch.testing.assert_close(torch.cat([beginning, part]), whole, rtol=0, atol=1e-10)
+
+
+def test_a_part_of_what_a_row_has_may_be_copied():
+    cache = make_cache(2)
+    layout = stream("tttt").layout
+    cache.view([0], layout).update(0, 0, *torch.randn(2, 1, 4, 4, 6, dtype=torch.float64))
+    cache.commit([0], layout.lengths)
+    cache.copy(0, [1], 2)
+    assert cache.lengths == [4, 2]
+    assert torch.equal(cache.keys[0][1, :, :2], cache.keys[0][0, :, :2])
+    assert not cache.keys[0][1, :, 2:].any()
+
+
+@pytest.mark.parametrize(
+    ("limit", "slots"), [(None, [4, 8, 16, 32]), (20, [4, 8, 16, 20]), (9, [4, 8, 9]), (4, [4]), (3, [3])]
+)
+def test_slots_double_up_to_their_limit(limit, slots):
+    cache = make_cache(1, slots=min(4, limit or 4))
+    cache.limit = limit
+    seen = []
+    for _ in range(min(20, limit or 20)):
+        cache.view([0], stream("t").layout)
+        cache.commit([0], [1])
+        seen.append(cache.slots)
+    assert sorted(set(seen)) == slots
+
+
+def test_num_bytes_is_what_the_tensors_take_as_they_grow():
+    cache = make_cache(1, layers=3, kv_heads=2, dtype=torch.float32)
+    for _ in range(3):
+        cache.acquire()
+        cache.view([0], stream("t" * 5 * len(cache.lengths)).layout)
+        assert cache.num_bytes == sum(t.numel() * t.element_size() for t in cache.keys + cache.values)
+        assert cache.num_bytes == cache.bytes_per_token * cache.slots * len(cache.lengths)
+
+
+def test_no_row_is_lost_whatever_comes_and_goes():
+    """Against a set of rows, for a thousand turns of chance."""
+    cache, used, generator = make_cache(1), set(), torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        if used and torch.rand((), generator=generator) < 0.45 + 0.02 * len(used):
+            row = sorted(used)[int(torch.randint(len(used), (), generator=generator))]
+            used.remove(row)
+            cache.release(row)
+        else:
+            row = cache.acquire()
+            assert row == min(set(range(len(cache.lengths))) - used)
+            used.add(row)
+    assert len(cache.lengths) < 64

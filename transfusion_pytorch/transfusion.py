@@ -247,7 +247,7 @@ class Transfusion(SamplingMethods, nn.Module):
             x,
             position=stream.position,
             layout=stream.layout,
-            conditioning=Conditioning(condition, stream.span + 1) if latents else None,
+            conditioning=Conditioning(condition, stream.span + 1, stream.tokens_per_span) if latents else None,
             cache=cache,
         )
         return Hidden(hidden, condition, memory)

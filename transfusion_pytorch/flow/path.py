@@ -45,8 +45,10 @@ def velocity_towards(
 
 
 def slerp(start: Float[Tensor, "n c"], end: Float[Tensor, "n c"], weight: float) -> Float[Tensor, "n c"]:
-    """Noise between two noises, from `start` at weight 0 to `end` at 1, along the sphere on which noise lies: a straight
-    line between them passes through noise that is too weak (arXiv 1609.04468). Each is one point, of n c coordinates.
+    """Noise between two noises, from `start` at weight 0 to `end` at 1, each one point of n c coordinates.
+
+    It goes along the sphere on which noise lies: a straight line passes through noise that is too weak (arXiv
+    1609.04468).
     """
     if start.shape != end.shape:
         raise ValueError(

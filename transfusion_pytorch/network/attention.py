@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from transfusion_pytorch.network.cache import CacheView
-from transfusion_pytorch.network.norms import RMSNorm
+from transfusion_pytorch.network.norms import RMSNorm, rms_normalize
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotate
 
@@ -183,11 +183,12 @@ class Attention(nn.Module):
     ) -> tuple[Shaped[Tensor, "n d"], Shaped[Tensor, "n k e"]]:
         """The output, and the values of this layer for the value residual of later ones."""
         qkv = rearrange(self.to_qkv(x), "n (h e) -> n h e", e=self.dim_head)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q_and_k, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         own_values = v
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, phases), rotate(k, phases)
+            gain = torch.cat((self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)))
+            q_and_k = rms_normalize(q_and_k) * (1 + gain).to(q_and_k.dtype)
+        q, k = rotate(q_and_k, phases).split((self.heads, self.kv_heads), dim=1)
         if self.to_value_mix is not None and first_values is not None:
             v = torch.lerp(v, first_values, self.to_value_mix(x).sigmoid()[..., None].to(v.dtype))
         if self.laser:

@@ -20,22 +20,48 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
-        return F.rms_norm(x, x.shape[-1:], (1 + self.weight).to(x.dtype), eps=1e-6)
+        return rms_normalize(x) * (1 + self.weight).to(x.dtype)
+
+
+def rms_normalize(x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
+    """Divides by the root mean square. `F.rms_norm` is not fused on a CPU, and its backward takes twice as long."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (precise.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)
 
 
 class Conditioning(NamedTuple):
-    """The condition of every span, and the span of every token counted from 1 (0 is text)."""
+    """The condition of every span, and the span of every token counted from 1 (0 is text).
+
+    `tokens_per_span` is given where there is nothing but spans of so many tokens each, one behind the other.
+    """
 
     spans: Float[Tensor, "m c"]
     row: Int[Tensor, " n"]
+    tokens_per_span: int | None = None
 
 
 class Modulation(NamedTuple):
-    """What an adaptive norm does to each token; all broadcast over tokens where there is nothing but text."""
+    """What an adaptive norm does to each token: `(n, d)`; `(d)` where there is nothing but text, and then no shift; `(m, 1,
+    d)` where there is nothing but spans of one length.
+    """
 
-    scale: Shaped[Tensor, "#n d"]
-    shift: Shaped[Tensor, "#n d"]
-    gate: Shaped[Tensor, "#n d"] | None
+    scale: Shaped[Tensor, "..."]
+    shift: Shaped[Tensor, "..."] | None
+    gate: Shaped[Tensor, "..."] | None
+
+    def add_gated(self, x: Shaped[Tensor, "n d"], out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
+        """The residual stream `x` and what a branch adds to it."""
+        assert self.gate is not None
+        return torch.addcmul(_stretches(x, self.gate), _stretches(out, self.gate), self.gate).view_as(x)
+
+    def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
+        assert self.gate is not None
+        return (_stretches(out, self.gate) * self.gate).view_as(out)
+
+
+def _stretches(x: Tensor, modulation: Tensor) -> Tensor:
+    """`(n, d)` as `(m, t, d)` where every stretch of t tokens is modulated alike."""
+    return x.unflatten(0, (len(modulation), -1)) if modulation.ndim == 3 else x
 
 
 class AdaptiveNorm(nn.Module):
@@ -58,18 +84,24 @@ class AdaptiveNorm(nn.Module):
         nn.init.zeros_(self.to_modulation.bias)
 
     def modulation(self, conditioning: Conditioning | None) -> Modulation:
-        text = [1 + self.text_scale, torch.zeros_like(self.text_scale)]
-        text += [1 + self.text_gate] if self.text_gate is not None else []
-        table = torch.cat(text)[None]
-        if conditioning is not None:
-            projected = self.to_modulation(conditioning.spans)
-            spans = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
-            table = torch.cat((table.to(spans.dtype), spans)).index_select(0, conditioning.row)
-        scale, shift, *gate = table.split(self.dim, dim=-1)
-        return Modulation(scale, shift, gate[0] if gate else None)
+        gate = None if self.text_gate is None else 1 + self.text_gate
+        if conditioning is None:
+            return Modulation(1 + self.text_scale, None, gate)
+        projected = self.to_modulation(conditioning.spans)
+        spans = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
+        if conditioning.tokens_per_span is not None:
+            each = spans[:, None]
+        else:
+            text = [1 + self.text_scale, torch.zeros_like(self.text_scale), *([] if gate is None else [gate])]
+            each = torch.cat((torch.cat(text)[None].to(spans.dtype), spans)).index_select(0, conditioning.row)
+        scale, shift, *gates = each.split(self.dim, dim=-1)
+        return Modulation(scale, shift, gates[0] if gates else None)
 
     def forward(self, x: Shaped[Tensor, "n d"], modulation: Modulation) -> Shaped[Tensor, "n d"]:
-        return torch.addcmul(modulation.shift, F.layer_norm(x, (self.dim,)), modulation.scale)
+        scale, shift, _ = modulation
+        if shift is None:
+            return F.layer_norm(x, (self.dim,), weight=scale)
+        return torch.addcmul(shift, _stretches(F.layer_norm(x, (self.dim,)), scale), scale).view_as(x)
 
 
 def sinusoids(x: Float[Tensor, "n a"], *, count: int, highest: float, ratio: float) -> Float[Tensor, "n f"]:

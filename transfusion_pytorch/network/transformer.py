@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion_pytorch.network.attention import Attention
 from transfusion_pytorch.network.cache import CacheView, KVCache
-from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
+from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modulation
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
@@ -49,9 +49,11 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Attention and feedforward, each behind an adaptive norm and in front of a gated residual."""
 
-    def __init__(self, dim: int, index: int, *, connect, skips: bool, dropout: float, attn: Mapping, ff: Mapping):
+    def __init__(
+        self, dim: int, index: int, *, connect, is_plain: bool, skips: bool, dropout: float, attn: Mapping, ff: Mapping
+    ):
         super().__init__()
-        self.index = index
+        self.index, self.is_plain = index, is_plain
         self.skip = nn.Linear(2 * dim, dim, bias=False) if skips else None
         self.attn_norm, self.ff_norm = AdaptiveNorm(dim, dim), AdaptiveNorm(dim, dim)
         self.attn, self.ff = Attention(dim, **attn), FeedForward(dim, dropout=dropout, **ff)
@@ -69,7 +71,7 @@ class Layer(nn.Module):
         cache: CacheView | None,
     ) -> tuple[Shaped[Tensor, "s d"], Shaped[Tensor, "n k e"]]:
         if self.skip is not None and skipped is not None:
-            x = x + self.skip(torch.cat((x, skipped), dim=-1))
+            x = self._add_skipped(x, skipped)
 
         branch, add_residual = self.attn_residual(x)
         modulation = self.attn_norm.modulation(conditioning)
@@ -81,12 +83,22 @@ class Layer(nn.Module):
             cache=cache,
             layer=self.index,
         )
-        x = add_residual(self.dropout(out) * modulation.gate)
+        x = self._add(x, add_residual, self.dropout(out), modulation)
 
         branch, add_residual = self.ff_residual(x)
         modulation = self.ff_norm.modulation(conditioning)
         out = self.ff(self.ff_norm(branch, modulation))
-        return add_residual(self.dropout(out) * modulation.gate), values
+        return self._add(x, add_residual, self.dropout(out), modulation), values
+
+    def _add(self, x: Tensor, add_residual: Callable, out: Tensor, modulation: Modulation) -> Tensor:
+        """`add_residual(gate out)`, in one pass over memory where that is a plain sum."""
+        return modulation.add_gated(x, out) if self.is_plain else add_residual(modulation.gated(out))
+
+    def _add_skipped(self, x: Tensor, skipped: Tensor) -> Tensor:
+        """`x + W [x; skipped]` without copying the two behind each other."""
+        assert self.skip is not None
+        from_x, from_skipped = self.skip.weight.chunk(2, dim=1)
+        return x + torch.addmm(F.linear(x, from_x), skipped, from_skipped.t())
 
 
 class Transformer(nn.Module):
@@ -153,6 +165,7 @@ class Transformer(nn.Module):
                 dim,
                 index,
                 connect=partial(_connect, connect, num_residual_streams, num_residual_fracs),
+                is_plain=num_residual_streams == num_residual_fracs == 1,
                 skips=unet_skips and index >= (depth + 1) // 2,
                 dropout=dropout,
                 attn=attn | dict(value_residual=use_value_residual and index > 0),

@@ -98,6 +98,12 @@ class TokenStream:
         """The slot of each sample's last token."""
         return torch.tensor(self.lengths, device=self.token.device).cumsum(0) - 1
 
+    @cached_property
+    def tokens_per_span(self) -> int | None:
+        """How many tokens each span has, where there is nothing but spans and they are all of one length."""
+        sizes = set(map(prod, self.spans.token_shapes))
+        return sizes.pop() if len(sizes) == 1 and max(sizes) * len(self.spans) == len(self.token) else None
+
     def slots(self, modality: int) -> Int[Tensor, " k"]:
         """The slots of all latents of a type."""
         of_span = F.pad(self.spans.modality, (0, 1), value=-1)  # text has the last entry: its span is -1

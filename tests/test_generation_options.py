@@ -1,0 +1,447 @@
+"""The options of a request: what is refused, what may be said, and that its randomness is its own."""
+
+import inspect
+from dataclasses import FrozenInstanceError, fields
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from generation_models import (
+    GREEDY,
+    IMAGE,
+    LINE,
+    VECTOR,
+    VIDEO,
+    assert_drawn,
+    assert_same,
+    build,
+    drawn,
+    latents,
+    noise,
+    shapes_of,
+    slots_of,
+    text,
+)
+
+from transfusion_pytorch import Transfusion
+from transfusion_pytorch.generation.options import SamplingOptions
+
+NAN, INFINITY = float("nan"), float("inf")
+NUMBERS = [("1", TypeError), (True, TypeError), ([1.0], TypeError), (1j, TypeError), (NAN, ValueError)]
+NUMBERS += [
+    (INFINITY, ValueError),
+    (-INFINITY, ValueError),
+    (10**400, ValueError),
+    (torch.tensor([1.0, 2.0]), TypeError),
+]
+NONE = (None, TypeError)
+INTS = [("1", TypeError), (True, TypeError), (2.0, TypeError), (0, ValueError), (-1, ValueError), (NAN, TypeError)]
+SHAPES = [(3, ValueError), ("33", ValueError), ((0,), ValueError), ((-2, 1), ValueError), ((1.0,), ValueError)]
+SHAPES += [((1, 1, 1, 1), ValueError), ((None,), ValueError), ((True, 2), ValueError)]
+
+REFUSED = {
+    "max_length": [*INTS, NONE],
+    "stop_ids": [
+        *[(value, TypeError) for value in (3, "3", text(3), [1.0], [True], [None], None, {1: 2})],
+        *[(value, ValueError) for value in ([4], [-1], [0, 99])],
+    ],
+    "logits_processors": [(None, TypeError), (len, TypeError), ([3], TypeError), ("ab", TypeError), ({}, TypeError)],
+    "text_repetition_penalty": [*NUMBERS, NONE, (0.0, ValueError), (-1.0, ValueError)],
+    "text_top_k": INTS,
+    "text_top_p": [*NUMBERS, NONE, (0.0, ValueError), (-0.1, ValueError), (1.01, ValueError), (50, ValueError)],
+    "text_min_p": [*NUMBERS, NONE, (-0.1, ValueError), (1.01, ValueError)],
+    "text_temperature": [*NUMBERS, NONE, (-0.1, ValueError), (10**400, ValueError)],
+    "force_modality_at_start": [
+        *[(value, TypeError) for value in ("0", True, 0.0, (LINE, (2,), 1), (LINE,), [])],
+        *[(value, ValueError) for value in (4, -1, (LINE, 2), (LINE, (2, 2)), (9, (2,)))],
+    ],
+    "plan": [("text", TypeError), ([], TypeError), (LINE, TypeError), (["words"], ValueError), ([9], ValueError)],
+    "allowed_modalities": [(0, TypeError), ("0", TypeError), ([4], ValueError), ([0.0], TypeError), ({0}, TypeError)],
+    "fixed_modality_shape": SHAPES,
+    "max_modality_tokens": [*INTS, NONE],
+    "modality_steps": [*INTS, NONE],
+    "time_shift": [*NUMBERS, NONE, (0.0, ValueError), (-1.0, ValueError)],
+    "odeint_kwargs": [("midpoint", TypeError), (3, TypeError), ([("method", "euler")], TypeError)],
+    "cfg_scale": NUMBERS,
+    "modality_cfg_scale": [*NUMBERS, NONE],
+    "cfg_interval": [
+        *[(value, TypeError) for value in (0.5, None, (0.1,), (0.1, 0.2, 0.3), ("0", "1"), (False, True), "01")],
+        *[(value, ValueError) for value in ((0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.0, NAN))],
+    ],
+    "cfg_rescale": [*NUMBERS, NONE, (-0.1, ValueError), (1.1, ValueError)],
+    "init_modality_noise": [
+        (value, ValueError) for value in ([[0.0]], torch.ones(3), torch.ones(3, 3).long(), torch.full((3, 3), NAN), 3)
+    ],
+    "init_modality": [
+        *[(value, TypeError) for value in (3, "image", text(1), (LINE, text(1)))],
+        *[(value, ValueError) for value in ((9, torch.ones(2)), (LINE, torch.ones(2, 2)), torch.full((2,), NAN))],
+    ],
+    "strength": [*NUMBERS, NONE, (0.0, ValueError), (-0.5, ValueError), (1.1, ValueError), (0.5, ValueError)],
+    "modality_mask": [(torch.ones(2).bool(), ValueError), (True, ValueError)],
+    "generator": [
+        *[(value, TypeError) for value in (3, "cpu", [0], [torch.Generator(), 3], torch.Generator)],
+        *[(value, ValueError) for value in ([], [torch.Generator()] * 3)],
+    ],
+    "return_unprocessed_modalities": [("yes", TypeError), (1, TypeError), NONE],
+}
+
+# at the very edges of what is refused
+TAKEN = {
+    "max_length": [4, np.int64(9)],
+    "stop_ids": [[], (0,), {1, 2}, frozenset([3])],
+    "logits_processors": [[], (), [lambda ids, logits: logits]],
+    "text_repetition_penalty": [1e-3, 1, 1e3, Fraction(6, 5)],
+    "text_top_k": [None, 1, np.int32(3), 10**6],
+    "text_top_p": [1e-9, 1, np.float32(0.5), Fraction(1, 3)],
+    "text_min_p": [0, 1, 0.5],
+    "text_temperature": [0, 1e-12, 1e6, np.float64(2)],
+    "force_modality_at_start": [None, (VECTOR, ()), (LINE, (2,)), [LINE, [2]]],
+    "plan": [None, ["text"], ("text", (VECTOR, ()))],
+    "allowed_modalities": [None, (), [0, 1], range(2)],
+    "fixed_modality_shape": [None, (), (2,), [1, 1], (np.int64(1), 1, 1)],
+    "max_modality_tokens": [1, np.int64(3)],
+    "modality_steps": [1, np.int64(2)],
+    "time_shift": [1e-3, 1, 3.0, Fraction(3, 2)],
+    "odeint_kwargs": [None, dict(method="euler")],
+    "cfg_scale": [None, 0, 1, -2.0, np.float32(3)],
+    "modality_cfg_scale": [0, 1, 2.5],
+    "cfg_interval": [(0, 1), [0.5, 0.5], (np.float32(0.25), 1)],
+    "cfg_rescale": [0, 1, 0.7],
+    "init_modality_noise": [None, noise(), noise().float()],
+    "init_modality": [None, torch.ones(2), latents(LINE, 2)],
+    "strength": [1, 1.0],
+    "modality_mask": [None],
+    "generator": [None, torch.Generator(), [torch.Generator()], (torch.Generator(),)],
+    "return_unprocessed_modalities": [True, False],
+}
+NAMES = [field.name for field in fields(SamplingOptions)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture
+def idle(model, monkeypatch):
+    """A model that must not be run."""
+    monkeypatch.setattr(model, "run", lambda *args, **options: pytest.fail("something was computed"))
+    return model
+
+
+def cases(table):
+    return [pytest.param(name, i, id=f"{name}-{i}") for name, values in table.items() for i in range(len(values))]
+
+
+def test_every_option_is_tried_here():
+    assert list(REFUSED) == list(TAKEN) == NAMES
+
+
+@pytest.mark.parametrize(("name", "i"), cases(REFUSED))
+def test_a_wrong_value_is_refused_by_name(idle, name, i):
+    value, error = REFUSED[name][i]
+    for call in (idle.sample, idle.create_engine().submit, lambda prompt, **it: idle.sample_many([prompt, None], **it)):
+        with pytest.raises(error, match=name):
+            call(text(1), **{name: value})
+    with pytest.raises(error, match=name):
+        next(idle.sample_stream(text(1), **{name: value}))
+
+
+@pytest.mark.parametrize(("name", "i"), cases(TAKEN))
+def test_a_right_value_is_taken(model, name, i):
+    sample = model.sample(
+        text(1), **dict(max_length=9, modality_steps=1, max_modality_tokens=2) | {name: TAKEN[name][i]}
+    )
+    assert slots_of(model, sample)[:2] == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(2, 1).bool(), ValueError, r"modality_mask must have the axial shape of the latents, \(1, 2\), got"),
+        (torch.ones(1, 2, 1).bool(), ValueError, r"got \(1, 2, 1\)"),
+        (
+            torch.ones(1, 2),
+            TypeError,
+            "modality_mask must be a bool tensor, True where to draw anew, got torch.float32",
+        ),
+        ([[True, False]], TypeError, "modality_mask must be a bool tensor.* got list"),
+    ],
+)
+def test_a_mask_is_that_of_the_latents(idle, mask, error, message):
+    with pytest.raises(error, match=message):
+        idle.sample(text(1), init_modality=latents(IMAGE, 1, 2), modality_mask=mask)
+
+
+def test_options_do_not_change():
+    options = SamplingOptions()
+    with pytest.raises(FrozenInstanceError):
+        options.max_length = 3
+
+
+# which options there are
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "max_len", "text_topk", "seed", "batch_size"])
+def test_an_unknown_option_is_refused(idle, name):
+    for call in (idle.sample, idle.sample_one, idle.sample_stream, idle.create_engine().submit):
+        with pytest.raises(TypeError, match=name):
+            call(text(1), **{name: 1})
+    with pytest.raises(TypeError, match=name):
+        idle.sample_many([text(1)], **{name: 1})
+    with pytest.raises(TypeError, match=name):
+        idle.create_engine().sample_many([text(1)], **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("sample", ["prompt"]),
+        ("sample_one", ["prompt"]),
+        ("sample_many", ["prompts", "max_batch", "cache_kv", "progress"]),
+        ("sample_stream", ["prompt", "cache_kv"]),
+    ],
+)
+def test_signatures_show_every_option_with_its_default(model, method, own):
+    for bound, before in ((getattr(model, method), own), (getattr(Transfusion, method), ["self", *own])):
+        parameters = inspect.signature(bound).parameters
+        assert list(parameters) == [*before, *NAMES]
+        for field in fields(SamplingOptions):
+            assert parameters[field.name].default == field.default
+            assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def call_alone(model, kind: str, **options):
+    if kind == "text":
+        return model.generate_text_only(torch.tensor([[1]]), 3, **options)
+    return model.generate_modality_only(**dict(modality_type=VECTOR, fixed_modality_shape=()) | options)
+
+
+@pytest.mark.parametrize("kind", ["text", "modality"])
+def test_what_is_made_alone_takes_its_own_options_only(idle, kind):
+    taken = inspect.signature(getattr(idle, f"generate_{kind}_only")).parameters
+    refused = [name for name in NAMES if name not in taken]
+    assert {"plan", "allowed_modalities", "stop_ids", "cfg_scale", "max_length", "text_top_k"} <= set(refused)
+    for name in refused:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            call_alone(idle, kind, **{name: TAKEN[name][0]})
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "top_k", "top_p", "min_p", "temperature", "logits_processors"])
+def test_options_of_text_alone_are_checked_alike(idle, name):
+    for value, error in REFUSED[name if name == "logits_processors" else f"text_{name}"]:
+        with pytest.raises(error, match=name):
+            call_alone(idle, "text", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["modality_steps", "time_shift", "odeint_kwargs", "init_modality_noise", "strength"])
+def test_options_of_a_modality_alone_are_checked_alike(idle, name):
+    for value, error in REFUSED[name]:
+        with pytest.raises(error, match=name):
+            call_alone(idle, "modality", **{name: value})
+
+
+# randomness
+
+
+PROMPTS = [None, text(1), [text(2), latents(IMAGE, 1, 2)], latents(VECTOR), text(3, 1, 2)]
+FREE = dict(max_length=24, modality_steps=1, max_modality_tokens=4, text_min_p=0.0, text_top_p=0.95, cfg_scale=1.0)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Every prompt by itself, with a seed of its own."""
+    return [model.sample(prompt, generator=seeded(i), **FREE) for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("cache_kv", [True, False])
+@pytest.mark.parametrize(("order", "max_batch"), [([0, 1, 2, 3, 4], 64), ([4, 2, 0, 3, 1], 2), ([1, 3, 4, 0, 2], 1)])
+def test_a_seed_makes_the_same_sample_in_any_company(model, alone, order, max_batch, cache_kv):
+    samples = model.sample_many(
+        [PROMPTS[i] for i in order], generator=generators(*order), max_batch=max_batch, cache_kv=cache_kv, **FREE
+    )
+    for i, sample in zip(order, samples, strict=True):
+        assert_same(sample, alone[i])
+
+
+def test_seeds_and_prompts_make_different_samples(model, alone):
+    assert len({str(shapes_of(sample)) for sample in alone}) == len(alone)
+    samples = model.sample_many([None] * 6, generator=generators(*range(6)), **FREE)
+    assert len({str(shapes_of(sample)) for sample in samples}) == 6
+    for one, other in zip(model.sample_many([None] * 2, generator=generators(3, 3), **FREE), samples[3:5], strict=True):
+        assert (shapes_of(one) == shapes_of(other)) == (other is samples[3])
+
+
+def test_every_way_to_ask_gives_the_same_sample(model, alone):
+    engine = model.create_engine()
+    requests = [
+        engine.submit(PROMPTS[2], generator=[seeded(2)], **FREE),
+        engine.submit(PROMPTS[2], generator=(seeded(2),), listen=False, **FREE),
+    ]
+    engine.run()
+    *_, ended = model.sample_stream(PROMPTS[2], generator=seeded(2), **FREE)
+    made = [request.result() for request in requests] + [ended.sample]
+    made += engine.sample_many([PROMPTS[2]], generator=generators(2), **FREE)
+    for sample in made:
+        assert_same(sample, alone[2])
+
+
+def test_the_generator_of_a_request_is_its_own_source(model, alone):
+    """One prompt, one generator: it need not seed another."""
+    engine = model.create_engine()
+    request = engine.submit(PROMPTS[1], generator=seeded(1), **FREE)
+    engine.run()
+    assert_same(request.result(), alone[1])
+
+
+def test_requests_that_come_while_others_are_under_way_are_no_different(model, alone):
+    engine, requests = model.create_engine(max_batch=3), []
+    for i in (3, 0, 4, 1, 2):
+        requests.append((i, engine.submit(PROMPTS[i], generator=[seeded(i)], **FREE)))
+        for _ in range(5):
+            engine.step()
+        if i == 4:
+            engine.submit(None, **FREE).cancel()
+    engine.run()
+    for i, request in requests:
+        assert_same(request.result(), alone[i])
+
+
+def test_one_generator_seeds_all_prompts(model):
+    first, again = (model.sample_many([None] * 4, generator=seeded(5), **FREE) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert_same(one, other, tolerance=0)
+    assert len({str(shapes_of(sample)) for sample in first}) == 4
+    source = seeded(5)
+    assert_same(model.sample_many([None] * 4, generator=source, max_batch=1, **FREE)[3], first[3])
+    later = model.sample_many([None] * 4, generator=source, **FREE)
+    assert shapes_of(later[0]) != shapes_of(first[0]), "it has moved on"
+    other = model.sample_many([None] * 4, generator=seeded(6), **FREE)
+    assert shapes_of(other[0]) != shapes_of(first[0])
+
+
+def test_a_generator_for_each_prompt_or_one_for_all(idle):
+    for given, count in ((generators(1, 2), 3), (generators(1, 2), 1), ([], 2), (tuple(generators(1)), 2)):
+        message = f"generator: {len(given)} of them for {count} prompts; give one for each, or one for all"
+        with pytest.raises(ValueError, match=message):
+            idle.sample_many([None] * count, generator=given)
+    for given, name in ((7, "int"), ([7, 8], "list"), ([*generators(1), None], "list"), ("cpu", "str")):
+        with pytest.raises(TypeError, match=f"generator must be a torch.Generator or a list of them, got {name}"):
+            idle.sample_many([None] * 2, generator=given)
+    with pytest.raises(ValueError, match="generator: 2 of them for 1"):
+        idle.generate_text_only(torch.tensor([[1]]), 4, generator=generators(1, 2))
+    with pytest.raises(TypeError, match="generator must be"):
+        idle.generate_modality_only(2, generator=[1, 2])
+
+
+def test_the_seed_of_torch_repeats_everything(model):
+    def everything():
+        torch.manual_seed(11)
+        return [
+            *model.sample_many(PROMPTS, **FREE),
+            model.sample(text(1), **FREE),
+            [model.generate_text_only(torch.tensor([[1], [2]]), 20).flatten()],
+            [(LINE, model.generate_modality_only(2, modality_type=LINE, fixed_modality_shape=(3,), modality_steps=1))],
+        ]
+
+    one, other = everything(), everything()
+    for sample, again in zip(one, other, strict=True):
+        assert_same(sample, again, tolerance=0)
+    assert shapes_of(model.sample(text(1), **FREE)) != shapes_of(one[5])
+
+
+def test_noise_comes_from_the_generator_of_the_request(model):
+    for modality, shape, rows in ((VECTOR, (), 1), (LINE, (3,), 3), (VIDEO, (1, 2, 2), 4)):
+        channels = latents(modality, *shape)[1].shape[-1]
+        start = torch.randn(rows, channels, generator=seeded(8), dtype=torch.float64)
+        options = FREE | dict(plan=[(modality, shape)])
+        samples = model.sample_many([None, text(1)], generator=generators(8, 8), **options)
+        for sample, prompt in zip(samples, [None, text(1)], strict=True):
+            assert_same(sample, model.sample(prompt, init_modality_noise=start, **options))
+            assert_drawn(model, sample, steps=1, start=start)
+        instances = model.generate_modality_only(
+            3, modality_type=modality, fixed_modality_shape=shape, modality_steps=1, generator=generators(8, 9, 8)
+        )
+        expected = model.generate_modality_only(
+            modality_type=modality, fixed_modality_shape=shape, modality_steps=1, init_modality_noise=start
+        )
+        torch.testing.assert_close(instances[[0, 2]], expected.expand(2, *expected.shape[1:]), atol=1e-9, rtol=0)
+        assert (instances[1] - instances[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_takes_one_number_for_each_id_and_noise_follows(model, seed):
+    plan = [("text", 3), (LINE, (2,)), ("text", 2), (IMAGE, (1, 2))]
+    sample = model.sample(generator=seeded(seed), **FREE | dict(plan=plan, max_length=60))
+    source, written = seeded(seed), [part.tolist() for part in sample[::2]]
+    for i, (most, rows, channels) in enumerate([(3, 2, 3), (2, 2, 1)]):
+        num_text = sum(token < model.vocabulary.num_text for token in written[i])
+        for _ in range(min(num_text + 1, most)):  # one more where the model ended it
+            torch.rand((), generator=source, dtype=torch.float64)
+        start = torch.randn(rows, channels, generator=source, dtype=torch.float64)
+        assert_drawn(model, sample[: 2 * i + 2], given=i, steps=1, start=start)
+
+
+# the caller's own random numbers
+
+
+def stream_a_little(model, **options):
+    for _, _ in zip(range(3), model.sample_stream(**options), strict=False):
+        pass
+
+
+def draw_three(model, **options):
+    model.generate_modality_only(3, modality_type=LINE, fixed_modality_shape=(2,), modality_steps=1, **options)
+
+
+def fail(ids, logits):
+    raise LookupError
+
+
+ONE, MANY = 1, 3
+CALLS = {
+    "greedy": (MANY, lambda model, **options: model.sample_many([None] * 3, **GREEDY, **options)),
+    "free": (MANY, lambda model, **options: model.sample_many([None, text(1), text(2)], **FREE, **options)),
+    "one by one": (MANY, lambda model, **options: model.sample_many([None] * 3, max_batch=1, **FREE, **options)),
+    "read again": (MANY, lambda model, **options: model.sample_many([None] * 3, cache_kv=False, **FREE, **options)),
+    "fails": (MANY, lambda model, **options: model.sample_many([None] * 3, logits_processors=[fail], **options)),
+    "drawn": (MANY, lambda model, **options: model.sample_many([None] * 3, plan=[(LINE, (3,))], **FREE, **options)),
+    "one": (ONE, lambda model, **options: model.sample(text(1), **FREE, **options)),
+    "a stream": (ONE, lambda model, **options: stream_a_little(model, **FREE, **options)),
+    "a request": (ONE, lambda model, **options: model.create_engine().submit(**FREE, **options)),
+    "text": (MANY, lambda model, **options: model.generate_text_only(torch.ones(3, 1).long(), 9, **options)),
+    "modalities": (MANY, lambda model, **options: draw_three(model, **options)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_taken_from_the_caller_but_seeds(model, name):
+    count, call = CALLS[name]
+    torch.manual_seed(3)
+    torch.randint(2**62, (count,))
+    expected = torch.get_rng_state()
+    for given, state in ((None, expected), (generators(*range(count)), torch.manual_seed(3).get_state())):
+        torch.manual_seed(3)
+        numpy_state = np.random.get_state()[1].tolist()
+        if name == "fails":
+            with pytest.raises(LookupError):
+                call(model, generator=given)
+        else:
+            call(model, generator=given)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert np.random.get_state()[1].tolist() == numpy_state
+
+
+def test_modalities_of_one_sample_start_from_different_noise(model):
+    sample = model.sample(generator=seeded(1), **FREE | dict(plan=[(LINE, (2,)), (LINE, (2,))], max_length=60))
+    one, other = (x for _, x in drawn(sample))
+    assert (one - other).abs().max() > 1e-3
