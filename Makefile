@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all typecheck lint format toy mnist fashion text wheel clean
+.PHONY: help setup test test-all typecheck lint format toy mnist fashion text bench bench-peer wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,14 @@ fashion: ## train on Fashion-MNIST
 
 text: ## train on text alone
 	$(BIN)/python train_text_only.py $(ARGS)
+
+bench: bench-peer ## time generation and training beside the package on PyPI: make bench ARGS="--rounds 3"
+	$(BIN)/python benchmarks/generation.py --peer build/peer/bin/python $(ARGS)
+	$(BIN)/python benchmarks/training.py --peer build/peer/bin/python $(ARGS)
+
+bench-peer: ## the environment of that package
+	$(PYTHON) -m venv build/peer
+	build/peer/bin/python -m pip install -c constraints.txt transfusion-pytorch==0.20.0
 
 wheel: ## build the wheel, install it into a fresh environment, import it there
 	rm -rf build dist

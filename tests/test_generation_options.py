@@ -32,7 +32,6 @@ NUMBERS = [("1", TypeError), (True, TypeError), ([1.0], TypeError), (1j, TypeErr
 NUMBERS += [
     (INFINITY, ValueError),
     (-INFINITY, ValueError),
-    (10**400, ValueError),
     (torch.tensor([1.0, 2.0]), TypeError),
 ]
 NONE = (None, TypeError)
@@ -148,12 +147,14 @@ def test_a_wrong_value_is_refused_by_name(idle, name, i):
         next(idle.sample_stream(text(1), **{name: value}))
 
 
-@pytest.mark.parametrize(("name", "i"), cases(TAKEN))
-def test_a_right_value_is_taken(model, name, i):
-    sample = model.sample(
-        text(1), **dict(max_length=9, modality_steps=1, max_modality_tokens=2) | {name: TAKEN[name][i]}
-    )
-    assert slots_of(model, sample)[:2] == [4, 1]
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_right_value_is_taken(model, name):
+    options = dict(max_length=9, modality_steps=1, max_modality_tokens=2)
+    engine = model.create_engine()
+    requests = [engine.submit(text(1), **options | {name: value}) for value in TAKEN[name]]
+    engine.run()
+    for request in requests:
+        assert slots_of(model, request.result())[:2] == [4, 1]
 
 
 @pytest.mark.parametrize(
@@ -263,8 +264,15 @@ def alone(model):
     return [model.sample(prompt, generator=seeded(i), **FREE) for i, prompt in enumerate(PROMPTS)]
 
 
-@pytest.mark.parametrize("cache_kv", [True, False])
-@pytest.mark.parametrize(("order", "max_batch"), [([0, 1, 2, 3, 4], 64), ([4, 2, 0, 3, 1], 2), ([1, 3, 4, 0, 2], 1)])
+@pytest.mark.parametrize(
+    ("order", "max_batch", "cache_kv"),
+    [
+        ([0, 1, 2, 3, 4], 64, True),
+        ([4, 2, 0, 3, 1], 2, True),
+        ([1, 3, 4, 0, 2], 1, True),
+        ([3, 4, 1, 2, 0], 3, False),
+    ],
+)
 def test_a_seed_makes_the_same_sample_in_any_company(model, alone, order, max_batch, cache_kv):
     samples = model.sample_many(
         [PROMPTS[i] for i in order], generator=generators(*order), max_batch=max_batch, cache_kv=cache_kv, **FREE

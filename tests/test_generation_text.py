@@ -341,7 +341,6 @@ def test_any_temperature_leaves_a_choice_of_what_is_allowed(temperature, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("penalty", [1e39, 1e300, 10**30])
 def test_any_penalty_leaves_a_choice(penalty, dtype):
     logits, allowed = torch.tensor([[0.0, 1.0, -1.0]], dtype=dtype), torch.ones(1, 3, dtype=torch.bool)
