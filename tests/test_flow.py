@@ -542,6 +542,11 @@ def test_a_quarter_turn_is_a_sine_and_a_cosine():
         torch.testing.assert_close(slerp(a, b, weight), torch.stack([turned.cos(), turned.sin()])[None])
 
 
+def test_the_angle_is_that_between_directions_however_long_they_are():
+    a, b = torch.tensor([[1.0, 0.0]], dtype=DOUBLE), torch.tensor([[1.0, 3**0.5]], dtype=DOUBLE)  # 60 degrees apart
+    torch.testing.assert_close(slerp(a, b, 0.5), (a + b) / 3**0.5)
+
+
 @QUICK
 @given(weight=st.floats(0, 1), other=st.floats(0, 1), within=st.floats(0, 1))
 def test_a_great_circle_keeps_the_norm_and_adds_up(weight, other, within):

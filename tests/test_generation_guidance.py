@@ -233,6 +233,15 @@ def test_histories_of_one_length_without_anything_are_read_once():
     assert engine.stats.tokens_read == 6 * (whole + opening) + bare + opening
 
 
+def test_what_was_held_for_guidance_is_free_after_each_drawing():
+    engine, plan = build().create_engine(), [LINE_OF_2] * 2
+    taken = []
+    for _ in range(4):
+        engine.sample_many([latents(IMAGE, 1, 2), text(1)], **options_with(plan=plan, modality_cfg_scale=2.0))
+        taken.append(engine.stats.cache_bytes)
+    assert len(set(taken)) == 1
+
+
 # grids and solvers
 
 
@@ -250,7 +259,7 @@ def test_shifted_grids_are_solved_step_for_step(monkeypatch, method, shift):
 
 
 @pytest.mark.parametrize("shift", [0.3, 3.0])
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "explicit_adams", "fixed_adams"])
+@pytest.mark.parametrize("method", ["dopri5", "fixed_adams"])
 def test_shifted_grids_are_solved_by_the_other_methods(method, shift):
     model, solver = build(seed=7), dict(method=method) | TOLERANT
     sample = model.sample(text(1), **options_with(modality_steps=3, time_shift=shift, odeint_kwargs=solver))
@@ -305,7 +314,7 @@ def requested_alone():
     return model, [model.sample(prompt, **options_with(**own)) for prompt, own in REQUESTS]
 
 
-@pytest.mark.parametrize(("max_batch", "cache_kv"), [(64, True), (3, True), (64, False)])
+@pytest.mark.parametrize(("max_batch", "cache_kv"), [(3, True), (64, False)])
 def test_requests_of_one_engine_have_their_own_steps_solvers_shapes_and_scales(max_batch, cache_kv):
     model, alone = requested_alone()
     engine = model.create_engine(max_batch=max_batch, cache_kv=cache_kv)
@@ -371,7 +380,7 @@ class Poisoned:
         }
 
 
-@pytest.mark.parametrize(("method", "cache_kv"), [("bosh3", True), ("bosh3", False), ("dopri5", True)])
+@pytest.mark.parametrize(("method", "cache_kv"), [("bosh3", False), ("dopri5", True)])
 def test_a_solver_that_fails_ends_its_own_request_alone(method, cache_kv):
     model, adaptive = build(), dict(odeint_kwargs=dict(method=method) | TOLERANT)
     options = options_with(modality_cfg_scale=2.0, max_length=24)

@@ -341,7 +341,7 @@ def opened(model, **options) -> set[tuple[int, tuple]]:
 def test_only_what_is_allowed_is_opened(eager):
     everything = {modality for modality, _ in opened(eager)}
     assert everything == {VECTOR, LINE, IMAGE, VIDEO}
-    for allowed in ([LINE], (IMAGE, VIDEO), [0, 2, 3], [LINE, LINE], [np.int64(LINE)]):
+    for allowed in ((IMAGE, VIDEO), [LINE, LINE], [np.int64(LINE)]):
         assert {modality for modality, _ in opened(eager, allowed_modalities=allowed)} == {int(it) for it in allowed}
     assert opened(eager, allowed_modalities=()) == opened(eager, allowed_modalities=[]) == set()
     assert {modality for modality, _ in opened(eager, allowed_modalities=[0, 1, 2, 3])} == everything

@@ -111,8 +111,9 @@ def assert_drawings_agree(events, model, times) -> None:
             torch.testing.assert_close(last.preview(), event.modality, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["plain", "value residual", "frac-connections", "swiglu", "clean", "no positions"])
-@pytest.mark.parametrize("cache_kv", [True, False])
+@pytest.mark.parametrize(
+    ("name", "cache_kv"), [("plain", True), ("plain", False), ("frac-connections", True), ("clean", True)]
+)
 def test_events_tell_the_sample(name, cache_kv):
     model, seen = build(seed=3, **MODELS[name]), ""
     options = dict(modality_steps=2, max_modality_tokens=4, max_length=26, cfg_scale=2.0)
@@ -369,7 +370,7 @@ def test_an_error_comes_after_all_that_was_told():
 # several listeners
 
 
-@pytest.mark.parametrize("most", [1, 2, 9])
+@pytest.mark.parametrize("most", [2, 9])
 def test_listeners_of_one_engine_hear_their_own_request_only(most):
     model = build(seed=3)
     engine = model.create_engine(max_batch=most)

@@ -376,7 +376,7 @@ class Transfusion(SamplingMethods, nn.Module):
     def _text_error(self, hidden: Hidden, stream: TokenStream) -> ErrorSum:
         """Logits are made only where there is something to predict."""
         targets = (stream.label != stream.ignore_index).nonzero().flatten()
-        return text_error(self.logits(hidden.tokens[targets]), stream.label[targets])
+        return text_error(hidden.tokens[targets], self.to_logits, stream.label[targets])
 
     def _consistency_errors(
         self,

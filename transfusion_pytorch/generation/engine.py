@@ -159,6 +159,8 @@ class Engine:
         """Queues one prompt, with `SamplingOptions` of its own. Without `listen` it has no event but `Ended`. Raises
         `ValueError` or `TypeError` for a bad one, which harms no other.
         """
+        if isinstance(generator := options.get("generator"), torch.Generator):
+            options["generator"] = [generator]
         with evaluating(self.model):
             [state] = self._prepare([prompt], SamplingOptions(**options))
         state.is_observed = listen

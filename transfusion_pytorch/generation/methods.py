@@ -78,8 +78,6 @@ class SamplingMethods:
         """Continues one prompt and tells of every step (`generation.events`): text as it is written, modalities as they
         clear. The last event has the sample. Whoever stops listening stops the work.
         """
-        if isinstance(generator := options.get("generator"), torch.Generator):
-            options["generator"] = [generator]
         return self.create_engine(max_batch=1, cache_kv=cache_kv).submit(prompt, **options).events()
 
     @checks_itself

@@ -5,7 +5,7 @@ v vocabulary, n ids, k latents.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any, TypeVar, no_type_check
 
@@ -99,19 +99,13 @@ class SamplingOptions:
 
     def __post_init__(self):
         for name in ("max_length", "modality_steps", "max_modality_tokens"):
-            check_int(getattr(self, name), name)
+            self._set(name, check_int(getattr(self, name), name))
         if self.text_top_k is not None:
-            check_int(self.text_top_k, "text_top_k")
-        check_number(self.text_temperature, "text_temperature", least=0)
-        check_number(self.text_min_p, "text_min_p", least=0, most=1)
-        check_number(self.text_top_p, "text_top_p", above=0, most=1)
-        check_number(self.text_repetition_penalty, "text_repetition_penalty", above=0)
+            self._set("text_top_k", check_int(self.text_top_k, "text_top_k"))
+        for name, bounds in BOUNDS.items():
+            self._set(name, check_number(getattr(self, name), name, **bounds))
         if self.cfg_scale is not None:
-            check_number(self.cfg_scale, "cfg_scale")
-        check_number(self.modality_cfg_scale, "modality_cfg_scale")
-        check_number(self.cfg_rescale, "cfg_rescale", least=0, most=1)
-        check_number(self.time_shift, "time_shift", above=0)
-        check_number(self.strength, "strength", above=0, most=1)
+            self._set("cfg_scale", check_number(self.cfg_scale, "cfg_scale"))
         _check_interval(self.cfg_interval)
         _check_processors(self.logits_processors)
         if self.fixed_modality_shape is not None:
@@ -123,37 +117,63 @@ class SamplingOptions:
                 "odeint_kwargs must be a dict of arguments of torchdiffeq.odeint, such as dict(method='euler'), got "
                 f"{type(self.odeint_kwargs).__name__}"
             )
+        if not isinstance(self.return_unprocessed_modalities, bool):
+            raise TypeError(f"return_unprocessed_modalities must be a bool, got {self.return_unprocessed_modalities!r}")
         if self.init_modality is None and (self.strength != 1 or self.modality_mask is not None):
             name = "strength" if self.strength != 1 else "modality_mask"
             raise ValueError(f"{name} says what to keep of an init_modality, and there is none: give one")
 
+    def _set(self, name: str, value: Any) -> None:
+        """Numbers of any kind become plain ones, while it is made."""
+        object.__setattr__(self, name, value)
 
-def check_int(value: Any, name: str, *, least: int = 1) -> None:
-    """Raises `TypeError` or `ValueError` unless `value` is an int and at least `least`."""
+
+# what is finite, and within these
+BOUNDS: dict[str, dict[str, float]] = {
+    "text_temperature": dict(least=0),
+    "text_min_p": dict(least=0, most=1),
+    "text_top_p": dict(above=0, most=1),
+    "text_repetition_penalty": dict(above=0),
+    "modality_cfg_scale": dict(),
+    "cfg_rescale": dict(least=0, most=1),
+    "time_shift": dict(above=0),
+    "strength": dict(above=0, most=1),
+}
+
+
+def check_int(value: Any, name: str, *, least: int = 1) -> int:
+    """A plain int. Raises `TypeError` or `ValueError` unless `value` is one and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def check_number(
     value: Any, name: str, *, least: float | None = None, above: float | None = None, most: float | None = None
-) -> None:
-    """Raises `TypeError` or `ValueError` unless `value` is a finite number within its bounds."""
+) -> float:
+    """A plain float. Raises `TypeError` or `ValueError` unless `value` is a finite number within its bounds."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = inf
+    if not isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     low = [f"at least {least}"] * (least is not None) + [f"above {above}"] * (above is not None)
     bounds = " and ".join(low + [f"at most {most}"] * (most is not None))
-    is_low = (least is not None and value < least) or (above is not None and value <= above)
-    if is_low or (most is not None and value > most):
+    is_low = (least is not None and number < least) or (above is not None and number <= above)
+    if is_low or (most is not None and number > most):
         raise ValueError(f"{name} must be {bounds}, got {value}")
+    return number
 
 
 def check_shape(shape: Any, name: str) -> None:
     """Raises `ValueError` unless `shape` is a tuple of positive ints."""
-    is_shape = isinstance(shape, (tuple, list)) and all(isinstance(size, Integral) for size in shape)
+    sizes = shape if isinstance(shape, (tuple, list)) else [None]
+    is_shape = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
     if not is_shape or len(shape) > MAX_AXES or any(int(size) < 1 for size in shape):
         raise ValueError(f"{name} must be a tuple of 0 to {MAX_AXES} positive ints, such as (4, 4), got {shape!r}")
 

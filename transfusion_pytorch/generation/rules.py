@@ -70,7 +70,8 @@ class Rules:
         asked = self.fixed if shape is None else shape
         if asked is None and self.init is not None and self.init.type == modality:
             asked = self.init.shape
-        shape = io.spec.default_shape if asked is None else asked
+        default = () if io.spec.num_dim == 0 else io.spec.default_shape
+        shape = default if asked is None else asked
         if shape is None:
             raise ValueError(
                 f"{where}modality {modality} has no default shape: give one here (fixed_modality_shape), or set "

@@ -94,7 +94,7 @@ class Scheduler:
             logits,
             (allowed[0][None] if same else torch.stack(allowed)).to(logits.device),
             [state.rules.options for state in states],
-            [float(torch.rand((), generator=state.generator, dtype=torch.float64)) for state in states],
+            [state.uniform() for state in states],
             self._seen(states, logits),
         )
         for state, token in zip(states, tokens, strict=True):
@@ -113,7 +113,7 @@ class Scheduler:
         """Logits as the processors of each row leave them. One that raises an error ends its own sample."""
         if not any(state.rules.options.logits_processors for state in states):
             return logits
-        rows = list(logits.float().unbind())
+        rows = list(logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind())
         for i, state in enumerate(states):
             try:
                 rows[i] = state.process(rows[i])

@@ -111,6 +111,11 @@ class SampleState:
         """Its text and markers, without what was drawn."""
         return [token for piece in self.pieces if isinstance(piece, Text) for token in piece.ids.tolist()] + self.ids
 
+    def uniform(self) -> float:
+        """Its next random number in [0, 1)."""
+        device = self.generator.device
+        return float(torch.rand((), generator=self.generator, device=device, dtype=torch.float64))
+
     def process(self, logits: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """The logits as its processors want them. Raises `ValueError` for what are no logits."""
         ids = torch.tensor(self.all_ids(), device=logits.device)
@@ -140,9 +145,9 @@ class SampleState:
         most = self.rules.options.max_length
         if (length := self.length + len(opened)) > most:
             raise ValueError(f"{self.where} has {length} tokens with its markers, more than max_length={most}")
-        self._replay(opened)
         if opened and self.rules.plan.parts:
             raise ValueError(f"{self.rules.plan.name}: {self.where} opens a modality at its end already")
+        self._replay(opened)
         self._follow_plan(must_fit=True)
         if self.phase is Phase.WRITING and self.length >= most:
             self.end(EndReason.LENGTH)

@@ -28,10 +28,10 @@ def keep_top_k(logits: Float[Tensor, "r v"], k: Int[Tensor, "r 1"]) -> Float[Ten
 
 
 def keep_top_p(logits: Float[Tensor, "r v"], p: Float[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
-    """Keeps the likeliest tokens until they have the probability `p` together (arXiv 1904.09751)."""
+    """Keeps the likeliest tokens until they have the probability `p` together (arXiv 1904.09751), and at least one."""
     ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(dim=-1) - ranked
-    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, (before >= p) & (before > 0) & (p < 1))
     return logits.masked_fill(drop, float("-inf"))
 
 
@@ -43,17 +43,13 @@ def keep_min_p(logits: Float[Tensor, "r v"], min_p: Float[Tensor, "r 1"]) -> Flo
 
 def filter_logits(logits: Float[Tensor, "r v"], options: Sequence[SamplingOptions]) -> Float[Tensor, "r v"]:
     """Cuts off what each row's options rule out. A filter that no row asks for is not run."""
-
-    def column(name: str, default: float = 1.0) -> Tensor:
-        values = [default if (value := getattr(row, name)) is None else value for row in options]
-        return torch.tensor(values, device=logits.device)[:, None]
-
+    size = logits.shape[-1]
     if any(row.text_top_k is not None for row in options):
-        logits = keep_top_k(logits, column("text_top_k", logits.shape[-1]).long())
+        logits = keep_top_k(logits, _column(logits, [min(row.text_top_k or size, size) for row in options]).long())
     if any(row.text_top_p < 1 for row in options):
-        logits = keep_top_p(logits, column("text_top_p").to(logits.dtype))
+        logits = keep_top_p(logits, _column(logits, [row.text_top_p for row in options]))
     if any(row.text_min_p > 0 for row in options):
-        logits = keep_min_p(logits, column("text_min_p").to(logits.dtype))
+        logits = keep_min_p(logits, _column(logits, [row.text_min_p for row in options]))
     return logits
 
 
@@ -70,17 +66,22 @@ def sample_tokens(
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seen is not None:
-        penalty = torch.tensor([row.text_repetition_penalty for row in options], device=logits.device)
-        logits = penalize(logits, seen, penalty[:, None].to(logits.dtype))
+        logits = penalize(logits, seen, _column(logits, [row.text_repetition_penalty for row in options]))
     logits = logits.masked_fill(~allowed, float("-inf"))
     likeliest, tokens = logits.max(dim=-1)
     if any(row.text_temperature > GREEDY_BELOW for row in options):
         logits = filter_logits(logits, options) - likeliest[:, None]  # at most 0, so that any temperature can divide it
-        temperature = torch.tensor([row.text_temperature for row in options], dtype=torch.float64, device=logits.device)
-        greedy = temperature < GREEDY_BELOW
-        drawn = _draw(logits / temperature.masked_fill(greedy, 1.0)[:, None].to(logits.dtype), uniform)
+        greedy = torch.tensor([row.text_temperature < GREEDY_BELOW for row in options], device=logits.device)
+        temperature = _column(logits, [max(row.text_temperature, GREEDY_BELOW) for row in options])
+        drawn = _draw(logits / temperature, uniform)
         tokens = torch.where(greedy, tokens, drawn)
     return torch.where(likeliest.isfinite(), tokens, NO_CHOICE).tolist()
+
+
+def _column(logits: Float[Tensor, "r v"], values: Sequence[float]) -> Float[Tensor, "r 1"]:
+    """A number for each row, as precise as the logits, and finite."""
+    column = torch.tensor(values, dtype=torch.float64)[:, None].clamp(max=torch.finfo(logits.dtype).max)
+    return column.to(logits)
 
 
 def _draw(logits: Float[Tensor, "r v"], uniform: Sequence[float]) -> Int[Tensor, " r"]:

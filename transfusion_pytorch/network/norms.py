@@ -41,8 +41,8 @@ class Conditioning(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What an adaptive norm does to each token: `(n, d)`; `(d)` where there is nothing but text, and then no shift; `(m, 1,
-    d)` where there is nothing but spans of one length.
+    """What an adaptive norm does to each token: `(n, d)`; or `(d)` and no shift where there is nothing but text; or `(m,
+    1, d)` where there is nothing but spans of one length.
     """
 
     scale: Shaped[Tensor, "..."]

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
+from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
 
 
 class LossBreakdown(NamedTuple):
@@ -44,9 +45,9 @@ class ErrorSum(NamedTuple):
     count: int
 
 
-def text_error(logits: Shaped[Tensor, "n v"], labels: Int[Tensor, " n"]) -> ErrorSum:
+def text_error(x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"]) -> ErrorSum:
     """Cross-entropy over the labels."""
-    return ErrorSum(F.cross_entropy(_precise(logits), labels, reduction="sum"), len(labels))
+    return ErrorSum(summed_cross_entropy(x, to_logits, labels), len(labels))
 
 
 def squared_error(prediction: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> ErrorSum:

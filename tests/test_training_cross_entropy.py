@@ -1,0 +1,100 @@
+"""Cross-entropy in chunks against all logits at once, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfusion_pytorch import Transfusion
+from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
+
+WORDS, DIM = 50, 6
+
+
+def inputs(n: int, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, DIM, generator=generator, dtype=dtype).requires_grad_()
+    to_logits = nn.Linear(DIM, WORDS, bias=False, dtype=dtype)
+    return x, to_logits, torch.randint(0, WORDS, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 100])
+@pytest.mark.parametrize("chunk", [1, 16 * WORDS, 30 * WORDS, 99 * WORDS])
+def test_chunks_are_the_whole(n, chunk):
+    x, to_logits, labels = inputs(n)
+    whole = F.cross_entropy(to_logits(x), labels, reduction="sum")
+    parts = summed_cross_entropy(x, to_logits, labels, chunk=chunk)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-11)
+    expected, got = (torch.autograd.grad(2.5 * loss, (x, to_logits.weight)) for loss in (whole, parts))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+def test_only_the_gradients_that_are_wanted_are_made():
+    x, to_logits, labels = inputs(40)
+    frozen = summed_cross_entropy(x, to_logits.requires_grad_(False), labels, chunk=16)
+    (of_x,) = torch.autograd.grad(frozen, x)
+    of_weight = torch.autograd.grad(
+        summed_cross_entropy(x.detach(), to_logits.requires_grad_(), labels, chunk=16), to_logits.weight
+    )
+    expected = torch.autograd.grad(F.cross_entropy(to_logits(x), labels, reduction="sum"), (x, to_logits.weight))
+    torch.testing.assert_close((of_x, *of_weight), expected, rtol=0, atol=1e-11)
+    with torch.no_grad():
+        assert not summed_cross_entropy(x, to_logits, labels, chunk=16).requires_grad
+
+
+def test_no_tensor_of_all_logits_is_made():
+    x, to_logits, labels = inputs(200)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(made.numel() for made in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(made))
+            return out
+
+    with Watch():
+        summed_cross_entropy(x, to_logits, labels, chunk=16 * WORDS).backward()
+    assert max(sizes) <= max(16 * WORDS, 200 * DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_logits_and_nothing_else(dtype):
+    x, to_logits, labels = inputs(64, torch.float32)
+    with torch.autocast("cpu", dtype):
+        whole = F.cross_entropy(to_logits(x).float(), labels, reduction="sum")
+        parts = summed_cross_entropy(x, to_logits, labels, chunk=16)
+    assert parts.dtype == torch.float32
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=0)
+    for got, expected in zip(
+        *(torch.autograd.grad(loss, (x, to_logits.weight)) for loss in (parts, whole)), strict=True
+    ):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=0.03, atol=0.03)
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.arange(WORDS)
+
+
+@pytest.mark.parametrize("kind", [Shifted, lambda *args, **_: nn.Linear(*args, bias=True)])
+def test_another_read_out_is_called_as_it_is(kind):
+    x, _, labels = inputs(20)
+    other = kind(DIM, WORDS, bias=False).double()
+    expected = F.cross_entropy(other(x), labels, reduction="sum")
+    torch.testing.assert_close(summed_cross_entropy(x, other, labels, chunk=1), expected)
+
+
+def test_a_model_learns_the_same_in_chunks(monkeypatch):
+    model = Transfusion(
+        num_text_tokens=40, dim_latent=3, transformer=dict(dim=16, depth=1, heads=2, dim_head=8)
+    ).double()
+    batch = [[torch.randint(0, 40, (30,)), torch.randn(4, 3), torch.randint(0, 40, (20,))] for _ in range(3)]
+    gradients = []
+    for chunk in (2**30, 100):
+        monkeypatch.setattr(summed_cross_entropy, "__kwdefaults__", dict(chunk=chunk))
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(batch).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)

@@ -1,0 +1,71 @@
+"""Cross-entropy over a large vocabulary, without all of its logits in memory at once.
+
+n targets, d model, v vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**23  # logits at a time: 32 MiB in single precision, and still many rows for a matrix product
+
+
+def summed_cross_entropy(
+    x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"], *, chunk: int = CHUNK
+) -> Float[Tensor, ""]:
+    """The cross-entropy of `to_logits(x)`, summed over the labels, in single precision at least.
+
+    Exact. A linear layer that would make more than `chunk` logits makes them in parts. Each part's gradients are taken
+    as soon as its logits are there (those of a sum need nothing that comes later), so that no logits are kept and none
+    are made twice.
+    """
+    weight = to_logits.weight if type(to_logits) is nn.Linear and to_logits.bias is None else None
+    if weight is not None and len(labels) * len(weight) > chunk:
+        return ChunkedCrossEntropy.apply(x, weight, labels, max(chunk // len(weight), 16))  # type: ignore[return-value]
+    logits = to_logits(x)
+    return F.cross_entropy(logits.to(_precise(logits.dtype)), labels, reduction="sum")
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum, whose gradients are there before they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x, dtype=_precise(x.dtype)) if wants_x else None
+        grad_weight = torch.zeros_like(weight, dtype=_precise(weight.dtype)) if wants_weight else None
+        total = torch.zeros((), dtype=_precise(dtype), device=x.device)
+        with torch.autocast(kind, enabled=False):
+            table = weight.to(dtype)
+            for start in range(0, len(labels), rows):
+                part, target = x[start : start + rows].to(dtype), labels[start : start + rows, None]
+                logits = (part @ table.t()).to(total.dtype)
+                logits -= logits.logsumexp(dim=-1, keepdim=True)
+                total -= logits.gather(1, target).sum()
+                if grad_x is None and grad_weight is None:
+                    continue
+                slope = logits.exp_().scatter_add_(1, target, logits.new_full(target.shape, -1)).to(dtype)
+                if grad_x is not None:
+                    grad_x[start : start + rows] = slope @ table
+                if grad_weight is not None:
+                    grad_weight.addmm_(slope.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grads = [None if slope is None else slope * grad for slope in ctx.saved_tensors]
+        of_x, of_weight = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return of_x, of_weight, None, None
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
