@@ -34,5 +34,9 @@ def rescaled(guided: Float[Tensor, "k c"], conditional: Float[Tensor, "k c"], am
     """Brings the spread of a guided prediction back to that of the conditional one, by an `amount` from 0 (not at all)
     to 1 (arXiv 2305.08891, equations 15 and 16). Large scales otherwise oversaturate.
     """
-    spread = guided.std(correction=0).clamp(min=torch.finfo(guided.dtype).tiny)
-    return guided * torch.lerp(torch.ones_like(spread), conditional.std(correction=0) / spread, amount)
+    spread, wanted = guided.std(correction=0), conditional.std(correction=0)
+    has_spread = (
+        spread > torch.finfo(guided.dtype).eps * guided.abs().amax()
+    )  # a single number, or a constant, has none
+    ratio = torch.where(has_spread, wanted / spread, torch.ones_like(spread))
+    return guided * torch.lerp(torch.ones_like(spread), ratio, amount)

@@ -58,7 +58,7 @@ def slerp(start: Float[Tensor, "n c"], end: Float[Tensor, "n c"], weight: float)
     one, other = start.to(precise), end.to(precise)
     cosine = torch.dot(one.flatten(), other.flatten()) / (one.norm() * other.norm()).clamp(min=1e-12)
     angle = cosine.clamp(-1, 1).acos()
-    if angle.sin() < 1e-4:  # side by side, where the two ways are the same
+    if angle.sin() < 1e-4:  # side by side, where the two ways are the same, or opposite, where there is no one way
         return torch.lerp(one, other, weight).to(start.dtype)
     mixed = ((1 - weight) * angle).sin() * one + (weight * angle).sin() * other
     return (mixed / angle.sin()).to(start.dtype)

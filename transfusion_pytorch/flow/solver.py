@@ -16,7 +16,9 @@ OTHER_METHODS = ADAPTIVE_METHODS | {"explicit_adams", "implicit_adams", "fixed_a
 
 
 def check_method(options: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a solver that torchdiffeq does not have."""
+    """Raises `ValueError` for a solver, or an argument of one, that torchdiffeq does not have."""
+    if unknown := sorted(set(options) - {"method", "atol", "rtol", "options"}):
+        raise ValueError(f"unknown arguments of an ODE solver: {unknown}; there are method, atol, rtol and options")
     known = SINGLE_STEP_METHODS | OTHER_METHODS
     if options.get("method", "dopri5") not in known:
         raise ValueError(f"unknown ODE method {options['method']!r}, choose one of {', '.join(sorted(known))}")

@@ -41,9 +41,10 @@ class Model(Protocol):
     def logits(self, tokens: Tensor) -> Tensor: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
-    """What waits to be read, and what has been: `past`. `row` is its place in the cache, once it is opened.
+    """What waits to be read, and what has been: `past`, of whose last token there are `features`. `row` is its place in
+    the cache, once it is opened.
 
     Ids that follow the last pending piece are kept as plain numbers until they are read: a step of decoding is one of
     them, and has no use for more.
@@ -54,6 +55,7 @@ class Lane:
     ids: list[int] = field(default_factory=list)
     read: list[Piece] = field(default_factory=list)
     past: Past = field(default_factory=Past)
+    features: Shaped[Tensor, " d"] | None = None
 
     def append(self, piece: Piece) -> None:
         if isinstance(piece, Text):
@@ -70,11 +72,11 @@ class Lane:
     def pending(self) -> list[Piece]:
         return [*self.pieces, *([Text(torch.tensor(self.ids))] if self.ids else [])]
 
-    def mark_read(self, num_tokens: int) -> None:
+    def mark_read(self, num_tokens: int, features: Shaped[Tensor, " d"]) -> None:
         """`num_tokens` are those of what is pending; a span takes one position however long it is."""
         steps = len(self.ids) + sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in self.pieces)
         self.past = Past(self.past.length + num_tokens, self.past.position + steps)
-        self.pieces, self.ids = [], []
+        self.pieces, self.ids, self.features = [], [], features
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Plan:
 
 
 class Prefix(NamedTuple):
-    """What was read at the start of a row: how far that came, and the features of its last token."""
+    """What was read first, in each of these rows: how far that came, and the features of its last token."""
 
-    row: int
+    rows: list[int]
     past: Past
     features: Shaped[Tensor, " d"]
 
@@ -108,39 +110,50 @@ class CachedContext:
         self._prefixes: dict[Hashable, Prefix] = {}
 
     def open(self, lane: Lane) -> None:
-        lane.row = self.cache.acquire()
+        """Gives a lane its row, if it has none yet."""
+        if lane.row is None:
+            lane.row = self.cache.acquire()
 
     def close(self, lane: Lane) -> None:
         if lane.row is not None:
-            self._prefixes = {key: prefix for key, prefix in self._prefixes.items() if prefix.row != lane.row}
+            for prefix in self._prefixes.values():
+                if lane.row in prefix.rows:
+                    prefix.rows.remove(lane.row)
+            self._prefixes = {key: prefix for key, prefix in self._prefixes.items() if prefix.rows}
             self.cache.release(lane.row)
+            lane.row = None
 
-    def advance(self, lanes: Sequence[Lane]) -> list[Tensor]:
-        """Reads what is pending and commits it. Returns the features `(d,)` of each lane's last token."""
-        keys = [None if lane.past.length else fingerprint(lane.pending) for lane in lanes]
-        known = dict(self._prefixes)
-        first = {key: i for i, key in reversed(list(enumerate(keys))) if key is not None and key not in known}
-        readers = [i for i, key in enumerate(keys) if key is None or first.get(key) == i]
-        features = dict(zip(readers, self._read([lanes[i] for i in readers]), strict=True)) if readers else {}
-        for key, i in first.items():
-            known[key] = self._prefixes[key] = Prefix(lanes[i].row, lanes[i].past, features[i])
-        followers: dict[Hashable, list[int]] = {}
-        for i, key in enumerate(keys):
-            if i not in features:
-                followers.setdefault(key, []).append(i)
-        for key, members in followers.items():
-            prefix = known[key]
-            self.cache.copy(prefix.row, [lanes[i].row for i in members], prefix.past.length)
-            for i in members:
-                lanes[i].mark_read(prefix.past.length)
-                features[i] = prefix.features
-        return [features[i] for i in range(len(lanes))]
+    def advance(self, lanes: Sequence[Lane]) -> None:
+        """Reads what is pending and commits it."""
+        readers, followers, fresh = [], [], set()
+        for lane in lanes:
+            key = None if lane.past.length else fingerprint(lane.pending)
+            if key in self._prefixes or key in fresh:
+                followers.append((key, lane))
+            else:
+                readers.append((key, lane))
+                fresh |= set() if key is None else {key}
+        if readers:
+            self._read([lane for _, lane in readers])
+        for key, lane in readers:
+            if key is not None and lane.row is not None and lane.features is not None:
+                self._prefixes[key] = Prefix([lane.row], lane.past, lane.features)
+        together: dict[Hashable, list[Lane]] = {}
+        for key, lane in followers:
+            together.setdefault(key, []).append(lane)
+        for key, members in together.items():
+            self._copy(self._prefixes[key], members)
 
-    def _read(self, lanes: Sequence[Lane]) -> list[Tensor]:
-        order = sorted(
-            range(len(lanes)), key=lambda i: (len(lanes[i].ids) if not lanes[i].pieces else -1, lanes[i].row)
-        )
-        lanes = [lanes[i] for i in order]  # those of one length in neighbouring rows are one plain batch
+    def _copy(self, prefix: Prefix, lanes: Sequence[Lane]) -> None:
+        rows = _rows(lanes)
+        self.cache.copy(prefix.rows[0], rows, prefix.past.length)
+        prefix.rows.extend(rows)
+        for lane in lanes:
+            lane.mark_read(prefix.past.length, prefix.features)
+
+    def _read(self, lanes: Sequence[Lane]) -> None:
+        # those of one length in neighbouring rows are one plain batch
+        lanes = sorted(lanes, key=lambda lane: (bool(lane.pieces), len(lane.ids), lane.row))
         past = [lane.past for lane in lanes]
         latents: dict[int, Tensor] = {}
         if any(lane.pieces for lane in lanes):
@@ -148,24 +161,25 @@ class CachedContext:
             stream, latents = self.model.pack(samples, past), self.model.latents_by_type(samples)
         else:
             stream = pack_ids([lane.ids for lane in lanes], past)
-        rows = [lane.row for lane in lanes]
+        rows = _rows(lanes)
         view = self.cache.view(rows, stream.layout)
         stream = stream.to(self.model.device)
         hidden = self.model.run(stream, latents, _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
         self.tokens_read += sum(stream.lengths)
-        for lane, length in zip(lanes, stream.lengths, strict=True):
-            lane.mark_read(length)
-        last = hidden.tokens[stream.last]
-        return [last[place] for place in _inverse(order)]
+        for lane, length, features in zip(lanes, stream.lengths, hidden.tokens[stream.last], strict=True):
+            lane.mark_read(length, features)
 
     def plan(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> Plan:
         """Lays out one span behind each lane."""
         order = sorted(range(len(lanes)), key=lambda i: (spans[i].type, spans[i].shape, lanes[i].row or 0))
         lanes = [lanes[i] for i in order]
         stream = self.model.pack([[spans[i]] for i in order], [lane.past for lane in lanes])
-        has_past = any(lane.past.length for lane in lanes)
-        view = self.cache.view([lane.row for lane in lanes], stream.layout) if has_past else None
+        view = None
+        if any(lane.past.length for lane in lanes):
+            for lane in lanes:
+                self.open(lane)
+            view = self.cache.view(_rows(lanes), stream.layout)
         return Plan(stream.to(self.model.device), {}, _inverse(order), view)
 
     def velocities(self, plan: Plan, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
@@ -179,23 +193,22 @@ class RecomputeContext:
     def __init__(self, model: Model):
         self.model = model
         self.tokens_read = 0
-        self._rows = 0
 
     def open(self, lane: Lane) -> None:
-        lane.row, self._rows = self._rows, self._rows + 1
+        pass
 
     def close(self, lane: Lane) -> None:
         lane.read = []
 
-    def advance(self, lanes: Sequence[Lane]) -> list[Tensor]:
+    def advance(self, lanes: Sequence[Lane]) -> None:
         samples = [lane.read + lane.pending for lane in lanes]
         stream = self.model.pack(samples).to(self.model.device)
         hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(self.model, stream))
         self.tokens_read += sum(stream.lengths)
-        for lane, sample, length in zip(lanes, samples, stream.lengths, strict=True):
+        last = hidden.tokens[stream.last]
+        for lane, sample, length, features in zip(lanes, samples, stream.lengths, last, strict=True):
             lane.read = sample
-            lane.mark_read(length - lane.past.length)
-        return list(hidden.tokens[stream.last])
+            lane.mark_read(length - lane.past.length, features)
 
     def plan(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> Plan:
         samples = [[*lane.read, span] for lane, span in zip(lanes, spans, strict=True)]
@@ -218,6 +231,12 @@ def fingerprint(pieces: Iterable[Piece]) -> Hashable:
         else (piece.type, piece.shape, piece.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for piece in pieces
     )
+
+
+def _rows(lanes: Sequence[Lane]) -> list[int]:
+    rows = [lane.row for lane in lanes if lane.row is not None]
+    assert len(rows) == len(lanes), "a lane is opened before it is read"
+    return rows
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

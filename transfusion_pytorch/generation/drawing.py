@@ -16,8 +16,10 @@ from transfusion_pytorch.generation.context import Lane
 from transfusion_pytorch.generation.rules import Kept, Rules
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
+ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002
 
-@dataclass
+
+@dataclass(eq=False)
 class Drawing:
     """A modality in the making: `x` are its flat latents after `step` of the intervals between `times`.
 
@@ -59,7 +61,7 @@ class Drawing:
         """What it has to be seen behind at this time: guidance acts within its interval only."""
         low, high = self.rules.options.cfg_interval
         guides = [lane for lane in (self.without_text, self.without_all) if lane is not None]
-        return [self.lane, *(guides if low <= time <= high else [])]
+        return [self.lane, *(guides if low - ROUNDING <= time <= high + ROUNDING else [])]
 
     def combine(self, velocities: Sequence[Float[Tensor, "k c"]]) -> Float[Tensor, "k c"]:
         """The velocity to follow, from those behind each of `lanes_at`."""

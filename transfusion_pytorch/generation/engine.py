@@ -79,10 +79,19 @@ class Request:
         events, self._state.events = self._state.events, []
         if self.is_done and not self._is_told:
             self._is_told = True
-            [sample] = self._engine.deliver([self._state])
+            sample = self._delivered()
             assert self.reason is not None
             events.append(Ended(sample, self.reason, self._state.error))
         return events
+
+    def _delivered(self) -> Sample:
+        """Its sample; latents as they are where their decoder fails, which is then what ended it."""
+        try:
+            return self._engine.deliver([self._state])[0]
+        except Exception as error:
+            if self._state.error is None:
+                self._state.end(EndReason.ERROR, error)
+            return self._engine.model.decode([self._state.sampled().pieces], raw=True)[0]
 
     def events(self) -> Iterator[Event]:
         """What happens, as it happens: the engine is set to work whenever there is no news. Whoever stops listening
@@ -162,8 +171,7 @@ class Engine:
         if isinstance(generator := options.get("generator"), torch.Generator):
             options["generator"] = [generator]
         with evaluating(self.model):
-            [state] = self._prepare([prompt], SamplingOptions(**options))
-        state.is_observed = listen
+            [state] = self._prepare([prompt], SamplingOptions(**options), listen=listen)
         self.scheduler.add([state])
         return Request(self, state)
 
@@ -207,7 +215,7 @@ class Engine:
         """Draws `batch_size` instances of a modality without any text around them."""
         with evaluating(self.model):
             rules, generators = Rules(self.model, options), as_generators(options.generator, batch_size)
-            shape = rules.shape_of(modality, None)
+            shape = rules.shape_of(modality, None if rules.init is None else rules.init.shape)
             states = [
                 SampleState(rules, generator, f"instance {i}", is_framed=False)
                 for i, generator in enumerate(generators)
@@ -220,7 +228,7 @@ class Engine:
 
     # before and after
 
-    def _prepare(self, prompts: Sequence[Any], options: SamplingOptions) -> list[SampleState]:
+    def _prepare(self, prompts: Sequence[Any], options: SamplingOptions, *, listen: bool = False) -> list[SampleState]:
         """Prompts checked, encoded and ready to be continued. Raises `ValueError` or `TypeError` that names the prompt
         and part at fault.
         """
@@ -231,20 +239,23 @@ class Engine:
         for i, (prompt, generator) in enumerate(zip(self.model.encode(parsed, "prompt"), generators, strict=True)):
             bare, opened = bare_and_opened(prompt, vocabulary, f"prompt {i}")
             given = [piece for piece in parsed[i] if isinstance(piece, Modality)]
-            state = SampleState(rules, generator, f"prompt {i}", given)
+            state = SampleState(rules, generator, f"prompt {i}", given, is_observed=listen)
             states.append(state.begin(mark(bare, vocabulary, complete=False), opened))
         return states
 
     def _finish(self, states: Sequence[SampleState], progress: bool = False) -> None:
         """Works until all of these are done. Raises the first error that ended one of them."""
         self.scheduler.add(states)
+        tokens, steps = self.scheduler.tokens_written, self.scheduler.solver.evaluations
         try:
             with SampleProgress(len(states), show=progress) as bar:
                 while any(state.phase is not Phase.DONE for state in states):
                     self.scheduler.turn()
                     finished = sum(state.phase is Phase.DONE for state in states)
                     bar.update(
-                        finished=finished, tokens=self.scheduler.tokens_written, steps=self.scheduler.solver.evaluations
+                        finished=finished,
+                        tokens=self.scheduler.tokens_written - tokens,
+                        steps=self.scheduler.solver.evaluations - steps,
                     )
         finally:
             for state in states:
@@ -266,18 +277,18 @@ class Engine:
     def _shown(self, states: Sequence[SampleState]) -> list[Sample]:
         made = [state.sampled() for state in states]
         parts = self.model.decode([pieces[2 * len(given) :] for pieces, given in made])
-        return [self._given(sample) + rest for sample, rest in zip(made, parts, strict=True)]
+        return [self._given(sample) + [_own(part) for part in rest] for sample, rest in zip(made, parts, strict=True)]
 
     def _given(self, sample: Sampled) -> Sample:
         """A sample as far as its prompt's last modality, those being the user's own."""
         device = self.model.device
         given = iter([(piece.type, piece.tensor.detach().clone().to(device)) for piece in sample.given])
         return [
-            piece.ids.to(device) if isinstance(piece, Text) else next(given)
+            piece.ids.clone().to(device) if isinstance(piece, Text) else next(given)
             for piece in sample.pieces[: 2 * len(sample.given)]
         ]
 
 
 def _own(part: Tensor | tuple[int, Tensor]) -> Tensor | tuple[int, Tensor]:
     """A copy, so that nothing returned shares memory with a prompt."""
-    return (part[0], part[1].clone()) if isinstance(part, tuple) else part
+    return (part[0], part[1].clone()) if isinstance(part, tuple) else part.clone()

@@ -14,6 +14,8 @@ from transfusion_pytorch.flow.solver import integrate, is_single_step
 from transfusion_pytorch.generation.context import Context, Lane, Model, Plan
 from transfusion_pytorch.generation.drawing import Drawing
 
+# torchdiffeq asserts that a step size has not fallen to nothing; the others are those of the network
+SOLVER_ERRORS = (AssertionError, RuntimeError, ValueError, TypeError)
 KEPT_PLANS = 4  # as many sets of lanes take turns in a step: with guidance and without, for two solvers
 
 
@@ -23,7 +25,7 @@ class JointSolver:
     def __init__(self, model: Model, context: Context):
         self.model, self.context = model, context
         self.evaluations = 0
-        self._plans: dict[tuple, tuple[Plan, Sequence[Lane]]] = {}
+        self._plans: dict[tuple, Plan] = {}
 
     def step(self, drawings: Sequence[Drawing]) -> list[tuple[Drawing, Exception]]:
         """One step each. Those with one solver take theirs together; a method that chooses its own steps, or needs its
@@ -33,27 +35,32 @@ class JointSolver:
         for _, group in groupby(sorted(drawings, key=_solver), key=_solver):
             members = list(group)
             if is_single_step(members[0].rules.solver):
-                self._step_together(members)
+                error = self._step_together(members)
+                failed += [(drawing, error) for drawing in members if error is not None]
             else:
                 failed += [(drawing, error) for drawing in members if (error := self._solve_alone(drawing)) is not None]
         return failed
 
-    def _step_together(self, drawings: Sequence[Drawing]) -> None:
+    def _step_together(self, drawings: Sequence[Drawing]) -> Exception | None:
         """One interval each, all in one vector whose own time runs from 0 to 1."""
         like = drawings[0].x
         ends = torch.tensor(
             [drawing.times[drawing.step : drawing.step + 2] for drawing in drawings], dtype=torch.float64
         )
         start, rate = (part.to(like) for part in (ends[:, 0], ends[:, 1] - ends[:, 0]))
-        self._integrate(drawings, torch.tensor([0.0, 1.0]).to(like), start, rate)
+        try:
+            self._integrate(drawings, torch.tensor([0.0, 1.0]).to(like), start, rate)
+        except SOLVER_ERRORS as error:
+            return error
         for drawing in drawings:
             drawing.step += 1
+        return None
 
     def _solve_alone(self, drawing: Drawing) -> Exception | None:
         times = torch.tensor(drawing.times, dtype=torch.float64).to(drawing.x)
         try:
             self._integrate([drawing], times, torch.zeros_like(times[:1]), torch.ones_like(times[:1]))
-        except (AssertionError, RuntimeError, ValueError, TypeError) as error:  # a step size that fell to nothing
+        except SOLVER_ERRORS as error:
             return error
         drawing.step = len(drawing.times) - 1
         return None
@@ -95,12 +102,11 @@ class JointSolver:
 
     def _planned(self, lanes: Sequence[Lane], drawings: Sequence[Drawing]) -> Plan:
         """The stream of these lanes, made once for as long as they stay the same."""
-        key = tuple((id(lane), lane.past, it.type, it.shape) for lane, it in zip(lanes, drawings, strict=True))
+        key = tuple((lane, lane.past, it.type, it.shape) for lane, it in zip(lanes, drawings, strict=True))
         if key not in self._plans:
             self._plans = dict(list(self._plans.items())[1 - KEPT_PLANS :])
-            plan = self.context.plan(lanes, [drawing.as_piece() for drawing in drawings])
-            self._plans[key] = (plan, lanes)  # while the lanes are held here no other can have their ids
-        return self._plans[key][0]
+            self._plans[key] = self.context.plan(lanes, [drawing.as_piece() for drawing in drawings])
+        return self._plans[key]
 
 
 def _solver(drawing: Drawing) -> str:

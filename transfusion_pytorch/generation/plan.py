@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from transfusion_pytorch.generation.options import check_int, check_shape, check_type
-from transfusion_pytorch.sequence.samples import Shape
+from transfusion_pytorch.sequence.samples import Modality, Shape
 
 
 class TextPart(NamedTuple):
@@ -37,22 +37,31 @@ class Plan:
     name: str = "plan"
 
 
-def parse_plan(plan: Any, num_modalities: int, shape_of: ShapeOf) -> Plan:
-    """A user's `plan`. `shape_of` gives a modality's shape, or says why it cannot have that."""
+def parse_plan(plan: Any, num_modalities: int, shape_of: ShapeOf, *, first: Modality | None = None) -> Plan:
+    """A user's `plan`. `shape_of` gives a modality's shape, or says why it cannot have that; a bare type in the first
+    place has the shape of what comes there, if that is given.
+    """
     if not isinstance(plan, (list, tuple)) or not plan:
         raise TypeError(f"plan must be a list of parts, such as ['text', (0, (4, 4)), 'text'], got {plan!r}")
-    parts = tuple(_parse_part(part, f"plan, part {i}", num_modalities, shape_of) for i, part in enumerate(plan))
+    given = [_with_shape(plan[0], first), *plan[1:]]
+    parts = tuple(_parse_part(part, f"plan, part {i}", num_modalities, shape_of) for i, part in enumerate(given))
     for part, following in pairwise(parts):
         if isinstance(part, TextPart) and isinstance(following, TextPart):
             raise ValueError(f"plan: two texts follow each other in {plan!r}; make them one")
     return Plan(parts, free=False)
 
 
-def forced_plan(forced: Any, num_modalities: int, shape_of: ShapeOf) -> Plan:
+def forced_plan(forced: Any, num_modalities: int, shape_of: ShapeOf, *, first: Modality | None = None) -> Plan:
     """`force_modality_at_start`: one modality, then anything."""
     name = "force_modality_at_start"
-    modality, shape = _type_and_shape(forced, num_modalities, f"{name}, a type or (type, shape)")
+    given = _with_shape(forced, first)
+    modality, shape = _type_and_shape(given, num_modalities, f"{name}, a type or (type, shape)")
     return Plan((ModalityPart(modality, shape_of(modality, shape, name)),), name=name)
+
+
+def _with_shape(part: Any, first: Modality | None) -> Any:
+    is_bare = isinstance(part, int) and not isinstance(part, bool)
+    return (part, first.shape) if is_bare and first is not None and part == first.type else part
 
 
 def _parse_part(part: Any, where: str, num_modalities: int, shape_of: ShapeOf) -> Part:

@@ -68,8 +68,6 @@ class Rules:
         if shape is not None and self.fixed is not None and shape != self.fixed:
             raise ValueError(f"{where}the shape {shape} is asked for, and fixed_modality_shape is {self.fixed}")
         asked = self.fixed if shape is None else shape
-        if asked is None and self.init is not None and self.init.type == modality:
-            asked = self.init.shape
         default = () if io.spec.num_dim == 0 else io.spec.default_shape
         shape = default if asked is None else asked
         if shape is None:
@@ -139,7 +137,7 @@ class Rules:
     def show(self, modality: int, latents: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """One modality as users see it."""
         raw = self.options.return_unprocessed_modalities
-        [[(_, shown)]] = self.model.decode([[Modality(modality, latents.to(self.model.dtype))]], raw=raw)
+        [[(_, shown)]] = self.model.decode([[Modality(modality, latents.to(self.model.dtype, copy=True))]], raw=raw)
         return shown
 
     # made ready
@@ -177,9 +175,9 @@ class Rules:
         if options.plan is not None and options.force_modality_at_start is not None:
             raise ValueError("give force_modality_at_start or a plan that begins with that modality, not both")
         if options.plan is not None:
-            plan = parse_plan(options.plan, count, self.shape_of)
+            plan = parse_plan(options.plan, count, self.shape_of, first=self.init)
         elif options.force_modality_at_start is not None:
-            plan = forced_plan(options.force_modality_at_start, count, self.shape_of)
+            plan = forced_plan(options.force_modality_at_start, count, self.shape_of, first=self.init)
         elif self.init is not None:
             name, (modality, shape) = "init_modality", (self.init.type, self.init.shape)
             plan = Plan((ModalityPart(modality, self.shape_of(modality, shape, name)),), name=name)

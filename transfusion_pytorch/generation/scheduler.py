@@ -37,22 +37,20 @@ class Scheduler:
         return not self.active and not self.waiting
 
     def add(self, states: Sequence[SampleState]) -> None:
-        self.waiting.extend(states)
+        self.waiting.extend(state for state in states if state.phase is not Phase.DONE)
 
     def cancel(self, state: SampleState) -> None:
         """Stops the work on a sample, if there is any left, and frees its place."""
         if state.phase is not Phase.DONE:
             state.end(EndReason.CANCELLED)
-            self._part_with_finished()
+        self._part_with_finished()
 
-    def turn(self) -> list[SampleState]:
-        """Lets every sample go one step on. Returns all that took part, and those that ended before they began."""
+    def turn(self) -> None:
+        """Lets every sample go one step on."""
         self.turns += 1
         self._admit()
-        took_part = list(self.active)
-        self._step([state for state in took_part if state.phase is not Phase.DONE])
+        self._step(list(self.active))
         self._part_with_finished()
-        return took_part
 
     def _admit(self) -> None:
         while self.waiting and len(self.active) < self.max_batch:
@@ -71,22 +69,23 @@ class Scheduler:
     def _step(self, states: Sequence[SampleState]) -> None:
         writing = [state for state in states if state.phase is Phase.WRITING]
         drawing = [state for state in states if state.phase is Phase.DRAWING]
-        features = self._read([lane for state in states for lane in state.to_read])
+        self._read([lane for state in states for lane in state.to_read])
         if writing:
-            self._write(writing, torch.stack([features[id(state.lane)] for state in writing]))
-        if drawing:
+            self._write(writing)
+        if drawing := [state for state in drawing if state.phase is Phase.DRAWING]:
             self._draw(drawing)
 
-    def _read(self, lanes: Sequence[Lane]) -> dict[int, Tensor]:
-        """Reads what has not been read yet. Returns the features of each lane's last token."""
+    def _read(self, lanes: Sequence[Lane]) -> None:
+        """Reads what has not been read yet."""
         for lane in lanes:
-            if lane.row is None:
-                self.context.open(lane)
-        return dict(zip(map(id, lanes), self.context.advance(lanes), strict=True)) if lanes else {}
+            self.context.open(lane)
+        if lanes:
+            self.context.advance(lanes)
 
     # writing
 
-    def _write(self, states: Sequence[SampleState], features: Shaped[Tensor, "r d"]) -> None:
+    def _write(self, states: Sequence[SampleState]) -> None:
+        features = torch.stack([state.lane.features for state in states if state.lane.features is not None])
         logits = self._processed(self.model.logits(features), states)
         allowed = [state.allowed for state in states]
         same = all(mask is allowed[0] for mask in allowed)
@@ -131,15 +130,15 @@ class Scheduler:
     # drawing
 
     def _draw(self, states: Sequence[SampleState]) -> None:
-        failed = self.solver.step([state.drawing for state in states if state.drawing is not None])
-        errors = {id(drawing): error for drawing, error in failed}
-        for state in states:
-            drawing = state.drawing
-            assert drawing is not None
-            if id(drawing) in errors:
-                state.end(EndReason.ERROR, errors[id(drawing)])
+        drawings = {state: state.drawing for state in states if state.drawing is not None}
+        unfinished = [it for it in drawings.values() if not it.is_done]  # an interrupt may have left others
+        errors = dict(self.solver.step(unfinished))
+        for state, drawing in drawings.items():
+            if drawing in errors:
+                state.end(EndReason.ERROR, errors[drawing])
                 continue
-            state.tell_progress()
+            if drawing in unfinished:
+                state.tell_progress()
             if drawing.is_done:
                 self._finish_drawing(state)
 

@@ -43,7 +43,7 @@ class Sampled(NamedTuple):
     given: list[Modality]
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleState:
     """One sample, as far as it has come. It knows nothing of the batch, and of the network only what that reads.
 
@@ -179,19 +179,22 @@ class SampleState:
         """Says how far its drawing has come."""
         drawing = self.drawing
         if self.is_observed and drawing is not None:
-            latents, estimate = (drawing.unflatten(flat) for flat in (drawing.x, drawing.estimate()))
+            latents, estimate = (drawing.unflatten(flat).clone() for flat in (drawing.x, drawing.estimate()))
             steps, time = len(drawing.times) - 1, drawing.times[drawing.step]
             show = self.rules.show
             self.events.append(DrawingProgress(drawing.type, drawing.step, steps, time, latents, estimate, show))
 
     def finish_drawing(self) -> None:
         """Keeps the clean latents, like anything else that has been written; they are read next."""
-        drawing, self.drawing = self.drawing, None
+        drawing = self.drawing
         assert drawing is not None
         piece = drawing.as_piece()
         if self.is_observed:
             shown = self.rules.show(piece.type, piece.tensor)
             self.events.append(ModalityDone(piece.type, shown, drawing.num_evaluations))
+        if self.phase is Phase.DONE:  # who was shown it has cancelled it
+            return
+        self.drawing = None
         if not self.is_framed:
             self.pieces.append(piece)
             self.end(EndReason.PLAN)

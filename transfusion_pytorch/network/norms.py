@@ -41,8 +41,10 @@ class Conditioning(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What an adaptive norm does to each token: `(n, d)`; or `(d)` and no shift where there is nothing but text; or `(m,
-    1, d)` where there is nothing but spans of one length.
+    """What an adaptive norm does to each token: `(n, d)`.
+
+    Where there is nothing but text it is `(d)`, without a shift; where there is nothing but spans of one length it is
+    `(m, 1, d)`.
     """
 
     scale: Shaped[Tensor, "..."]
