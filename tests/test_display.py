@@ -121,7 +121,7 @@ COLOUR = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4) * 10
         (GREY.numpy() / 255, GREY),
         (Image.fromarray(GREY.numpy()).convert("CMYK"), GREY[..., None].expand(-1, -1, 3)),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_a_renderer_returns_an_image_or_pixels(rendered, pixels):
     assert torch.equal(page([torch.zeros(1)], renderers=lambda latents: rendered).pixels(), pixels)

@@ -28,10 +28,12 @@ from torch import nn
 
 from transfusion_pytorch.generation import context
 from transfusion_pytorch.generation.engine import EngineStats
-from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, TextToken
+from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, TextToken
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.progress import SampleProgress
 from transfusion_pytorch.generation.scheduler import Scheduler
+from transfusion_pytorch.network.cache import KVCache
+from transfusion_pytorch.sequence.stream import Past, pack_ids
 
 PROMPTS = [
     None,
@@ -393,7 +395,7 @@ def interrupted(monkeypatch, model, engine, place, error):
         countdown = iter([1, 0] if place == "while reading" else [1, 1, 1, 0])
 
         def stumble(*args, **given):
-            if not next(countdown, 1):
+            if not next(countdown, 0):  # and again, when it is tried for each of them
                 raise error
             return run(*args, **given)
 
@@ -458,14 +460,14 @@ def test_a_modality_that_was_interrupted_as_it_was_shown_is_finished_later():
     assert_no_row_is_lost(engine)
 
 
-def test_a_step_that_failed_may_be_tried_again(monkeypatch):
+def test_a_step_that_was_interrupted_may_be_tried_again(monkeypatch):
     model = build(seed=3)
     engine, run = model.create_engine(), model.run
     request, turn = engine.submit(text(1), **options_with(cfg_scale=2.0)), iter(range(10_000))
 
     def stumble(*args, **given):
         if next(turn) % 3 == 1:
-            raise MemoryError
+            raise KeyboardInterrupt
         return run(*args, **given)
 
     monkeypatch.setattr(model, "run", stumble)
@@ -473,11 +475,34 @@ def test_a_step_that_failed_may_be_tried_again(monkeypatch):
     while not request.is_done:
         try:
             engine.step()
-        except MemoryError:
+        except KeyboardInterrupt:
             failures += 1
     monkeypatch.undo()
     assert failures > 3
     assert_same(request.result(), alone(model, text(1), **options_with(cfg_scale=2.0)))
+
+
+def test_a_forward_that_fails_for_many_is_tried_for_each(monkeypatch):
+    """As where the memory does not suffice; only a prompt that is too much by itself ends for that."""
+    model, options = build(seed=3), options_with(cfg_scale=1.0)
+    prompts = [text(1), [text(2), latents(LINE, 2)], text(3, 3, 3, 3, 3, 3), None]
+    expected = [alone(model, prompt, **options) for prompt in prompts]
+    engine, run = model.create_engine(), model.run
+
+    def too_much(stream, *args, **given):
+        if len(stream.lengths) > 1 or (stream.token[:7] == 3).sum() > 5:
+            raise MemoryError("too much")
+        return run(stream, *args, **given)
+
+    monkeypatch.setattr(model, "run", too_much)
+    requests = [engine.submit(prompt, **options) for prompt in prompts]
+    engine.run()
+    for request, sample in zip(requests[:2] + requests[3:], expected[:2] + expected[3:], strict=True):
+        assert_same(request.result(), sample)
+    assert requests[2].reason is EndReason.ERROR
+    with pytest.raises(MemoryError, match="too much"):
+        requests[2].result()
+    assert_no_row_is_lost(engine)
 
 
 WISHES = {"nines": "9", "ones and commas": "1,", "all but nines": "0123456,", "commas": ","}
@@ -813,3 +838,63 @@ def test_progress_counts_this_call_alone(monkeypatch):
     for _ in range(2):
         engine.sample_many([text(1)], **options_with(plan=[("text", 3), (VECTOR, ())], modality_steps=1))
         assert told[-1] == dict(finished=1, tokens=3, steps=2)
+
+
+def test_memory_of_what_was_given_is_its_owners(monkeypatch):
+    model, picture, ids = build(seed=3), latents(IMAGE, 2, 2)[1], text(1, 2)
+    options = options_with(init_modality=(IMAGE, picture), strength=0.5)
+    expected = model.sample([ids.clone(), (LINE, picture[0].repeat(1, 3))], **options)
+    line = picture[0].repeat(1, 3)
+    request = (engine := model.create_engine()).submit([ids, (LINE, line)], **options)
+    for given in (ids, line, picture):
+        given.zero_()
+    engine.run()
+    assert_same(request.result(), expected)
+
+
+def test_what_is_drawn_holds_the_memory_of_nothing_else():
+    model = build(push=dict(eos=-9.0))
+    requests = [(engine := model.create_engine()).submit(text(1), plan=[(LINE, (2,)), "text"], max_length=20)]
+    requests += [engine.submit(text(i), plan=[(LINE, (2,)), "text"], max_length=20) for i in range(3)]
+    while not any(isinstance(event, ModalityDone) for event in requests[0].new_events()):
+        engine.step()
+    [piece] = [piece for piece in requests[0]._state.pieces if not hasattr(piece, "ids")]
+    assert piece.tensor.untyped_storage().nbytes() == piece.tensor.numel() * piece.tensor.element_size()
+
+
+def test_a_generator_serves_one_request():
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match="one is given twice"):
+        build().sample_many([None, None], generator=[generator, generator])
+
+
+def test_a_trunk_without_a_cache_reads_again(monkeypatch):
+    model = build(seed=3)
+    expected = model.sample(text(1), **options_with())
+    monkeypatch.delattr(type(model.transformer), "create_cache")
+    assert_same(model.sample(text(1), **options_with()), expected)
+
+
+def test_masks_are_made_where_the_cache_is():
+    """On a device that is not the CPU; `meta` stands in for it."""
+    cache = KVCache(layers=1, kv_heads=1, dim_head=2, device=torch.device("meta"), dtype=torch.float32, rows=2)
+    cache.lengths = [3, 5]
+    stream = pack_ids([[1, 2], [3, 4]], [Past(3, 3), Past(5, 5)]).to("meta")
+    for run in cache.view([0, 1], stream.layout).runs:
+        assert {chunk.mask.device.type for chunk in run.chunks} == {"meta"}
+
+
+def test_long_prompts_are_read_a_part_at_a_time(monkeypatch):
+    model, options = build(seed=3), options_with()
+    prompts = [text(*[i % 4] * (3 + i)) for i in range(6)]
+    expected, sizes, run = model.sample_many(prompts, **options), [], model.run
+    monkeypatch.setattr(context, "READ_AT_ONCE", 12)
+
+    def watch(stream, *args):
+        sizes.append(len(stream.token) if len(stream.lengths) > 1 and not args[0] else 0)  # several texts
+        return run(stream, *args)
+
+    monkeypatch.setattr(model, "run", watch)
+    for sample, other in zip(model.sample_many(prompts, **options), expected, strict=True):
+        assert_same(sample, other)
+    assert max(sizes) <= 12

@@ -198,8 +198,8 @@ def test_an_unknown_option_is_refused(idle, name):
 @pytest.mark.parametrize(
     ("method", "own"),
     [
-        ("sample", ["prompt"]),
-        ("sample_one", ["prompt"]),
+        ("sample", ["prompt", "cache_kv", "progress"]),
+        ("sample_one", ["prompt", "cache_kv", "progress"]),
         ("sample_many", ["prompts", "max_batch", "cache_kv", "progress"]),
         ("sample_stream", ["prompt", "cache_kv"]),
     ],

@@ -407,3 +407,34 @@ def test_saved_weights_load_without_trust():
     buffer.seek(0)
     other = loaded(model)
     assert other.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+
+
+def test_times_and_latents_are_precise_in_a_model_of_low_precision(monkeypatch):
+    """bfloat16 tells times near 1 apart by 1/256, and latents by as much of themselves."""
+    model = tiny().bfloat16()
+    seen, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda *args, **kw: seen.append(args[1:3]) or run(*args, **kw))
+    loss = model(ragged_batch(), times=0.999)
+    loss.backward()
+    [(latents, t)] = seen
+    assert {t.dtype, loss.dtype, *(x.dtype for x in latents.values())} == {torch.float32}
+    assert t.tolist() == pytest.approx([0.999] * len(t))
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.bfloat16}
+
+
+def test_an_autoencoder_keeps_its_own_precision():
+    model = tiny(
+        dim_latent=3,
+        modality_default_shape=(2, 2),
+        channel_first_latent=True,
+        modality_encoder=nn.Conv2d(3, 3, 1),
+        modality_decoder=nn.Conv2d(3, 3, 1),
+        reconstruction_loss_weight=1.0,
+    ).bfloat16()
+    model.modalities.float()
+    model.modalities[0].adapter.bfloat16()
+    model.modalities[0].positions.bfloat16()
+    batch = [[torch.randint(0, NUM_TEXT, (3,)), torch.randn(3, 2, 2)]]
+    assert model(batch).isfinite()
+    kind, picture = model.sample(force_modality_at_start=0, max_length=12, modality_steps=1)[1]
+    assert (kind, picture.dtype) == (0, torch.float32)

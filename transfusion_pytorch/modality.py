@@ -17,6 +17,8 @@ from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape
 from transfusion_pytorch.sequence.vocabulary import Vocabulary, parse_shape
 
+AT_ONCE = 64  # instances that go through an autoencoder together: memory does not grow with the batch beyond that
+
 
 class ModalityInfo(NamedTuple):
     """What a user may want to know of a modality, from `Transfusion.get_modality_info`."""
@@ -153,14 +155,19 @@ class ModalityIO(nn.Module):
         for i, instance in enumerate(data):
             groups[tuple(instance.shape)].append(i)
         out: dict[int, Tensor] = {}
-        for members in groups.values():
-            made = self._run(module, [data[i] for i in members], places[members[0]])
-            out |= zip(members, made, strict=True)
+        for group in groups.values():
+            for start in range(0, len(group), AT_ONCE):
+                members = group[start : start + AT_ONCE]
+                made = self._run(module, [data[i] for i in members], places[members[0]])
+                out |= zip(members, made, strict=True)
         return [out[i] for i in range(len(data))]
 
     def _run(self, module: nn.Module, instances: Sequence[Tensor], where: str) -> list[Tensor]:
         """Instances of one shape together, or copies of them one by one."""
         name = f"{where}: {type(module).__name__} of modality {self.spec.type}"
+        dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+        dtype = next(dtypes, instances[0].dtype)
+        instances = [instance.to(dtype) for instance in instances]
         try:
             made = module(torch.stack(list(instances))) if self.batched else [module(one.clone()) for one in instances]
             rows = list(made)

@@ -209,13 +209,13 @@ class Transfusion(SamplingMethods, nn.Module):
     def prepare(self, samples: Any, modality_type: Any = None) -> tuple[TokenStream, Latents]:
         """Validates, encodes and packs a batch: its stream, on the CPU, and its clean latents by type."""
         marked = preparation.prepare(
-            samples, modality_type, self.vocabulary, self.modalities, device=self.device, dtype=self.dtype
+            samples, modality_type, self.vocabulary, self.modalities, device=self.device, dtype=self.precision
         )
         return self.pack(marked), self.latents_by_type(marked)
 
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]:
         """Replaces raw data by channel-last latents, on this model's device."""
-        return preparation.encode(samples, self.modalities, device=self.device, dtype=self.dtype, name=name)
+        return preparation.encode(samples, self.modalities, device=self.device, dtype=self.precision, name=name)
 
     def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]:
         """Samples as users see them: modalities decoded (or their latents, if `raw`), channels where the user has
@@ -240,7 +240,7 @@ class Transfusion(SamplingMethods, nn.Module):
         for modality, values in latents.items():
             members = stream.spans.of_type(modality)
             tokens, memory[modality] = self.modalities[modality].embed(
-                values, stream.spans.shapes_of(modality), condition[members]
+                values.to(self.dtype), stream.spans.shapes_of(modality), condition[members]
             )
             x = x.index_copy(0, stream.slots(modality), tokens.to(x.dtype))
         hidden = self.transformer(
@@ -285,6 +285,11 @@ class Transfusion(SamplingMethods, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.to_logits.weight.dtype
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of times, latents and losses, whatever the parameters have: single precision at least."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def num_modalities(self) -> int:
@@ -368,10 +373,10 @@ class Transfusion(SamplingMethods, nn.Module):
         if times_fn is not None and not callable(times_fn):
             raise TypeError(f"num_modalities_to_times_fn must be a function, got {type(times_fn).__name__}")
         if times is None and (times_fn is None or not len(spans)):
-            return self.time_policy.draw(spans.is_context).to(self.dtype)
+            return self.time_policy.draw(spans.is_context).to(self.precision)
         if times_fn is not None:
             times = times_fn(torch.bincount(spans.sample, minlength=num_samples).to(self.device))
-        return times_of_spans(as_times(times), spans.sample, spans.index, num_samples).to(self.dtype)
+        return times_of_spans(as_times(times), spans.sample, spans.index, num_samples).to(self.precision)
 
     def _text_error(self, hidden: Hidden, stream: TokenStream) -> ErrorSum:
         """Logits are made only where there is something to predict."""

@@ -12,6 +12,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # A step of these depends on nothing but its start, so rows that stand at different times can take theirs together.
 SINGLE_STEP_METHODS = frozenset({"euler", "midpoint", "heun2", "heun3", "rk4"})
 ADAPTIVE_METHODS = frozenset({"dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun"})
+MOST_STEPS = 1000  # of an adaptive method, which would otherwise try for ever to follow a rough flow
 OTHER_METHODS = ADAPTIVE_METHODS | {"explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"}
 
 
@@ -47,6 +48,6 @@ def _within(grid: Float[Tensor, " steps"], options: Mapping[str, Any]) -> dict[s
     """Left alone, an adaptive method tries and takes steps beyond the last time, where no velocity was ever trained."""
     options = {"method": "dopri5", **options}
     if options["method"] in ADAPTIVE_METHODS:
-        bounds = {"first_step": grid[1] - grid[0], "step_t": grid[-1:]}
+        bounds = {"first_step": grid[1] - grid[0], "step_t": grid[-1:], "max_num_steps": MOST_STEPS}
         options["options"] = bounds | dict(options.get("options") or {})
     return options

@@ -6,7 +6,7 @@ without its modalities too.
 r lanes, k latents of a span, c their channels, d model.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack_ids
+
+READ_AT_ONCE = 8192  # tokens: 64 long prompts at once would take the memory of a training batch
 
 
 @runtime_checkable
@@ -31,6 +33,7 @@ class Model(Protocol):
     prob_uncond: float
     device: torch.device
     dtype: torch.dtype
+    precision: torch.dtype
 
     def pack(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream: ...
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> dict[int, Tensor]: ...
@@ -72,6 +75,12 @@ class Lane:
     def pending(self) -> list[Piece]:
         return [*self.pieces, *([Text(torch.tensor(self.ids))] if self.ids else [])]
 
+    @property
+    def num_pending(self) -> int:
+        """How much is pending, in ids and latents."""
+        sizes = [len(it.ids) if isinstance(it, Text) else it.tensor.shape[:-1].numel() for it in self.pieces]
+        return len(self.ids) + sum(sizes)
+
     def mark_read(self, num_tokens: int, features: Shaped[Tensor, " d"]) -> None:
         """`num_tokens` are those of what is pending; a span takes one position however long it is."""
         steps = len(self.ids) + sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in self.pieces)
@@ -80,7 +89,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SpanStream:
     """A stream for a set of spans that will be evaluated more than once, and where those spans are in it."""
 
     stream: TokenStream
@@ -133,8 +142,8 @@ class CachedContext:
             else:
                 readers.append((key, lane))
                 fresh |= set() if key is None else {key}
-        if readers:
-            self._read([lane for _, lane in readers])
+        for group in _groups([lane for _, lane in readers]):
+            self._read(group)
         for key, lane in readers:
             if key is not None and lane.row is not None and lane.features is not None:
                 self._prefixes[key] = Prefix([lane.row], lane.past, lane.features)
@@ -152,8 +161,6 @@ class CachedContext:
             lane.mark_read(prefix.past.length, prefix.features)
 
     def _read(self, lanes: Sequence[Lane]) -> None:
-        # those of one length in neighbouring rows are one plain batch
-        lanes = sorted(lanes, key=lambda lane: (bool(lane.pieces), len(lane.ids), lane.row))
         past = [lane.past for lane in lanes]
         latents: dict[int, Tensor] = {}
         if any(lane.pieces for lane in lanes):
@@ -161,30 +168,29 @@ class CachedContext:
             stream, latents = self.model.pack(samples, past), self.model.latents_by_type(samples)
         else:
             stream = pack_ids([lane.ids for lane in lanes], past)
-        rows = _rows(lanes)
+        rows, stream = _rows(lanes), stream.to(self.model.device)
         view = self.cache.view(rows, stream.layout)
-        stream = stream.to(self.model.device)
         hidden = self.model.run(stream, latents, _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
         self.tokens_read += sum(stream.lengths)
         for lane, length, features in zip(lanes, stream.lengths, hidden.tokens[stream.last], strict=True):
             lane.mark_read(length, features)
 
-    def plan(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> Plan:
+    def lay_out(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> SpanStream:
         """Lays out one span behind each lane."""
         order = sorted(range(len(lanes)), key=lambda i: (spans[i].type, spans[i].shape, lanes[i].row or 0))
         lanes = [lanes[i] for i in order]
-        stream = self.model.pack([[spans[i]] for i in order], [lane.past for lane in lanes])
+        stream = self.model.pack([[spans[i]] for i in order], [lane.past for lane in lanes]).to(self.model.device)
         view = None
         if any(lane.past.length for lane in lanes):
             for lane in lanes:
                 self.open(lane)
             view = self.cache.view(_rows(lanes), stream.layout)
-        return Plan(stream.to(self.model.device), {}, _inverse(order), view)
+        return SpanStream(stream, {}, _inverse(order), view)
 
-    def velocities(self, plan: Plan, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
-        """The velocity of each planned span, flat `(k, c)`, at its own time."""
-        return _evaluate(self.model, plan, x_t, times)
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+        """The velocity of each span laid out, flat `(k, c)`, at its own time."""
+        return _evaluate(self.model, laid, x_t, times)
 
 
 class RecomputeContext:
@@ -210,14 +216,14 @@ class RecomputeContext:
             lane.read = sample
             lane.mark_read(length - lane.past.length, features)
 
-    def plan(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> Plan:
+    def lay_out(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> SpanStream:
         samples = [[*lane.read, span] for lane, span in zip(lanes, spans, strict=True)]
         stream = self.model.pack(samples).to(self.model.device)
         last = [int((stream.spans.sample == i).nonzero().max()) for i in range(len(lanes))]
-        return Plan(stream, self.model.latents_by_type(samples), last)
+        return SpanStream(stream, self.model.latents_by_type(samples), last)
 
-    def velocities(self, plan: Plan, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
-        return _evaluate(self.model, plan, x_t, times)
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+        return _evaluate(self.model, laid, x_t, times)
 
 
 Context = CachedContext | RecomputeContext
@@ -231,6 +237,22 @@ def fingerprint(pieces: Iterable[Piece]) -> Hashable:
         else (piece.type, piece.shape, piece.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for piece in pieces
     )
+
+
+def _groups(lanes: Sequence[Lane]) -> Iterator[list[Lane]]:
+    """What is read in one forward: not too much at once, and those of one length in neighbouring rows together, which
+    are one plain batch.
+    """
+    group: list[Lane] = []
+    size = 0
+    for lane in sorted(lanes, key=lambda lane: (lane.num_pending, lane.row)):
+        if group and size + lane.num_pending > READ_AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append(lane)
+        size += lane.num_pending
+    if group:
+        yield group
 
 
 def _rows(lanes: Sequence[Lane]) -> list[int]:
@@ -248,26 +270,24 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 
 def _clean_times(model: Model, stream: TokenStream) -> Tensor:
-    precise = torch.promote_types(model.dtype, torch.float32)
-    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=precise)
+    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
 
 
-def _evaluate(model: Model, plan: Plan, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
-    spans = plan.stream.spans
-    now = dict(zip(plan.spans, x_t, strict=True))
-    t = _clean_times(model, plan.stream)
-    t[plan.spans] = times.to(t.dtype)
+def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
+    spans = laid.stream.spans
+    now = dict(zip(laid.spans, x_t, strict=True))
+    t = _clean_times(model, laid.stream)
+    t[laid.spans] = times.to(t.dtype)
     latents = {}
     for modality in spans.modality.unique().tolist():
         members = spans.of_type(modality)
-        every = (_split(plan.history[modality], spans, members) if modality in plan.history else {}) | now
+        every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
         latents[modality] = torch.cat([every[span] for span in members])
-    rounded = {modality: flat.to(model.dtype) for modality, flat in latents.items()}
-    velocities = model.velocities(model.run(plan.stream, rounded, t, plan.view), plan.stream, latents, t)
+    velocities = model.velocities(model.run(laid.stream, latents, t, laid.view), laid.stream, latents, t)
     by_span: dict[int, Tensor] = {}
     for modality, flat in velocities.items():
         by_span |= _split(flat, spans, spans.of_type(modality))
-    return [by_span[span] for span in plan.spans]
+    return [by_span[span] for span in laid.spans]
 
 
 def _split(flat: Tensor, spans: Any, members: list[int]) -> dict[int, Tensor]:

@@ -57,6 +57,11 @@ class Drawing:
     def is_done(self) -> bool:
         return self.step == len(self.times) - 1
 
+    @property
+    def is_guided_at_times(self) -> bool:
+        """Whether guidance comes and goes, so that one has to know the time."""
+        return tuple(self.rules.options.cfg_interval) != (0, 1)
+
     def lanes_at(self, time: float) -> list[Lane]:
         """What it has to be seen behind at this time: guidance acts within its interval only."""
         low, high = self.rules.options.cfg_interval

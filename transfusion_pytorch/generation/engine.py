@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.generation.context import CachedContext
 from transfusion_pytorch.generation.events import Ended, EndReason, Event
-from transfusion_pytorch.generation.options import SamplingOptions, as_generators, check_int, checks_itself
+from transfusion_pytorch.generation.options import (
+    SamplingOptions,
+    as_generators,
+    check_int,
+    checks_itself,
+    takes_sampling_options,
+)
 from transfusion_pytorch.generation.progress import SampleProgress
 from transfusion_pytorch.generation.prompts import bare_and_opened, parse_prompt
 from transfusion_pytorch.generation.rules import Rules
@@ -29,14 +35,15 @@ MAX_BATCH = 64
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every submodule is back in the mode it had, whatever happened."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Request:
 
     def cancel(self) -> None:
         """Stops the work on it and frees its place. What there is so far is its result."""
-        self._engine.scheduler.cancel(self._state)
+        self._engine.scheduler.cancel([self._state])
 
 
 class Engine:
@@ -163,6 +170,7 @@ class Engine:
 
     # requests that come and go
 
+    @takes_sampling_options
     @checks_itself
     def submit(self, prompt: Any = None, *, listen: bool = True, **options: Any) -> Request:
         """Queues one prompt, with `SamplingOptions` of its own. Without `listen` it has no event but `Ended`. Raises
@@ -188,6 +196,7 @@ class Engine:
 
     # calls that wait for their results
 
+    @takes_sampling_options
     @checks_itself
     def sample_many(self, prompts: Sequence[Any], *, progress: bool = False, **options: Any) -> list[Sample]:
         """Continues every prompt to its end, all with the same `SamplingOptions`; see `Transfusion.sample_many`."""
@@ -244,25 +253,25 @@ class Engine:
         return states
 
     def _finish(self, states: Sequence[SampleState], progress: bool = False) -> None:
-        """Works until all of these are done. Raises the first error that ended one of them."""
+        """Works until all of these are done. Raises the first error that ends one of them, and gives up the others."""
         self.scheduler.add(states)
-        tokens, steps = self.scheduler.tokens_written, self.scheduler.solver.evaluations
+        before = self.stats
+        unfinished = [state for state in states if state.phase is not Phase.DONE]
         try:
             with SampleProgress(len(states), show=progress) as bar:
-                while any(state.phase is not Phase.DONE for state in states):
+                while unfinished:
                     self.scheduler.turn()
-                    finished = sum(state.phase is Phase.DONE for state in states)
+                    for state in unfinished:
+                        if state.error is not None:
+                            raise state.error
+                    unfinished = [state for state in unfinished if state.phase is not Phase.DONE]
                     bar.update(
-                        finished=finished,
-                        tokens=self.scheduler.tokens_written - tokens,
-                        steps=self.scheduler.solver.evaluations - steps,
+                        finished=len(states) - len(unfinished),
+                        tokens=self.scheduler.tokens_written - before.tokens_written,
+                        steps=self.scheduler.solver.evaluations - before.evaluations,
                     )
         finally:
-            for state in states:
-                self.scheduler.cancel(state)
-        for state in states:
-            if state.error is not None:
-                raise state.error
+            self.scheduler.cancel(unfinished)
 
     def deliver(self, states: Sequence[SampleState]) -> list[Sample]:
         """Samples as users see them: decoded, but for the modalities of the prompt, which come back as they came."""

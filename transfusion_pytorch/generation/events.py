@@ -23,7 +23,8 @@ class EndReason(str, Enum):
     - `LENGTH`: it is `max_length` long, or the modality that it opened does not fit into that
     - `SHAPE`: it opened a modality of a shape that cannot be drawn
     - `CANCELLED`: nobody wants it any more
-    - `ERROR`: something that the user gave (a logits processor, a decoder) raised an error
+    - `ERROR`: something that the user gave (a logits processor, a decoder), or its solver, raised an error, or the
+      model's logits were not finite
     """
 
     EOS = "eos"

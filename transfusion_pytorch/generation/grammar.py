@@ -8,6 +8,7 @@ An opening is what has been written since `meta`: `"4,"`; it is None in text.
 """
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -48,7 +49,8 @@ class Grammar:
         """The ids of text, and with them what ends a sentence and what opens a modality."""
         if (eos, meta) not in self._masks:
             ends = [self.vocabulary.eos] * eos + [self.vocabulary.meta] * meta
-            self._masks[eos, meta] = self._mask([*range(self.vocabulary.num_text), *ends])
+            self._masks[eos, meta] = self._mask(ends)
+            self._masks[eos, meta][: self.vocabulary.num_text] = True
         return self._masks[eos, meta]
 
     def advance(self, opening: str | None, token: int) -> str | None:
@@ -80,3 +82,11 @@ class Grammar:
         if len(sizes) > self.most_axes or any(size.startswith("0") for size in sizes) or "" in sizes[:-1]:
             return False
         return prod(int(size) for size in sizes if size) <= self.most
+
+
+@lru_cache(maxsize=64)
+def grammar_of(
+    vocabulary: Vocabulary, axes: tuple[frozenset[int], ...], most: int, fixed_shape: Shape | None
+) -> Grammar:
+    """One for all requests that have the same, so that rows of a batch share their masks."""
+    return Grammar(vocabulary, axes, most=most, fixed_shape=fixed_shape)

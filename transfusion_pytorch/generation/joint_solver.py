@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.flow.solver import integrate, is_single_step
-from transfusion_pytorch.generation.context import Context, Lane, Model, Plan
+from transfusion_pytorch.generation.context import Context, Lane, Model, SpanStream
 from transfusion_pytorch.generation.drawing import Drawing
 
 # torchdiffeq asserts that a step size has not fallen to nothing; the others are those of the network
-SOLVER_ERRORS = (AssertionError, RuntimeError, ValueError, TypeError)
-KEPT_PLANS = 4  # as many sets of lanes take turns in a step: with guidance and without, for two solvers
+SOLVER_ERRORS = (AssertionError, RuntimeError, ValueError, TypeError, MemoryError)
+KEPT = 4  # as many sets of lanes take turns in a step: with guidance and without, for two solvers
 
 
 class JointSolver:
@@ -25,7 +25,7 @@ class JointSolver:
     def __init__(self, model: Model, context: Context):
         self.model, self.context = model, context
         self.evaluations = 0
-        self._plans: dict[tuple, Plan] = {}
+        self._laid: dict[tuple, SpanStream] = {}
 
     def step(self, drawings: Sequence[Drawing]) -> list[tuple[Drawing, Exception]]:
         """One step each. Those with one solver take theirs together; a method that chooses its own steps, or needs its
@@ -35,14 +35,15 @@ class JointSolver:
         for _, group in groupby(sorted(drawings, key=_solver), key=_solver):
             members = list(group)
             if is_single_step(members[0].rules.solver):
-                error = self._step_together(members)
-                failed += [(drawing, error) for drawing in members if error is not None]
+                failed += self._step_together(members)
             else:
                 failed += [(drawing, error) for drawing in members if (error := self._solve_alone(drawing)) is not None]
         return failed
 
-    def _step_together(self, drawings: Sequence[Drawing]) -> Exception | None:
-        """One interval each, all in one vector whose own time runs from 0 to 1."""
+    def _step_together(self, drawings: Sequence[Drawing]) -> list[tuple[Drawing, Exception]]:
+        """One interval each, all in one vector whose own time runs from 0 to 1. If that fails, each by itself, so that
+        only those fail whose fault it is.
+        """
         like = drawings[0].x
         ends = torch.tensor(
             [drawing.times[drawing.step : drawing.step + 2] for drawing in drawings], dtype=torch.float64
@@ -51,10 +52,12 @@ class JointSolver:
         try:
             self._integrate(drawings, torch.tensor([0.0, 1.0]).to(like), start, rate)
         except SOLVER_ERRORS as error:
-            return error
+            if len(drawings) == 1:
+                return [(drawings[0], error)]
+            return [failure for drawing in drawings for failure in self._step_together([drawing])]
         for drawing in drawings:
             drawing.step += 1
-        return None
+        return []
 
     def _solve_alone(self, drawing: Drawing) -> Exception | None:
         times = torch.tensor(drawing.times, dtype=torch.float64).to(drawing.x)
@@ -84,14 +87,15 @@ class JointSolver:
         flat = torch.cat([drawing.x.flatten() for drawing in drawings])
         after = integrate(velocity, flat, times, drawings[0].rules.solver)
         for drawing, part in zip(drawings, after.split(sizes), strict=True):
-            drawing.x = part.view_as(drawing.x)
+            drawing.x = part.view_as(drawing.x).clone()  # and nothing of the others, nor of earlier steps
 
     def _velocities(self, drawings: Sequence[Drawing], x: list[Tensor], times: Float[Tensor, " s"]) -> list[Tensor]:
         """The guided velocity of every drawing, from one forward pass over all of its lanes."""
-        lanes = [drawing.lanes_at(time) for drawing, time in zip(drawings, times.tolist(), strict=True)]
+        now = times.tolist() if any(drawing.is_guided_at_times for drawing in drawings) else [0.0] * len(drawings)
+        lanes = [drawing.lanes_at(time) for drawing, time in zip(drawings, now, strict=True)]
         owner = [i for i, own in enumerate(lanes) for _ in own]
-        plan = self._planned([lane for own in lanes for lane in own], [drawings[i] for i in owner])
-        every = iter(self.context.velocities(plan, [x[i] for i in owner], times[owner]))
+        laid = self._lay_out([lane for own in lanes for lane in own], [drawings[i] for i in owner])
+        every = iter(self.context.velocities(laid, [x[i] for i in owner], times[owner]))
         self.evaluations += 1
         velocities = []
         for drawing, own in zip(drawings, lanes, strict=True):
@@ -100,13 +104,13 @@ class JointSolver:
             velocities.append(drawing.velocity)
         return velocities
 
-    def _planned(self, lanes: Sequence[Lane], drawings: Sequence[Drawing]) -> Plan:
+    def _lay_out(self, lanes: Sequence[Lane], drawings: Sequence[Drawing]) -> SpanStream:
         """The stream of these lanes, made once for as long as they stay the same."""
         key = tuple((lane, lane.past, it.type, it.shape) for lane, it in zip(lanes, drawings, strict=True))
-        if key not in self._plans:
-            self._plans = dict(list(self._plans.items())[1 - KEPT_PLANS :])
-            self._plans[key] = self.context.plan(lanes, [drawing.as_piece() for drawing in drawings])
-        return self._plans[key]
+        if key not in self._laid:
+            self._laid = dict(list(self._laid.items())[1 - KEPT :])
+            self._laid[key] = self.context.lay_out(lanes, [drawing.as_piece() for drawing in drawings])
+        return self._laid[key]
 
 
 def _solver(drawing: Drawing) -> str:

@@ -3,9 +3,7 @@
 b samples, n and m tokens, d channels.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +12,14 @@ from torch import Tensor
 
 from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, Sample
 from transfusion_pytorch.generation.events import Event
-from transfusion_pytorch.generation.options import SamplingOptions, check_int, check_type, checks_itself
+from transfusion_pytorch.generation.options import (
+    SamplingOptions,
+    check_int,
+    check_type,
+    checks_itself,
+    takes_sampling_options,
+)
 from transfusion_pytorch.sequence.samples import Shape, check_text_batch
-
-
-def takes_sampling_options(method: Callable) -> Callable:
-    """Lets `help` and editors show every field of `SamplingOptions` in place of `**options`."""
-    own = [it for it in inspect.signature(method).parameters.values() if it.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(it.name, inspect.Parameter.KEYWORD_ONLY, default=it.default, annotation=it.type)
-        for it in fields(SamplingOptions)
-    ]
-    method.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    return method
 
 
 class SamplingMethods:
@@ -39,11 +32,11 @@ class SamplingMethods:
 
     @takes_sampling_options
     @checks_itself
-    def sample(self, prompt: Any = None, **options: Any) -> Sample:
+    def sample(self, prompt: Any = None, *, cache_kv: bool = True, progress: bool = False, **options: Any) -> Sample:
         """Continues one prompt. See `sample_many`."""
         if isinstance(generator := options.get("generator"), torch.Generator):
             options["generator"] = [generator]
-        return self.sample_many([prompt], **options)[0]
+        return self.sample_many([prompt], cache_kv=cache_kv, progress=progress, **options)[0]
 
     sample_one = sample
 

@@ -3,8 +3,9 @@
 v vocabulary, n ids, k latents.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any, TypeVar, no_type_check
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from transfusion_pytorch.sequence.samples import MAX_AXES, Shape
 
+MOST_STEPS = 100_000  # of a solver
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 Door = TypeVar("Door", bound=Callable)
 
@@ -21,6 +23,17 @@ Door = TypeVar("Door", bound=Callable)
 def checks_itself(door: Door) -> Door:
     """Leaves the arguments of a function or dataclass to its own checks, which say more than those of `TYPECHECK`."""
     return no_type_check(door)
+
+
+def takes_sampling_options(method: Door) -> Door:
+    """Lets `help` and editors show every field of `SamplingOptions` in place of `**options`."""
+    own = [it for it in inspect.signature(method).parameters.values() if it.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(it.name, inspect.Parameter.KEYWORD_ONLY, default=it.default, annotation=it.type)
+        for it in fields(SamplingOptions)
+    ]
+    method.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    return method
 
 
 @checks_itself
@@ -100,6 +113,8 @@ class SamplingOptions:
     def __post_init__(self):
         for name in ("max_length", "modality_steps", "max_modality_tokens"):
             self._set(name, check_int(getattr(self, name), name))
+        if self.modality_steps > MOST_STEPS:
+            raise ValueError(f"modality_steps must be at most {MOST_STEPS}, got {self.modality_steps}")
         if self.text_top_k is not None:
             self._set("text_top_k", check_int(self.text_top_k, "text_top_k"))
         for name, bounds in BOUNDS.items():
@@ -192,6 +207,8 @@ def as_generators(given: Any, count: int) -> list[torch.Generator]:
     if isinstance(given, (list, tuple)) and all(isinstance(one, torch.Generator) for one in given):
         if len(given) != count:
             raise ValueError(f"generator: {len(given)} of them for {count} prompts; give one for each, or one for all")
+        if len(set(given)) < len(given):
+            raise ValueError("generator: one is given twice; what it makes would hang on who comes first")
         return list(given)
     if given is not None and not isinstance(given, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(given).__name__}")

@@ -27,7 +27,14 @@ def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> list[Piece]
     for i, piece in enumerate(pieces):
         if isinstance(piece, Text):
             check_ids(piece.ids, vocabulary.num_logits, f"{where}, part {i}")
-    return pieces
+    return [_own(piece) for piece in pieces]
+
+
+def _own(piece: Piece) -> Piece:
+    """A copy: a request may wait, and whoever made it may use the memory again."""
+    if isinstance(piece, Text):
+        return Text(piece.ids.clone())
+    return piece._replace(tensor=piece.tensor.detach().clone())
 
 
 def bare_and_opened(pieces: Sequence[Piece], vocabulary: Vocabulary, where: str) -> tuple[list[Piece], list[int]]:

@@ -3,7 +3,6 @@
 k latents of a modality, c their channels.
 """
 
-from collections.abc import Iterable
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ from torch import Tensor
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import shift_times
 from transfusion_pytorch.generation.context import Model
-from transfusion_pytorch.generation.grammar import Grammar
+from transfusion_pytorch.generation.grammar import grammar_of
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import ModalityPart, Plan, check_types, forced_plan, parse_plan
-from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Shape, Text, parse_part
+from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, parse_part
 
 
 class Kept(NamedTuple):
@@ -33,7 +32,9 @@ class Rules:
 
     def __init__(self, model: Model, options: SamplingOptions):
         self.model, self.options, self.vocabulary = model, options, model.vocabulary
-        self.solver = dict(model.odeint_kwargs if options.odeint_kwargs is None else options.odeint_kwargs)
+        own = model.odeint_kwargs
+        tolerances = {name: own[name] for name in ("atol", "rtol") if name in own}
+        self.solver = dict(own) if options.odeint_kwargs is None else tolerances | dict(options.odeint_kwargs)
         check_method(self.solver)
         default = 3.0 if model.prob_uncond > 0 else 1.0
         self.cfg_scale = default if options.cfg_scale is None else float(options.cfg_scale)
@@ -44,11 +45,15 @@ class Rules:
         if options.allowed_modalities is not None:
             allowed = check_types(options.allowed_modalities, len(axes), "allowed_modalities")
             axes = [counts if i in allowed else set() for i, counts in enumerate(axes)]
-        self.grammar = Grammar(self.vocabulary, axes, most=options.max_modality_tokens, fixed_shape=self.fixed)
+        counts = tuple(map(frozenset, axes))
+        self.grammar = grammar_of(self.vocabulary, counts, options.max_modality_tokens, self.fixed)
         self.stop_ids = self._checked_stop_ids()
         self.init = None if options.init_modality is None else self._encoded(options.init_modality)
-        self.plan = self._planned()
+        self.init_noise = None if options.init_modality_noise is None else options.init_modality_noise.clone()
+        self.kept = self._kept()
+        self.plan = self._plan()
         self._check_noise()
+        self._check_times()
 
     # what is written
 
@@ -84,12 +89,6 @@ class Rules:
             )
         return shape
 
-    def num_tokens(self, pieces: Iterable[Piece]) -> int:
-        return sum(
-            len(piece.ids) if isinstance(piece, Text) else self.num_latent_tokens(piece.type, piece.shape)
-            for piece in pieces
-        )
-
     def num_latent_tokens(self, modality: int, shape: Shape) -> int:
         return prod(self.model.modalities[modality].token_shape(shape))
 
@@ -113,25 +112,23 @@ class Rules:
     def noise(self, modality: int, shape: Shape, generator: torch.Generator) -> Float[Tensor, "k c"]:
         """The noise that a modality starts from, in single precision at least."""
         rows, channels = prod(shape), self.model.modalities[modality].spec.dim_latent
-        precise = torch.promote_types(self.model.dtype, torch.float32)
-        noise = self.options.init_modality_noise
+        noise = self.init_noise
         if noise is None:
-            noise = torch.randn(rows, channels, generator=generator, device=generator.device, dtype=precise)
+            noise = torch.randn(
+                rows, channels, generator=generator, device=generator.device, dtype=self.model.precision
+            )
         if noise.shape[0] < rows or noise.shape[1] < channels:
             raise ValueError(
                 f"init_modality_noise needs {rows} rows and {channels} channels for shape {shape} of modality "
                 f"{modality}, got {tuple(noise.shape)}"
             )
-        return noise[:rows, :channels].to(self.model.device, precise)
+        return noise[:rows, :channels].to(self.model.device, self.model.precision)
 
-    @cached_property
-    def kept(self) -> Kept | None:
+    def _kept(self) -> Kept | None:
         """What the first modality keeps of `init_modality`."""
         if self.init is None:
             return None
-        precise = torch.promote_types(self.model.dtype, torch.float32)
-        latents = self.init.tensor.reshape(-1, self.init.tensor.shape[-1]).to(precise)
-        mask = self.options.modality_mask
+        latents, mask = self.init.tensor.reshape(-1, self.init.tensor.shape[-1]), self.options.modality_mask
         return Kept(latents, None if mask is None else ~mask.reshape(-1, 1).to(self.model.device))
 
     def show(self, modality: int, latents: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -150,7 +147,9 @@ class Rules:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise TypeError(f"stop_ids must be ints, got {token!r}")
             if not 0 <= token < self.vocabulary.num_text:
-                raise ValueError(f"stop_ids: {token} is no id of text, expected 0 to {self.vocabulary.num_text - 1}")
+                last = self.vocabulary.num_text - 1
+                expected = f"expected 0 to {last}" if last >= 0 else "this model has no text"
+                raise ValueError(f"stop_ids: {token} is no id of text, {expected}")
         return frozenset(ids)
 
     def _encoded(self, init: Any) -> Modality:
@@ -158,7 +157,7 @@ class Rules:
         given = parse_part(init, len(self.model.modalities), "init_modality")
         if isinstance(given, Text):
             raise TypeError("init_modality must be floating point, or (type, tensor): it is a modality, not text")
-        [[encoded]] = self.model.encode([[given]], "init_modality, sample")
+        [[encoded]] = self.model.encode([[given._replace(tensor=given.tensor.clone())]], "init_modality, sample")
         assert isinstance(encoded, Modality)
         mask = self.options.modality_mask
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
@@ -170,7 +169,7 @@ class Rules:
             )
         return encoded
 
-    def _planned(self) -> Plan:
+    def _plan(self) -> Plan:
         options, count = self.options, len(self.model.modalities)
         if options.plan is not None and options.force_modality_at_start is not None:
             raise ValueError("give force_modality_at_start or a plan that begins with that modality, not both")
@@ -190,10 +189,20 @@ class Rules:
             )
         return plan
 
+    def _check_times(self) -> None:
+        """Times so close that the solver could not tell them apart."""
+        for kept in (None, self.kept):
+            if not (torch.tensor(self.times(kept), dtype=torch.float64).to(self.model.precision).diff() > 0).all():
+                options = self.options
+                raise ValueError(
+                    f"modality_steps={options.modality_steps}, time_shift={options.time_shift} and strength="
+                    f"{options.strength} leave intervals too short for {self.model.precision}"
+                )
+
     def _check_noise(self) -> None:
         """Noise that is too small for what is planned is said so before anything is computed."""
         for part in self.plan.parts:
-            if isinstance(part, ModalityPart) and self.options.init_modality_noise is not None:
+            if isinstance(part, ModalityPart) and self.init_noise is not None:
                 self.noise(part.type, part.shape, torch.Generator())
 
 

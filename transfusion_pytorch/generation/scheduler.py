@@ -4,7 +4,7 @@ r rows that write, d model.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Shaped
@@ -26,7 +26,8 @@ class Scheduler:
 
     def __init__(self, model: Model, *, max_batch: int, cache_kv: bool):
         self.model, self.max_batch = model, max_batch
-        self.context: Context = (CachedContext if cache_kv else RecomputeContext)(model)
+        can_cache = hasattr(model.transformer, "create_cache")  # a user's own trunk may not have one
+        self.context: Context = (CachedContext if cache_kv and can_cache else RecomputeContext)(model)
         self.solver = JointSolver(model, self.context)
         self.waiting: deque[SampleState] = deque()
         self.active: list[SampleState] = []
@@ -39,17 +40,19 @@ class Scheduler:
     def add(self, states: Sequence[SampleState]) -> None:
         self.waiting.extend(state for state in states if state.phase is not Phase.DONE)
 
-    def cancel(self, state: SampleState) -> None:
-        """Stops the work on a sample, if there is any left, and frees its place."""
-        if state.phase is not Phase.DONE:
-            state.end(EndReason.CANCELLED)
+    def cancel(self, states: Sequence[SampleState]) -> None:
+        """Stops the work on samples, if there is any left, and frees their places."""
+        for state in states:
+            if state.phase is not Phase.DONE:
+                state.end(EndReason.CANCELLED)
+        self.waiting = deque(state for state in self.waiting if state.phase is not Phase.DONE)
         self._part_with_finished()
 
     def turn(self) -> None:
         """Lets every sample go one step on."""
         self.turns += 1
         self._admit()
-        self._step(list(self.active))
+        self._step(self.active)
         self._part_with_finished()
 
     def _admit(self) -> None:
@@ -59,34 +62,45 @@ class Scheduler:
             self.context.cache.limit = max((state.rules.options.max_length for state in self.active), default=None)
 
     def _part_with_finished(self) -> None:
-        for state in self.active:
-            if state.phase is Phase.DONE:
-                for lane in state.lanes:
-                    self.context.close(lane)
+        finished = [state for state in self.active if state.phase is Phase.DONE]
+        for lane in [lane for state in finished for lane in state.lanes]:
+            self.context.close(lane)
         self.active = [state for state in self.active if state.phase is not Phase.DONE]
-        self.waiting = deque(state for state in self.waiting if state.phase is not Phase.DONE)
 
     def _step(self, states: Sequence[SampleState]) -> None:
         writing = [state for state in states if state.phase is Phase.WRITING]
         drawing = [state for state in states if state.phase is Phase.DRAWING]
-        self._read([lane for state in states for lane in state.to_read])
-        if writing:
+        self._read({lane: state for state in states for lane in state.to_read})
+        if writing := [state for state in writing if state.phase is Phase.WRITING]:
             self._write(writing)
         if drawing := [state for state in drawing if state.phase is Phase.DRAWING]:
             self._draw(drawing)
 
-    def _read(self, lanes: Sequence[Lane]) -> None:
-        """Reads what has not been read yet."""
+    def _read(self, lanes: Mapping[Lane, SampleState]) -> None:
+        """Reads what has not been read yet: all together, or if that fails one by one, so that only those end whose
+        fault it is.
+        """
         for lane in lanes:
             self.context.open(lane)
-        if lanes:
-            self.context.advance(lanes)
+        if not lanes:
+            return
+        try:
+            self.context.advance(list(lanes))
+        except Exception as error:
+            if len(lanes) == 1:
+                for state in lanes.values():
+                    state.end(EndReason.ERROR, error)
+                return
+            for lane, state in lanes.items():
+                if lane.is_pending and state.phase is not Phase.DONE:
+                    self._read({lane: state})
 
     # writing
 
     def _write(self, states: Sequence[SampleState]) -> None:
-        features = torch.stack([state.lane.features for state in states if state.lane.features is not None])
-        logits = self._processed(self.model.logits(features), states)
+        features = [state.lane.features for state in states if state.lane.features is not None]
+        assert len(features) == len(states), "what writes has read"
+        logits = self._processed(self.model.logits(torch.stack(features)), states)
         allowed = [state.allowed for state in states]
         same = all(mask is allowed[0] for mask in allowed)
         tokens = sample_tokens(
@@ -100,7 +114,9 @@ class Scheduler:
             if state.phase is Phase.DONE:  # a processor of its own failed
                 continue
             if token == NO_CHOICE:
-                state.end(EndReason.ERROR, ValueError(f"{state.where}: the logits of the next token are not finite"))
+                maybe = ", or its logits_processors have ruled all out" if state.rules.options.logits_processors else ""
+                message = f"{state.where}: the logits of the next token are not finite{maybe}"
+                state.end(EndReason.ERROR, ValueError(message))
                 continue
             self.tokens_written += 1
             try:

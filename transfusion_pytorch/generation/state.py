@@ -246,7 +246,8 @@ class SampleState:
                 shapes = f"of at most max_modality_tokens={rules.options.max_modality_tokens} latents"
                 raise ValueError(
                     f"{self.where}: the markers at its end, {list(opened)}, do not open a modality of a shape it can "
-                    f"have, {shapes if rules.fixed is None else f'which is fixed_modality_shape={rules.fixed}'}"
+                    f"have, {shapes if rules.fixed is None else f'which is fixed_modality_shape={rules.fixed}'}, and "
+                    f"of a type among allowed_modalities={rules.options.allowed_modalities}"
                 )
             self.accept(token)
 

@@ -86,6 +86,7 @@ def _column(logits: Float[Tensor, "r v"], values: Sequence[float]) -> Float[Tens
 
 def _draw(logits: Float[Tensor, "r v"], uniform: Sequence[float]) -> Int[Tensor, " r"]:
     """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    at = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None].clamp(max=1 - 1e-9)
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which that device has not
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
+    at = torch.tensor(uniform, dtype=torch.float64).clamp(max=1 - 1e-7)[:, None].to(cumulative)
     return torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True).flatten()

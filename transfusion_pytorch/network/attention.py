@@ -111,8 +111,10 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, softcap: float
 def _block_mask(layout: Layout):
     """Made once for a layout, and kept on it for the other layers."""
     if "block_mask" not in layout.__dict__:
-        n, device = len(layout.end), layout.end.device
-        layout.__dict__["block_mask"] = create_block_mask(layout.mask_mod(), None, None, n, n, device=str(device))
+        n = len(layout.end)
+        layout.__dict__["block_mask"] = create_block_mask(
+            layout.mask_mod(), None, None, n, n, device=str(layout.device)
+        )
     return layout.__dict__["block_mask"]
 
 

@@ -118,8 +118,8 @@ class Place(NamedTuple):
 
     rows: slice
     slots: slice | None
-    row_of: Int[Tensor, "g 1"]
-    slot_of: Int[Tensor, "g t"]
+    row_of: Int[Tensor, "g 1"] | None
+    slot_of: Int[Tensor, "g t"] | None
 
 
 class CacheView:
@@ -135,9 +135,11 @@ class CacheView:
         members = rows[run.samples]
         past, device = [self.cache.lengths[row] for row in members], self.cache.keys[0].device
         length = (run.tokens.stop - run.tokens.start) // len(members)
-        together = slice(past[0], past[0] + length) if len(set(past)) == 1 else None
+        rows_of_run = slice(members[0], members[-1] + 1)
+        if len(set(past)) == 1:
+            return Place(rows_of_run, slice(past[0], past[0] + length), None, None)
         row_of, slot_of = torch.tensor(members)[:, None], torch.tensor(past)[:, None] + torch.arange(length)
-        return Place(slice(members[0], members[-1] + 1), together, row_of.to(device), slot_of.to(device))
+        return Place(rows_of_run, None, row_of.to(device), slot_of.to(device))
 
     def update(
         self, layer: int, run: int, keys: Shaped[Tensor, "g h t d"], values: Shaped[Tensor, "g h t d"]

@@ -43,12 +43,14 @@ class Run(NamedTuple):
 class Layout:
     """The intervals of a stream, and what the backends make of them.
 
-    `end` counts keys in the sample, those in the cache (`past`) included.
+    `end` counts keys in the sample, those in the cache (`past`) included. It stays on the CPU, where batches are laid
+    out without waiting for a device; masks are made for the `device` that attends.
     """
 
     end: Int[Tensor, " n"]
     lengths: tuple[int, ...]
     past: tuple[int, ...]
+    device: torch.device | str = "cpu"
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -59,13 +61,12 @@ class Layout:
         """The same where the samples stand in these rows of a cache: those of a batch are of one length, in
         neighbouring rows.
         """
-        device, end = self.end.device, self.end.cpu()
         kinds = [(length, row - sample) for sample, (length, row) in enumerate(zip(self.lengths, rows, strict=True))]
         runs, sample, token = [], 0, 0
         for (length, _), group in groupby(kinds):
             count = len(list(group))
             samples, tokens = slice(sample, sample + count), slice(token, token + count * length)
-            chunks = list(_chunks(end[tokens].view(count, length), device))
+            chunks = list(_chunks(self.end[tokens].view(count, length), self.device))
             runs.append(Run(samples, tokens, chunks))
             sample, token = samples.stop, tokens.stop
         return tuple(runs)
@@ -73,16 +74,16 @@ class Layout:
     @cached_property
     def start(self) -> Int[Tensor, " n"]:
         """The slot where each token's sample starts in the stream."""
-        lengths = torch.tensor(self.lengths, device=self.end.device)
+        lengths = torch.tensor(self.lengths)
         return (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
     def mask_mod(self) -> Callable[..., Tensor]:
         """The intervals as flex attention wants them, over the whole packed stream (without a cache)."""
-        return visible(self.start, self.start + self.end)
+        return visible(self.start.to(self.device), (self.start + self.end).to(self.device))
 
     def dense(self) -> Bool[Tensor, "n n"]:
         """The whole stream's mask, made from the same definition that flex attention gets."""
-        slot = torch.arange(len(self.end), device=self.end.device)
+        slot = torch.arange(len(self.end), device=self.device)
         return self.mask_mod()(None, None, slot[:, None], slot[None, :])
 
 
@@ -92,7 +93,7 @@ def visible(start: Int[Tensor, " n"], end: Int[Tensor, " n"]) -> Callable[..., T
     return lambda batch, head, query, key: (key >= start[query]) & (key < end[query])
 
 
-def _chunks(end: Int[Tensor, "g t"], device: torch.device) -> Iterator[Chunk]:
+def _chunks(end: Int[Tensor, "g t"], device: torch.device | str) -> Iterator[Chunk]:
     length = end.shape[1]
     if torch.equal(end, torch.arange(1, length + 1).expand_as(end)):  # which leaves no room for a past
         yield Chunk(slice(0, length), length, True, None)

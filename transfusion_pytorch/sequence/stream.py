@@ -12,7 +12,6 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -32,10 +31,12 @@ class Spans:
     """A row for each modality instance, in the order of the stream.
 
     `shapes` are the axial shapes of the latents, `token_shapes` those of their tokens (smaller after a U-Net half).
-    `index` counts the modalities of a sample; `is_context` says that something follows in the sample.
+    `first` is the slot of the first token, `index` counts the modalities of a sample; `is_context` says that something
+    follows in the sample.
     """
 
     modality: Int[Tensor, " m"]
+    first: Int[Tensor, " m"]
     sample: Int[Tensor, " m"]
     index: Int[Tensor, " m"]
     is_context: Bool[Tensor, " m"]
@@ -70,7 +71,7 @@ class TokenStream:
     - `end`: it sees the keys of its sample before this one: `[t t i i i t] -> [1 2 5 5 5 6]`
     - `label`: the text id that comes next, `ignore_index` where there is none to predict
 
-    `lengths` and `past` are those of the samples; `spans` is always on the CPU.
+    `lengths` and `past` are those of the samples. `spans` and `end` are always on the CPU.
     """
 
     token: Int[Tensor, " n"]
@@ -91,7 +92,8 @@ class TokenStream:
     @cached_property
     def layout(self) -> Layout:
         """Who sees whom, for the attention backends."""
-        return Layout(end=self.end, lengths=self.lengths, past=tuple(past.length for past in self.past))
+        past = tuple(past.length for past in self.past)
+        return Layout(end=self.end, lengths=self.lengths, past=past, device=self.token.device)
 
     @cached_property
     def last(self) -> Int[Tensor, " b"]:
@@ -106,8 +108,16 @@ class TokenStream:
 
     def slots(self, modality: int) -> Int[Tensor, " k"]:
         """The slots of all latents of a type."""
-        of_span = F.pad(self.spans.modality, (0, 1), value=-1)  # text has the last entry: its span is -1
-        return (of_span.to(self.span.device)[self.span] == modality).nonzero().flatten()
+        return self._slots.get(modality, torch.empty(0, dtype=torch.long, device=self.token.device))
+
+    @cached_property
+    def _slots(self) -> dict[int, Int[Tensor, " k"]]:
+        """Found on the CPU, once: a search on the device would make that wait."""
+        size = torch.tensor(list(map(prod, self.spans.token_shapes)), dtype=torch.long)
+        owner = torch.arange(len(size)).repeat_interleave(size)
+        slot = (self.spans.first - (size.cumsum(0) - size))[owner] + torch.arange(len(owner))
+        kind = self.spans.modality[owner]
+        return {modality: slot[kind == modality].to(self.token.device) for modality in kind.unique().tolist()}
 
     def drop_text(self, dropped: Bool[Tensor, " b"], *, num_text: int, null: int) -> "TokenStream":
         """Replaces the text of the `dropped` samples by `null` for classifier-free guidance.
@@ -129,7 +139,7 @@ class TokenStream:
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            if isinstance(getattr(self, field.name), Tensor) and field.name != "end"
         }
         return replace(self, **moved)
 
@@ -188,6 +198,7 @@ def pack(
         past=past,
         spans=Spans(
             modality=torch.tensor([piece.type for piece in modalities], dtype=torch.long),
+            first=(length.cumsum(0) - length)[is_span],
             sample=span_sample,
             index=_start_in_sample(torch.ones_like(span_sample), span_sample),
             is_context=torch.tensor([piece.is_context for piece in modalities], dtype=torch.bool),
@@ -222,7 +233,7 @@ def pack_ids(samples: Sequence[Sequence[int]], past: Sequence[Past], *, ignore_i
         label=torch.full_like(token, ignore_index),
         lengths=lengths,
         past=tuple(past),
-        spans=Spans(none, none, none, none.bool(), (), ()),
+        spans=Spans(none, none, none, none, none.bool(), (), ()),
         ignore_index=ignore_index,
     )
 

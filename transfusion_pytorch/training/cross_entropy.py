@@ -54,7 +54,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[start : start + rows] = slope @ table
                 if grad_weight is not None:
-                    grad_weight.addmm_(slope.t().to(grad_weight.dtype), part.to(grad_weight.dtype))
+                    if grad_weight.dtype == dtype:
+                        grad_weight.addmm_(slope.t(), part)
+                    else:  # the product in low precision, its sum not
+                        grad_weight += slope.t() @ part
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtypes = x.dtype, weight.dtype
         return total
