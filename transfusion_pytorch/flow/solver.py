@@ -41,7 +41,8 @@ def integrate(
     """
     if len(times) < 2:
         raise ValueError(f"steps are intervals between times, at least 1, got {len(times)} times")
-    return odeint(velocity, start, times, **_within(times, options))[-1]
+    path: Any = odeint(velocity, start, times, **_within(times, options))
+    return path[-1]
 
 
 def _within(grid: Float[Tensor, " steps"], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,11 +37,11 @@ class TimePolicy:
     noise_limit: float = 0.5
 
     def __post_init__(self):
-        constant = isinstance(self.distribution, (int, float))
-        if not constant and self.distribution not in ("uniform", "logit_normal"):
+        if isinstance(self.distribution, (int, float)):
+            if not 0 <= self.distribution <= 1:
+                raise ValueError(f"a constant time must be between 0 (noise) and 1 (data), got {self.distribution}")
+        elif self.distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"distribution must be 'uniform', 'logit_normal' or a constant, got {self.distribution!r}")
-        if constant and not 0 <= self.distribution <= 1:
-            raise ValueError(f"a constant time must be between 0 (noise) and 1 (data), got {self.distribution}")
         if not (isfinite(self.mean) and 0 < self.std < inf and 0 < self.shift < inf):
             raise ValueError(
                 f"mean must be finite, std and shift positive, got {self.mean}, {self.std} and {self.shift}"

@@ -70,13 +70,15 @@ class Drawing:
 
     def combine(self, velocities: Sequence[Float[Tensor, "k c"]]) -> Float[Tensor, "k c"]:
         """The velocity to follow, from those behind each of `lanes_at`."""
-        options, velocity = self.rules.options, velocities[0]
+        options, conditional = self.rules.options, velocities[0]
+        text_scale, modality_scale = self.rules.cfg_scale, options.modality_cfg_scale
+        velocity = conditional
         if len(velocities) == 3:
-            velocity = guided_twice(*velocities, self.rules.cfg_scale, options.modality_cfg_scale)
+            velocity = guided_twice(conditional, velocities[1], velocities[2], text_scale, modality_scale)
         elif len(velocities) == 2:
-            velocity = guided(*velocities, self.rules.cfg_scale if self.without_text else options.modality_cfg_scale)
+            velocity = guided(conditional, velocities[1], text_scale if self.without_text else modality_scale)
         if len(velocities) > 1 and options.cfg_rescale:
-            velocity = rescaled(velocity, velocities[0], options.cfg_rescale)
+            velocity = rescaled(velocity, conditional, options.cfg_rescale)
         if self.kept is not None and self.kept.stays is not None and self.known_velocity is not None:
             velocity = torch.where(self.kept.stays, self.known_velocity, velocity)
         return velocity

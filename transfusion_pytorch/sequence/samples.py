@@ -125,7 +125,7 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
             f"{where}: a pair is (type, tensor) with an int for its type, got {_name_of(part)}; the parts of a sample "
             "stand in a list"
         )
-    if not 0 <= modality < num_modalities:
+    if not 0 <= int(modality) < num_modalities:
         raise ValueError(f"{where}: unknown modality type {modality}, this model has {num_modalities} (from 0)")
     if not tensor.is_floating_point():
         raise TypeError(f"{where}: modality {modality} must be floating point, got {tensor.dtype}; text has no type")
@@ -200,7 +200,8 @@ def merge_texts(pieces: Sequence[Piece]) -> list[Piece]:
     merged: list[Piece] = []
     for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
         members = list(group)
-        merged += [Text(torch.cat([text.ids for text in members]))] if is_text else members
+        texts = [piece.ids for piece in members if isinstance(piece, Text)]
+        merged += [Text(torch.cat(texts))] if is_text else members
     return merged
 
 
