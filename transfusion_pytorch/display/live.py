@@ -23,6 +23,7 @@ from transfusion_pytorch.generation.events import (
 from transfusion_pytorch.generation.progress import load_tqdm
 
 TEXT_INTERVAL = 0.1  # seconds between two updates of a notebook while text is written
+COMPLETE = (EndReason.EOS, EndReason.PLAN)  # any other end is told
 INCOMPLETE = "\ufffd"  # what a decoder of bytes makes of half a character
 
 
@@ -114,7 +115,7 @@ class Notebook:
                 self.add(Part(type, modality.detach()))
             case Ended(_, reason):
                 self.end_text()
-                self.footer = "" if reason is EndReason.EOS else note(f"ended: {reason.value}")
+                self.footer = "" if reason in COMPLETE else note(f"ended: {reason.value}")
             case _:
                 raise not_an_event(event)
         self.update()
@@ -182,7 +183,7 @@ class Terminal:
                 print(describe_part(Part(type, modality.detach())), flush=True)
             case Ended(_, reason):
                 self.end_line()
-                if reason is not EndReason.EOS:
+                if reason not in COMPLETE:
                     print(f"ended: {reason.value}", flush=True)
             case _:
                 raise not_an_event(event)
