@@ -154,7 +154,9 @@ def test_text_is_shown_at_intervals_and_to_its_end(monkeypatch):
     assert [page.texts for page in screen.pages] == [["q"], ["quickly"]]
 
 
-@pytest.mark.parametrize(("reason", "told"), [(EndReason.EOS, []), (EndReason.PLAN, []), (EndReason.LENGTH, ["ended: length"])])
+@pytest.mark.parametrize(
+    ("reason", "told"), [(EndReason.EOS, []), (EndReason.PLAN, []), (EndReason.LENGTH, ["ended: length"])]
+)
 def test_why_a_sample_ended_is_told_unless_it_is_the_usual(notebook, capsys, monkeypatch, reason, told):
     watch([TextToken(5), Ended([tensor([5])], reason)])
     assert notebook.pages[-1].texts == ["5", *told]

@@ -62,7 +62,9 @@ class JointSolver:
     def _solve_alone(self, drawing: Drawing) -> Exception | None:
         times = torch.tensor(drawing.times, dtype=torch.float64).to(drawing.x)
         try:
-            self._integrate([drawing], times, torch.zeros_like(times[:1]), torch.ones_like(times[:1]))
+            # over what is not finite, methods that choose their own steps may never come to an end
+            zero, one = torch.zeros_like(times[:1]), torch.ones_like(times[:1])
+            self._integrate([drawing], times, zero, one, must_be_finite=True)
         except SOLVER_ERRORS as error:
             return error
         drawing.step = len(drawing.times) - 1
@@ -74,6 +76,7 @@ class JointSolver:
         times: Float[Tensor, " steps"],
         start: Float[Tensor, " s"],
         rate: Float[Tensor, " s"],
+        must_be_finite: bool = False,
     ) -> None:
         """Follows every flow through `times`, at which drawing i stands at its own `start[i] + time rate[i]`."""
         sizes = [drawing.x.numel() for drawing in drawings]
@@ -82,6 +85,8 @@ class JointSolver:
         def velocity(time: Tensor, flat: Tensor) -> Tensor:
             x = [part.view_as(drawing.x) for part, drawing in zip(flat.split(sizes), drawings, strict=True)]
             velocities = self._velocities(drawings, x, start + time * rate)
+            if must_be_finite and not all(part.isfinite().all() for part in velocities):
+                raise ValueError("the velocity of a drawing is not finite")
             return rates * torch.cat([part.flatten() for part in velocities])
 
         flat = torch.cat([drawing.x.flatten() for drawing in drawings])
