@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.sequence.samples import Modality, Piece, Text
+from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack_ids
 
 READ_AT_ONCE = 8192  # tokens: 64 long prompts at once would take the memory of a training batch
@@ -73,7 +73,7 @@ class Lane:
 
     @property
     def pending(self) -> list[Piece]:
-        return [*self.pieces, *([Text(torch.tensor(self.ids))] if self.ids else [])]
+        return [*self.pieces, *as_text(self.ids)]
 
     @property
     def num_pending(self) -> int:

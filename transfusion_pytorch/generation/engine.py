@@ -20,6 +20,7 @@ from transfusion_pytorch.generation.options import (
     check_int,
     checks_itself,
     takes_sampling_options,
+    with_own_generator,
 )
 from transfusion_pytorch.generation.progress import SampleProgress
 from transfusion_pytorch.generation.prompts import bare_and_opened, parse_prompt
@@ -176,10 +177,8 @@ class Engine:
         """Queues one prompt, with `SamplingOptions` of its own. Without `listen` it has no event but `Ended`. Raises
         `ValueError` or `TypeError` for a bad one, which harms no other.
         """
-        if isinstance(generator := options.get("generator"), torch.Generator):
-            options["generator"] = [generator]
         with evaluating(self.model):
-            [state] = self._prepare([prompt], SamplingOptions(**options), listen=listen)
+            [state] = self._prepare([prompt], SamplingOptions(**with_own_generator(options)), listen=listen)
         self.scheduler.add([state])
         return Request(self, state)
 
@@ -277,14 +276,13 @@ class Engine:
         """Samples as users see them: decoded, but for the modalities of the prompt, which come back as they came."""
         made = [state.sampled() for state in states]
         raw = [state.rules.options.return_unprocessed_modalities for state in states]
-        shown = iter(self._shown([state for state, is_raw in zip(states, raw, strict=True) if not is_raw]))
+        shown = iter(self._shown([sample for sample, is_raw in zip(made, raw, strict=True) if not is_raw]))
         return [
             [_own(part) for part in self.model.decode([sample.pieces], raw=True)[0]] if is_raw else next(shown)
             for sample, is_raw in zip(made, raw, strict=True)
         ]
 
-    def _shown(self, states: Sequence[SampleState]) -> list[Sample]:
-        made = [state.sampled() for state in states]
+    def _shown(self, made: Sequence[Sampled]) -> list[Sample]:
         parts = self.model.decode([pieces[2 * len(given) :] for pieces, given in made])
         return [self._given(sample) + [_own(part) for part in rest] for sample, rest in zip(made, parts, strict=True)]
 

@@ -18,6 +18,7 @@ from transfusion_pytorch.generation.options import (
     check_type,
     checks_itself,
     takes_sampling_options,
+    with_own_generator,
 )
 from transfusion_pytorch.sequence.samples import Shape, check_text_batch
 
@@ -28,15 +29,13 @@ class SamplingMethods:
     # what is needed of the model beside `generation.context.Model`
     vocabulary: Any
     modalities: Any
-    device: Any
 
     @takes_sampling_options
     @checks_itself
     def sample(self, prompt: Any = None, *, cache_kv: bool = True, progress: bool = False, **options: Any) -> Sample:
         """Continues one prompt. See `sample_many`."""
-        if isinstance(generator := options.get("generator"), torch.Generator):
-            options["generator"] = [generator]
-        return self.sample_many([prompt], cache_kv=cache_kv, progress=progress, **options)[0]
+        own = with_own_generator(options)
+        return self.sample_many([prompt], cache_kv=cache_kv, progress=progress, **own)[0]
 
     sample_one = sample
 

@@ -202,6 +202,12 @@ def check_type(modality: Any, num_modalities: int, name: str) -> int:
     return int(modality)
 
 
+def with_own_generator(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a single request, which draws from the generator it is given and not from one seeded by that."""
+    lone = isinstance(generator := options.get("generator"), torch.Generator)
+    return {**options, "generator": [generator]} if lone else dict(options)
+
+
 def as_generators(given: Any, count: int) -> list[torch.Generator]:
     """A generator for each of `count` prompts: those given, or new ones seeded by the one given or by torch's own."""
     if isinstance(given, (list, tuple)) and all(isinstance(one, torch.Generator) for one in given):

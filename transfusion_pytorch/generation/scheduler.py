@@ -62,16 +62,16 @@ class Scheduler:
             self.context.cache.limit = max((state.rules.options.max_length for state in self.active), default=None)
 
     def _part_with_finished(self) -> None:
-        finished = [state for state in self.active if state.phase is Phase.DONE]
-        for lane in [lane for state in finished for lane in state.lanes]:
-            self.context.close(lane)
+        for state in self.active:
+            for lane in state.lanes if state.phase is Phase.DONE else ():
+                self.context.close(lane)
         self.active = [state for state in self.active if state.phase is not Phase.DONE]
 
     def _step(self, states: Sequence[SampleState]) -> None:
-        writing = [state for state in states if state.phase is Phase.WRITING]
-        drawing = [state for state in states if state.phase is Phase.DRAWING]
         self._read({lane: state for state in states for lane in state.to_read})
-        if writing := [state for state in writing if state.phase is Phase.WRITING]:
+        writing = [state for state in states if state.phase is Phase.WRITING]
+        drawing = [state for state in states if state.phase is Phase.DRAWING]  # what is opened now has yet to be read
+        if writing:
             self._write(writing)
         if drawing := [state for state in drawing if state.phase is Phase.DRAWING]:
             self._draw(drawing)

@@ -25,7 +25,7 @@ from transfusion_pytorch.generation.events import (
 from transfusion_pytorch.generation.plan import ModalityPart, TextPart
 from transfusion_pytorch.generation.prompts import without_text
 from transfusion_pytorch.generation.rules import Rules
-from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, merge_texts
+from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_text, merge_texts
 
 
 class Phase(Enum):
@@ -128,8 +128,7 @@ class SampleState:
         return logits
 
     def sampled(self) -> Sampled:
-        rest = [Text(torch.tensor(self.ids))] if self.ids else []
-        return Sampled(merge_texts([*self.pieces, *rest]), self.given)
+        return Sampled(merge_texts([*self.pieces, *as_text(self.ids)]), self.given)
 
     # what happens to it
 
@@ -231,7 +230,7 @@ class SampleState:
             for token in piece.ids.tolist():
                 self._append_id(token)
             return
-        self.pieces += [*([Text(torch.tensor(self.ids))] if self.ids else []), piece]
+        self.pieces += [*as_text(self.ids), piece]
         self.ids = []
         self.length += self.rules.num_latent_tokens(piece.type, piece.shape)
         self.lane.append(piece)

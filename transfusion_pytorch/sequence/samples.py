@@ -45,6 +45,11 @@ class Modality(NamedTuple):
 Piece = Text | Modality
 
 
+def as_text(ids: Sequence[int]) -> list[Piece]:
+    """Ids as a piece, or no piece where there are none."""
+    return [Text(torch.tensor(ids))] if ids else []
+
+
 @dataclass(frozen=True)
 class ModalitySpec:
     """What the latents of a modality look like.

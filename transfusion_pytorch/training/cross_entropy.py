@@ -27,7 +27,7 @@ def summed_cross_entropy(
     if weight is not None and len(labels) * len(weight) > chunk:
         return ChunkedCrossEntropy.apply(x, weight, labels, max(chunk // len(weight), 16))  # type: ignore[return-value]
     logits = to_logits(x)
-    return F.cross_entropy(logits.to(_precise(logits.dtype)), labels, reduction="sum")
+    return F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="sum")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -38,9 +38,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         wants_x, wants_weight, *_ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x, dtype=_precise(x.dtype)) if wants_x else None
-        grad_weight = torch.zeros_like(weight, dtype=_precise(weight.dtype)) if wants_weight else None
-        total = torch.zeros((), dtype=_precise(dtype), device=x.device)
+        grad_x = torch.empty_like(x, dtype=precise(x.dtype)) if wants_x else None
+        grad_weight = torch.zeros_like(weight, dtype=precise(weight.dtype)) if wants_weight else None
+        total = torch.zeros((), dtype=precise(dtype), device=x.device)
         with torch.autocast(kind, enabled=False):
             table = weight.to(dtype)
             for start in range(0, len(labels), rows):
@@ -70,5 +70,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return of_x, of_weight, None, None
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Losses are taken in single precision at least, whatever autocast says."""
     return torch.promote_types(dtype, torch.float32)

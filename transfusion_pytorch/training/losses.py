@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
-from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
+from transfusion_pytorch.training.cross_entropy import precise, summed_cross_entropy
 
 
 class LossBreakdown(NamedTuple):
@@ -52,7 +52,8 @@ def text_error(x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tenso
 
 def squared_error(prediction: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> ErrorSum:
     """Squared error over all elements."""
-    return ErrorSum(F.mse_loss(_precise(prediction), _precise(target), reduction="sum"), target.numel())
+    prediction, exact = (x.to(precise(x.dtype)) for x in (prediction, target))
+    return ErrorSum(F.mse_loss(prediction, exact, reduction="sum"), target.numel())
 
 
 def flow_errors(
@@ -108,8 +109,3 @@ def global_means(sums: Sequence[ErrorSum]) -> Float[Tensor, " e"]:
         dist.all_reduce(counts)
         processes = dist.get_world_size()
     return totals * processes / counts.clamp(min=1)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """Losses are taken in at least float32, whatever autocast says."""
-    return x if x.dtype == torch.float64 else x.float()
