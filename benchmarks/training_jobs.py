@@ -116,10 +116,10 @@ QUICK |= {f"samples-{n}": Training(partial(ragged, min(n, 4)), TINY, **RAGGED) f
 def training_job(library: Library, workload: str, quick: bool) -> Job:
     """A step of training. bf16 means autocast around the forward pass, as is usual."""
     training = (QUICK if quick else TRAINING)[workload]
+    batch = training.batch()  # before the model, which draws as many random numbers as it has weights
     model = library.build(
         num_text=training.num_text, transformer=training.width, latents=training.latents, shapes=training.shapes
     )
-    batch = training.batch()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     losses: list[float] = []
 

@@ -5,13 +5,14 @@ r rows, h key/value heads, s slots in a row, d channels of a head, g samples of 
 
 import heapq
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.sequence.masks import Layout, Run
+from transfusion_pytorch.sequence.masks import Layout, Run, RunTable
 
 
 class KVCache:
@@ -113,48 +114,66 @@ class KVCache:
         self._written += [0] * (rows - count)
 
 
-class Place(NamedTuple):
-    """Where one run of a layout stands in the cache: in neighbouring rows, from the same slot on or not."""
+class CacheTable(NamedTuple):
+    """A cache as tensors, for a compiled graph: keys and values of each layer, and where each token of a pass goes."""
 
-    rows: slice
-    slots: slice | None
-    row_of: Int[Tensor, "g 1"] | None
-    slot_of: Int[Tensor, "g t"] | None
+    keys: Sequence[Shaped[Tensor, "r h s d"]]
+    values: Sequence[Shaped[Tensor, "r h s d"]]
+    row_of: Int[Tensor, " n"]
+    slot_of: Int[Tensor, " n"]
 
 
 class CacheView:
     """The rows of a cache that take part in one forward pass, and the slots where its tokens go."""
 
     def __init__(self, cache: KVCache, rows: Sequence[int], layout: Layout):
-        self.cache = cache
-        self.runs = layout.runs_in(tuple(rows))
-        self.places = [self._place(run, rows) for run in self.runs]
+        self.cache, self.rows, self.layout = cache, tuple(rows), layout
+        self.past = [cache.lengths[row] for row in rows]
+        self.runs = layout.runs_in(self.rows)
 
-    def _place(self, run: Run, rows: Sequence[int]) -> Place:
-        """The rows of a run are neighbours, because `runs_in` parts those that are not."""
-        members = rows[run.samples]
-        past, device = [self.cache.lengths[row] for row in members], self.cache.keys[0].device
-        length = (run.tokens.stop - run.tokens.start) // len(members)
-        rows_of_run = slice(members[0], members[-1] + 1)
+    @cached_property
+    def places(self) -> list[slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]]:
+        """Where each run writes: to the same slots of its rows, or to some of each."""
+        return [self._place(run) for run in self.runs]
+
+    def _place(self, run: Run) -> slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]:
+        past, length = self.past[run.samples], self.layout.lengths[run.samples.start]
         if len(set(past)) == 1:
-            return Place(rows_of_run, slice(past[0], past[0] + length), None, None)
-        row_of, slot_of = torch.tensor(members)[:, None], torch.tensor(past)[:, None] + torch.arange(length)
-        return Place(rows_of_run, None, row_of.to(device), slot_of.to(device))
+            return slice(past[0], past[0] + length)
+        row_of = torch.arange(run.rows.start, run.rows.stop)[:, None]
+        slot_of = torch.tensor(past)[:, None] + torch.arange(length)
+        device = self.cache.keys[0].device
+        return row_of.to(device), slot_of.to(device)
+
+    def table(self) -> RunTable:
+        return RunTable.of(self.runs, self.layout.device)
+
+    def tensors(self) -> CacheTable:
+        lengths, device = torch.tensor(self.layout.lengths), self.cache.keys[0].device
+        slot_of = (
+            torch.arange(len(self.layout.end))
+            + (torch.tensor(self.past) - lengths.cumsum(0) + lengths)[
+                torch.arange(len(lengths)).repeat_interleave(lengths)
+            ]
+        )
+        row_of = torch.tensor(self.rows).repeat_interleave(lengths)
+        return CacheTable(self.cache.keys, self.cache.values, row_of.to(device), slot_of.to(device))
 
     def update(
         self, layer: int, run: int, keys: Shaped[Tensor, "g h t d"], values: Shaped[Tensor, "g h t d"]
     ) -> tuple[Shaped[Tensor, "g h k d"], Shaped[Tensor, "g h k d"]]:
         """Writes the new keys and values of a run, and returns all that it may see: views, nothing is copied."""
-        place, num_keys = self.places[run], max(chunk.num_keys for chunk in self.runs[run].chunks)
+        num_keys = max(chunk.num_keys for chunk in self.runs[run].chunks)
         return (
-            self._update(self.cache.keys[layer], place, keys)[:, :, :num_keys],
-            self._update(self.cache.values[layer], place, values)[:, :, :num_keys],
+            self._update(self.cache.keys[layer], run, keys)[:, :, :num_keys],
+            self._update(self.cache.values[layer], run, values)[:, :, :num_keys],
         )
 
-    @staticmethod
-    def _update(stored: Tensor, place: Place, new: Tensor) -> Tensor:
-        if place.slots is not None:
-            stored[place.rows, :, place.slots] = new
+    def _update(self, stored: Tensor, run: int, new: Tensor) -> Tensor:
+        rows, place = self.runs[run].rows, self.places[run]
+        if isinstance(place, slice):
+            stored[rows, :, place] = new
         else:
-            stored[place.row_of, :, place.slot_of] = new.transpose(1, 2).to(stored.dtype)
-        return stored[place.rows]
+            row_of, slot_of = place
+            stored[row_of, :, slot_of] = new.transpose(1, 2).to(stored.dtype)
+        return stored[rows]

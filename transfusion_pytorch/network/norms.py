@@ -11,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.network.fused import LAYER_NORM_EPS, gated_add, inverse_rms, modulated_norm
+
 
 class RMSNorm(nn.Module):
     """Root mean square norm whose gain is `1 + weight`, so that weight decay pulls it towards 1."""
@@ -20,13 +22,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
-        return rms_normalize(x) * (1 + self.weight).to(x.dtype)
-
-
-def rms_normalize(x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
-    """Divides by the root mean square. `F.rms_norm` is not fused on a CPU, and its backward takes twice as long."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * (precise.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (precise * inverse_rms(precise) * (1 + self.weight)).to(x.dtype)
 
 
 class Conditioning(NamedTuple):
@@ -41,24 +38,38 @@ class Conditioning(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What an adaptive norm does to each token: `(n, d)`.
+    """What an adaptive norm does to each token.
 
-    Where there is nothing but text it is `(d)`, without a shift; where there is nothing but spans of one length it is
-    `(m, 1, d)`.
+    Tables `(m + 1, d)` in which tokens look up their `row`. Where there is nothing but text they are `(d)`, without a
+    shift; where there is nothing but spans of one length `(m, 1, d)`; and there is no row.
     """
 
     scale: Shaped[Tensor, "..."]
     shift: Shaped[Tensor, "..."] | None
     gate: Shaped[Tensor, "..."] | None
+    row: Int[Tensor, " n"] | None = None
+
+    def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
+        """The layer norm of `x`, scaled and shifted."""
+        dim = x.shape[-1:]
+        if self.shift is None:
+            return F.layer_norm(x, dim, weight=self.scale, eps=LAYER_NORM_EPS)
+        if self.row is not None:
+            return modulated_norm(x, self.scale, self.shift, self.row)
+        normed = F.layer_norm(_stretches(x, self.scale), dim, eps=LAYER_NORM_EPS)
+        return torch.addcmul(self.shift, normed, self.scale).view_as(x)
 
     def add_gated(self, x: Shaped[Tensor, "n d"], out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         """The residual stream `x` and what a branch adds to it."""
         assert self.gate is not None
+        if self.row is not None:
+            return gated_add(x, out, self.gate, self.row)
         return torch.addcmul(_stretches(x, self.gate), _stretches(out, self.gate), self.gate).view_as(x)
 
     def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         assert self.gate is not None
-        return (_stretches(out, self.gate) * self.gate).view_as(out)
+        gate = self.gate if self.row is None else self.gate.index_select(0, self.row)
+        return (_stretches(out, gate) * gate).view_as(out)
 
 
 def _stretches(x: Tensor, modulation: Tensor) -> Tensor:
@@ -90,20 +101,18 @@ class AdaptiveNorm(nn.Module):
         if conditioning is None:
             return Modulation(1 + self.text_scale, None, gate)
         projected = self.to_modulation(conditioning.spans)
-        spans = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
+        table = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
+        row = None
         if conditioning.tokens_per_span is not None:
-            each = spans[:, None]
+            table = table[:, None]
         else:
             text = [1 + self.text_scale, torch.zeros_like(self.text_scale), *([] if gate is None else [gate])]
-            each = torch.cat((torch.cat(text)[None].to(spans.dtype), spans)).index_select(0, conditioning.row)
-        scale, shift, *gates = each.split(self.dim, dim=-1)
-        return Modulation(scale, shift, gates[0] if gates else None)
+            table, row = torch.cat((torch.cat(text)[None].to(table.dtype), table)), conditioning.row
+        scale, shift, *gates = table.split(self.dim, dim=-1)
+        return Modulation(scale, shift, gates[0] if gates else None, row)
 
     def forward(self, x: Shaped[Tensor, "n d"], modulation: Modulation) -> Shaped[Tensor, "n d"]:
-        scale, shift, _ = modulation
-        if shift is None:
-            return F.layer_norm(x, (self.dim,), weight=scale)
-        return torch.addcmul(shift, _stretches(F.layer_norm(x, (self.dim,)), scale), scale).view_as(x)
+        return modulation.normed(x)
 
 
 def sinusoids(x: Float[Tensor, "n a"], *, count: int, highest: float, ratio: float) -> Float[Tensor, "n f"]:

@@ -6,10 +6,11 @@ for text. The masks of every attention backend come from that.
 n tokens, g samples of one length t, k keys.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -32,11 +33,50 @@ class Chunk(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Neighbouring samples of one length, which attention takes as a plain batch."""
+    """Neighbouring samples of one length, which attention takes as a plain batch.
+
+    `rows` are where they stand in a cache; without one, they are the `samples` again.
+    """
 
     samples: slice
+    rows: slice
     tokens: slice
     chunks: list[Chunk]
+
+
+class RunTable(NamedTuple):
+    """Runs as two tensors, which a compiled graph takes without being compiled for each batch anew.
+
+    `numbers` has a line for each chunk (see `of`), on the CPU; `bits` are all masks behind each other.
+    """
+
+    numbers: Int[Tensor, "chunks 10"]
+    bits: Bool[Tensor, " bits"]
+
+    @classmethod
+    def of(cls, runs: Iterable[Run], device: torch.device | str) -> "RunTable":
+        numbers, bits, offset = [], [], 0
+        for run in runs:
+            for queries, num_keys, is_causal, mask in run.chunks:
+                where = (run.rows.start, run.rows.stop, run.tokens.start, run.tokens.stop, queries.start, queries.stop)
+                masked_samples = 0 if mask is None else len(mask)
+                numbers.append((*where, num_keys, is_causal, masked_samples, offset))
+                if mask is not None:
+                    bits.append(mask.flatten())
+                    offset += mask.numel()
+        none = torch.empty(0, dtype=torch.bool, device=device)
+        return cls(torch.tensor(numbers), torch.cat(bits) if bits else none)
+
+    def runs(self) -> list[Run]:
+        """The runs again. Their samples are not known any more: they are the rows."""
+        runs: list[Run] = []
+        for first, last, start, stop, begin, end, num_keys, is_causal, masked, offset in self.numbers.tolist():
+            if not runs or runs[-1].tokens.start != start:
+                runs.append(Run(slice(first, last), slice(first, last), slice(start, stop), []))
+            shape = (masked, 1, end - begin, num_keys)
+            mask = self.bits[offset : offset + prod(shape)].view(shape) if masked else None
+            runs[-1].chunks.append(Chunk(slice(begin, end), num_keys, bool(is_causal), mask))
+        return runs
 
 
 @dataclass(frozen=True)
@@ -57,6 +97,9 @@ class Layout:
         """The stream as plain batches, in order."""
         return self.runs_in(tuple(range(len(self.lengths))))
 
+    def table(self) -> RunTable:
+        return RunTable.of(self.runs, self.device)
+
     def runs_in(self, rows: tuple[int, ...]) -> tuple[Run, ...]:
         """The same where the samples stand in these rows of a cache: those of a batch are of one length, in
         neighbouring rows.
@@ -67,7 +110,7 @@ class Layout:
             count = len(list(group))
             samples, tokens = slice(sample, sample + count), slice(token, token + count * length)
             chunks = list(_chunks(self.end[tokens].view(count, length), self.device))
-            runs.append(Run(samples, tokens, chunks))
+            runs.append(Run(samples, slice(rows[sample], rows[sample] + count), tokens, chunks))
             sample, token = samples.stop, tokens.stop
         return tuple(runs)
 

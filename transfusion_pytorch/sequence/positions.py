@@ -4,24 +4,31 @@ n tokens, f frequencies (half of a head's channels).
 """
 
 import torch
-from jaxtyping import Complex, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
 def rotary_phases(
     position: Int[Tensor, " n"], dim_head: int, *, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
-) -> Complex[Tensor, "n f"]:
-    """Unit complex numbers that turn each pair of channels (RoFormer, arXiv 2104.09864)."""
+) -> Float[Tensor, "n f 2"]:
+    """Cosine and sine of the angle that turns each pair of channels (RoFormer, arXiv 2104.09864)."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, dim_head, 2, device=position.device, dtype=precise) / dim_head
     angle = position.to(precise)[:, None] * theta**-exponent
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
-def rotate(x: Shaped[Tensor, "n h d"], phases: Complex[Tensor, "n f"]) -> Shaped[Tensor, "n h d"]:
-    """Turns neighbouring pairs of channels; one complex product is several times faster than moving halves around."""
-    pairs = torch.view_as_complex(x.to(phases.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * phases[:, None]).flatten(-2).to(x.dtype)
+def rotate(x: Shaped[Tensor, "n h d"], phases: Float[Tensor, "n f 2"]) -> Shaped[Tensor, "n h d"]:
+    """Turns neighbouring pairs of channels. One complex product is several times faster than moving halves around, but
+    compilers do not know complex numbers.
+    """
+    pairs = x.to(phases.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), phases[:, None].unbind(-1)
+        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(phases)[:, None])
+    return turned.flatten(-2).to(x.dtype)
 
 
 def axial_coordinates(
