@@ -19,6 +19,7 @@ def parser(description: str, workloads: Sequence[str], studies: Sequence[str] = 
     parse.add_argument("--threads", type=int, default=2, help="of every worker")
     parse.add_argument("--quick", action="store_true", help="tiny sizes, one round: does it run at all?")
     parse.add_argument("--bf16", action="store_true", help="also ours in bfloat16 autocast, beside the peer in fp32")
+    parse.add_argument("--compiled", action="store_true", help="also ours after model.compile()")
     parse.add_argument("--no-memory", action="store_true", help="leave out the runs that measure memory")
     parse.add_argument("--seconds", type=float, default=1200.0, help="the longest that one run may take")
     parse.add_argument("--memory-gib", type=float, help="the most for a worker (default: 70%% of what is free)")
@@ -53,12 +54,12 @@ def print_profile(args: argparse.Namespace, settings: Settings) -> None:
 
 def run_workload(name: str, args: argparse.Namespace, settings: Settings, targets: Targets, *, bf16: bool = False):
     """The row of one workload: time in turns, then memory one by one."""
-    pythons = pythons_of(args.peer)
+    pythons = pythons_of(args.peer, compiled=args.compiled)
     sides = compare(name, pythons, settings, rounds=args.rounds, bf16=bf16)
     if not args.no_memory:
         for package, python in pythons.items():
             if sides[package].error is None:
-                sides[package].memory = measure_memory(name, package, python, settings, bf16=bf16 and package == "ours")
+                sides[package].memory = measure_memory(name, package, python, settings, bf16=bf16 and package != "peer")
     check_same_structure(name, sides)
     label = f"{name} bf16" if bf16 else name
     entry = row(label, sides, targets, environment(args.threads))

@@ -102,7 +102,7 @@ def environment_of(package: str, threads: int) -> dict[str, str]:
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     env |= dict(TQDM_DISABLE="1", LOGURU_LEVEL="ERROR")
     path = env.pop("PYTHONPATH", None)
-    if package == "ours" and path is not None:
+    if package != "peer" and path is not None:
         env["PYTHONPATH"] = path
     return env
 
@@ -162,7 +162,7 @@ def compare(
 
     try:
         for package, worker in workers.items():
-            prepare(package, worker, "setup", workload=workload, bf16=bf16 and package == "ours")
+            prepare(package, worker, "setup", workload=workload, bf16=bf16 and package != "peer")
         if "ours" in sides:
             prepare("limit", workers["ours"], "record")
         results = interleave(sides, rounds) | failed
@@ -192,9 +192,10 @@ def in_fresh_worker(package: str, python: str, settings: Settings, *requests: tu
         worker.close()
 
 
-def pythons_of(peer: str | None) -> dict[str, str]:
+def pythons_of(peer: str | None, *, compiled: bool = False) -> dict[str, str]:
     """The interpreters: this one has ours."""
-    return {"ours": sys.executable} | ({"peer": peer} if peer else {})
+    ours = {"ours": sys.executable} | ({"compiled": sys.executable} if compiled else {})
+    return ours | ({"peer": peer} if peer else {})
 
 
 def say(message: str) -> None:

@@ -32,14 +32,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two packages: `"ours"` or `"peer"`; under autocast if `bf16`."""
+    """One of the two packages: `"ours"`, the same `"compiled"`, or `"peer"`; under autocast if `bf16`."""
 
     package: str
     bf16: bool = False
 
     @property
     def is_ours(self) -> bool:
-        return self.package == "ours"
+        return self.package != "peer"
 
     def build(self, *, num_text: int, transformer: dict, latents=(), shapes=()) -> nn.Module:
         """A model of one modality for each of `latents` (channels) and `shapes` (default shapes)."""
@@ -47,7 +47,10 @@ class Library:
 
         torch.manual_seed(0)
         modalities = dict(dim_latent=tuple(latents), modality_default_shape=tuple(shapes), add_pos_emb=True)
-        return Transfusion(num_text_tokens=num_text, transformer=transformer, **(modalities if latents else {}))
+        model = Transfusion(num_text_tokens=num_text, transformer=transformer, **(modalities if latents else {}))
+        if self.package == "compiled":
+            model.compile()
+        return model
 
     def precision(self) -> AbstractContextManager:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else nullcontext()

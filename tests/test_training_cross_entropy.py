@@ -98,3 +98,15 @@ def test_a_model_learns_the_same_in_chunks(monkeypatch):
         model(batch).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
+def test_gradients_can_be_taken_again_where_the_graph_is_kept_and_else_it_is_said():
+    x, layer, labels = inputs(40)
+    loss = summed_cross_entropy(x, layer, labels, chunk=16)
+    first, second, last = (
+        torch.autograd.grad(3 * loss, (x, layer.weight), retain_graph=keep) for keep in (True, True, False)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, last, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="retain_graph=True to take them again"):
+        torch.autograd.grad(loss, (x, layer.weight))

@@ -79,8 +79,7 @@ class Transfusion(SamplingMethods, nn.Module):
     - `model_output_clean`: the network predicts the clean latent instead of the velocity (arXiv 2511.13720)
     - `odeint_kwargs`: `method`, tolerances and options of `torchdiffeq.odeint`
     - `prob_uncond`: how often training takes the text away from a modality, for classifier-free guidance
-    - `time_policy`: how training draws times
-    - `ignore_index`: the label of what is not predicted
+    - `time_policy`: how training draws times; `ignore_index`: the label of what is not predicted
     """
 
     def __init__(
@@ -247,7 +246,7 @@ class Transfusion(SamplingMethods, nn.Module):
             x,
             position=stream.position,
             layout=stream.layout,
-            conditioning=Conditioning(condition, stream.span + 1, stream.tokens_per_span) if latents else None,
+            conditioning=Conditioning(condition, stream.row) if latents else None,
             cache=cache,
         )
         return Hidden(hidden, condition, memory)
@@ -329,6 +328,10 @@ class Transfusion(SamplingMethods, nn.Module):
         if modality_type is None or not 0 <= modality_type < self.num_modalities:
             raise ValueError(f"unknown modality type {modality_type}, this model has {self.num_modalities} (from 0)")
         return self.modalities[modality_type].info(self.vocabulary)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the transformer's layers (see `Transformer.compile`); the rest is too small to gain by it."""
+        self.transformer.compile(**options)
 
     def create_ema(self, beta: float = 0.99, **options: Any) -> EMA:
         """A moving average of this model that can sample; call `.update()` after each optimizer step."""
@@ -413,10 +416,8 @@ class Transfusion(SamplingMethods, nn.Module):
         self, velocities: Latents, flow: Mapping[int, FlowSample], stream: TokenStream
     ) -> dict[int, ErrorSum]:
         """What the clean estimate decodes to, against what the clean latent decodes to."""
-        if self.loss_weights.recon == 0:
-            return {}
         errors = {}
-        for modality, sample in flow.items():
+        for modality, sample in flow.items() if self.loss_weights.recon else ():
             estimate = estimate_clean(sample.x_t, velocities[modality], sample.t, damped=self.model_output_clean)
             io, shapes = self.modalities[modality], stream.spans.shapes_of(modality)
             target = io.decode(unflatten(estimate_clean(*sample), shapes))

@@ -44,14 +44,14 @@ def plan_attention(
     and go through SDPA. So does what `trains` on a CPU, for which torch has no backward of it; that is said once.
     """
     if cache is not None:
-        return AttentionPlan(table=cache.table(), cached=cache.tensors()) if compiled else AttentionPlan(cache=cache)
+        return AttentionPlan(table=cache.table, cached=cache.tensors) if compiled else AttentionPlan(cache=cache)
     if flex and trains and torch.device(layout.device).type != "cuda":
         _say_flex_fallback()
     elif flex:
         n = len(layout.end)
         mask = create_block_mask(layout.mask_mod(), None, None, n, n, device=str(layout.device))
         return AttentionPlan(block_mask=mask)
-    return AttentionPlan(table=layout.table()) if compiled else AttentionPlan(layout.runs)
+    return AttentionPlan(table=layout.table) if compiled else AttentionPlan(layout.runs)
 
 
 @lru_cache(maxsize=1)

@@ -145,9 +145,11 @@ class CacheView:
         device = self.cache.keys[0].device
         return row_of.to(device), slot_of.to(device)
 
+    @cached_property
     def table(self) -> RunTable:
         return RunTable.of(self.runs, self.layout.device)
 
+    @cached_property
     def tensors(self) -> CacheTable:
         lengths, device = torch.tensor(self.layout.lengths), self.cache.keys[0].device
         slot_of = (

@@ -29,12 +29,11 @@ class RMSNorm(nn.Module):
 class Conditioning(NamedTuple):
     """The condition of every span, and the span of every token counted from 1 (0 is text).
 
-    `tokens_per_span` is given where there is nothing but spans of so many tokens each, one behind the other.
+    There is no `row` where there is nothing but spans of one length, one behind the other.
     """
 
     spans: Float[Tensor, "m c"]
-    row: Int[Tensor, " n"]
-    tokens_per_span: int | None = None
+    row: Int[Tensor, " n"] | None
 
 
 class Modulation(NamedTuple):
@@ -102,14 +101,13 @@ class AdaptiveNorm(nn.Module):
             return Modulation(1 + self.text_scale, None, gate)
         projected = self.to_modulation(conditioning.spans)
         table = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
-        row = None
-        if conditioning.tokens_per_span is not None:
+        if conditioning.row is None:
             table = table[:, None]
         else:
             text = [1 + self.text_scale, torch.zeros_like(self.text_scale), *([] if gate is None else [gate])]
-            table, row = torch.cat((torch.cat(text)[None].to(table.dtype), table)), conditioning.row
+            table = torch.cat((torch.cat(text)[None].to(table.dtype), table))
         scale, shift, *gates = table.split(self.dim, dim=-1)
-        return Modulation(scale, shift, gates[0] if gates else None, row)
+        return Modulation(scale, shift, gates[0] if gates else None, conditioning.row)
 
     def forward(self, x: Shaped[Tensor, "n d"], modulation: Modulation) -> Shaped[Tensor, "n d"]:
         return modulation.normed(x)

@@ -16,8 +16,10 @@ from transfusion_pytorch.network.sdpa import (
     attend_run,
     attend_runs,
     batched,
+    dense_gradients,
     flash_gradients,
     flash_outputs,
+    one_for_each_head,
     uses_flash,
 )
 from transfusion_pytorch.sequence.masks import RunTable
@@ -27,6 +29,7 @@ def attend_opaquely(
     q: Tensor, k: Tensor, v: Tensor, table: RunTable, cached: CacheTable | None, layer: int, softcap: float | None
 ) -> Tensor:
     if cached is None:
+        k, v = (one_for_each_head(q, part) for part in (k, v))
         return _attend(q, k, v, table.numbers, table.bits, softcap)[0]
     places = cached.keys[layer], cached.values[layer], cached.row_of, cached.slot_of
     return _attend_cached(q, k, v, *places, table.numbers, table.bits, softcap)
@@ -60,14 +63,10 @@ def _attend_backward(
     bits: Tensor,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernels but the flash one are run once more for their gradients."""
     runs = RunTable(numbers, bits).runs()
     if uses_flash(q, softcap):
         return flash_gradients(grad, q, k, v, out, sums, runs)
-    with torch.enable_grad():
-        inputs = [part.detach().requires_grad_() for part in (q, k, v)]
-        grads = torch.autograd.grad(attend_runs(*inputs, runs, softcap), inputs, grad)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    return dense_gradients(grad, q, k, v, runs, softcap)
 
 
 @_attend_backward.register_fake

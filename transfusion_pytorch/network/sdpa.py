@@ -40,7 +40,7 @@ class PackedAttention(torch.autograd.Function):
 
 def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], softcap: float | None) -> Tensor:
     if uses_flash(q, softcap):
-        k, v = (_one_for_each_head(q, part) for part in (k, v))
+        k, v = (one_for_each_head(q, part) for part in (k, v))
         return PackedAttention.apply(q, k, v, runs)  # type: ignore[return-value]
     lengths = [run.tokens.stop - run.tokens.start for run in runs]
     split = (part.split(lengths) for part in (q, k, v))
@@ -89,6 +89,37 @@ def flash_gradients(
     return grads[0], grads[1], grads[2]
 
 
+def dense_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the definition, for any device and with softcap: the weights of a chunk are made once more."""
+    grads = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
+    scale = q.shape[-1] ** -0.5
+    for run in runs:
+        grad_run, q_run, k_run, v_run, *grads_run = (batched(part[run.tokens], run) for part in (grad, q, k, v, *grads))
+        for chunk in run.chunks:
+            seen = slice(0, chunk.num_keys)
+            grad_out, some_q, keys, values = (
+                part.to(torch.promote_types(q.dtype, torch.float32))
+                for part in (
+                    grad_run[:, :, chunk.queries],
+                    q_run[:, :, chunk.queries],
+                    k_run[:, :, seen],
+                    v_run[:, :, seen],
+                )
+            )
+            logits = _logits(some_q, keys, softcap)
+            weights = _masked(logits, chunk).softmax(dim=-1)
+            slope = weights * (grad_out @ values.mT)
+            slope -= weights * slope.sum(dim=-1, keepdim=True)
+            if softcap is not None:
+                slope *= 1 - (logits / softcap).square()
+            grads_run[0][:, :, chunk.queries] = slope @ keys * scale
+            grads_run[1][:, :, seen] += slope.mT @ some_q * scale
+            grads_run[2][:, :, seen] += weights.mT @ grad_out
+    return grads[0], grads[1], grads[2]
+
+
 def batched(part: Tensor, run: Run) -> Tensor:
     """The tokens of a run, one sample behind the other, as `(g, h, t, ...)`."""
     return part.unflatten(0, (run.rows.stop - run.rows.start, -1)).transpose(1, 2)
@@ -109,20 +140,25 @@ def attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, softcap: float | None)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softcap: float | None) -> Tensor:
-    k, v = (_one_for_each_head(q, part.to(q.dtype)) for part in (k, v))
+    k, v = (one_for_each_head(q, part.to(q.dtype)) for part in (k, v))
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.mask, is_causal=chunk.is_causal)
+    return _masked(_logits(q, k, softcap), chunk).softmax(dim=-1) @ v
+
+
+def _logits(q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
     logits = q @ k.mT * q.shape[-1] ** -0.5
-    logits = softcap * torch.tanh(logits / softcap)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _masked(logits: Tensor, chunk: Chunk) -> Tensor:
     mask = chunk.mask
     if chunk.is_causal:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    return logits.softmax(dim=-1) @ v
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    return logits if mask is None else logits.masked_fill(~mask, float("-inf"))
 
 
-def _one_for_each_head(q: Tensor, shared: Tensor) -> Tensor:
+def one_for_each_head(q: Tensor, shared: Tensor) -> Tensor:
     """Keys or values that several query heads share, repeated for each of them."""
     groups = q.shape[1] // shared.shape[1]
     return shared.repeat_interleave(groups, dim=1) if groups > 1 else shared

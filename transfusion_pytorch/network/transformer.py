@@ -23,6 +23,7 @@ from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modula
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
+MOST_GRAPHS = 64  # with gradients or without, text alone or spans, with a cache or none: more than torch's 8
 HIDDEN_MULTIPLE = 16  # products of rows that end where vector registers do are up to a quarter faster
 HIDDEN_MATRICES = ("to_qkv.weight", "to_hidden.weight", "to_out.weight")
 
@@ -193,7 +194,12 @@ class Transformer(nn.Module):
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         plan = plan_attention(layout, cache, flex=self.use_flex_attn, trains=trains, compiled=compiled is not None)
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
-        return (compiled or Transformer.run_layers)(self, x, phases, plan, conditioning)
+        if compiled is None:
+            return self.run_layers(x, phases, plan, conditioning)
+        if conditioning is not None and len(conditioning.spans) == 1:
+            conditioning = _with_another(conditioning, len(x))
+        mark_dynamic(x, phases, plan, conditioning)
+        return compiled(self, x, phases, plan, conditioning)
 
     def run_layers(
         self,
@@ -221,13 +227,18 @@ class Transformer(nn.Module):
     def compile(self, **options: Any) -> None:
         """From now on the layers run as one compiled graph, for training and for decoding, in batches of any shape.
 
-        `options` are those of `torch.compile`, by default `dynamic=True` and `fullgraph=True`. Copies and saved models
-        keep them.
+        `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and saved models keep them. Text
+        alone, spans, gradients or none, and a cache or none make a graph each, when they first come.
+
+        Raises `RuntimeError` under `TYPECHECK=1`, whose checks no graph can hold.
         """
-        self.compile_options = dict(dynamic=True, fullgraph=True) | options
+        if hasattr(Transformer.run_layers, "__wrapped__"):
+            raise RuntimeError("a compiled graph cannot check types at run time; compile without TYPECHECK=1")
+        self.compile_options = dict(fullgraph=True) | options
 
     def create_cache(self, *, device: torch.device, dtype: torch.dtype, rows: int = 1) -> KVCache:
         """An empty cache, to begin with for so many samples."""
+        rows = rows if self.compile_options is None else max(rows, 2)  # a graph would take 1 for a constant
         return KVCache(
             layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype, rows=rows
         )
@@ -240,7 +251,26 @@ class Transformer(nn.Module):
 @lru_cache
 def _compiled(**options: Any) -> Callable[..., Tensor]:
     """One for all models: bound to none of them, so that a copy does not run the layers of its original."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     return torch.compile(Transformer.run_layers, **options)
+
+
+def _with_another(conditioning: Conditioning, n: int) -> Conditioning:
+    """One span, and a second that no token has: a graph would take the 1 for a constant."""
+    spans, row = conditioning
+    return Conditioning(torch.cat((spans, spans)), row if row is not None else spans.new_ones(n, dtype=torch.long))
+
+
+def mark_dynamic(x: Tensor, phases: Tensor, plan: AttentionPlan, conditioning: Conditioning | None) -> None:
+    """Says which sizes differ from batch to batch, so that no graph takes the first ones for constants."""
+    tensors = [x, phases, *(plan.table or ()), *(conditioning or ())]
+    if plan.cached is not None:
+        tensors += [plan.cached.row_of, plan.cached.slot_of, *plan.cached.keys, *plan.cached.values]
+    for tensor in tensors:
+        for dim in (0, 2) if tensor is not None and tensor.ndim == 4 else (0,):  # rows and slots of a cache
+            if tensor is not None and tensor.shape[dim] > 1:
+                torch._dynamo.mark_dynamic(tensor, dim)
 
 
 def _only(name: str, given: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:

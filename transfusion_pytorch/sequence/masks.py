@@ -47,7 +47,8 @@ class Run(NamedTuple):
 class RunTable(NamedTuple):
     """Runs as two tensors, which a compiled graph takes without being compiled for each batch anew.
 
-    `numbers` has a line for each chunk (see `of`), on the CPU; `bits` are all masks behind each other.
+    `numbers` has a line for each chunk (see `of`), on the CPU; `bits` are all masks behind each other. Both begin with
+    something that stands for nothing: a graph may take a size of 0 or 1 for a constant.
     """
 
     numbers: Int[Tensor, "chunks 10"]
@@ -55,7 +56,8 @@ class RunTable(NamedTuple):
 
     @classmethod
     def of(cls, runs: Iterable[Run], device: torch.device | str) -> "RunTable":
-        numbers, bits, offset = [], [], 0
+        bits = [torch.zeros(2, dtype=torch.bool, device=device)]
+        numbers, offset = [(0,) * 10], len(bits[0])
         for run in runs:
             for queries, num_keys, is_causal, mask in run.chunks:
                 where = (run.rows.start, run.rows.stop, run.tokens.start, run.tokens.stop, queries.start, queries.stop)
@@ -64,13 +66,12 @@ class RunTable(NamedTuple):
                 if mask is not None:
                     bits.append(mask.flatten())
                     offset += mask.numel()
-        none = torch.empty(0, dtype=torch.bool, device=device)
-        return cls(torch.tensor(numbers), torch.cat(bits) if bits else none)
+        return cls(torch.tensor(numbers), torch.cat(bits))
 
     def runs(self) -> list[Run]:
         """The runs again. Their samples are not known any more: they are the rows."""
         runs: list[Run] = []
-        for first, last, start, stop, begin, end, num_keys, is_causal, masked, offset in self.numbers.tolist():
+        for first, last, start, stop, begin, end, num_keys, is_causal, masked, offset in self.numbers[1:].tolist():
             if not runs or runs[-1].tokens.start != start:
                 runs.append(Run(slice(first, last), slice(first, last), slice(start, stop), []))
             shape = (masked, 1, end - begin, num_keys)
@@ -97,7 +98,9 @@ class Layout:
         """The stream as plain batches, in order."""
         return self.runs_in(tuple(range(len(self.lengths))))
 
+    @cached_property
     def table(self) -> RunTable:
+        """The runs for a compiled graph."""
         return RunTable.of(self.runs, self.device)
 
     def runs_in(self, rows: tuple[int, ...]) -> tuple[Run, ...]:

@@ -101,10 +101,11 @@ class TokenStream:
         return torch.tensor(self.lengths, device=self.token.device).cumsum(0) - 1
 
     @cached_property
-    def tokens_per_span(self) -> int | None:
-        """How many tokens each span has, where there is nothing but spans and they are all of one length."""
+    def row(self) -> Int[Tensor, " n"] | None:
+        """The span of each token counted from 1, 0 for text; None where there is nothing but spans of one length."""
         sizes = set(map(prod, self.spans.token_shapes))
-        return sizes.pop() if len(sizes) == 1 and max(sizes) * len(self.spans) == len(self.token) else None
+        is_even = len(sizes) == 1 and max(sizes) * len(self.spans) == len(self.token)
+        return None if is_even else self.span + 1
 
     def slots(self, modality: int) -> Int[Tensor, " k"]:
         """The slots of all latents of a type."""

@@ -45,7 +45,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             table = weight.to(dtype)
             for start in range(0, len(labels), rows):
                 part, target = x[start : start + rows].to(dtype), labels[start : start + rows, None]
-                logits = (part @ table.t()).to(total.dtype)
+                logits = (table @ part.t()).to(total.dtype).t()  # a third faster on a CPU than part @ table.t()
                 logits -= logits.logsumexp(dim=-1, keepdim=True)
                 total -= logits.gather(1, target).sum()
                 if grad_x is None and grad_weight is None:
@@ -58,16 +58,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                         grad_weight.addmm_(slope.t(), part)
                     else:  # the product in low precision, its sum not
                         grad_weight += slope.t() @ part
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.grads, ctx.dtypes = (grad_x, grad_weight), (x.dtype, weight.dtype)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grads = [None if slope is None else slope * grad for slope in ctx.saved_tensors]
-        of_x, of_weight = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return of_x, of_weight, None, None
+        slopes = ctx.grads
+        if slopes is None:
+            raise RuntimeError("the gradients of this loss have been taken; retain_graph=True to take them again")
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # they may be asked for again
+            slopes = [None if slope is None else slope.clone() for slope in slopes]
+        else:
+            ctx.grads = None  # given away and scaled in place: a copy for a large vocabulary is hundreds of MiB
+        grads = [
+            None if slope is None else slope.mul_(grad).to(dtype)
+            for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
+        ]
+        return grads[0], grads[1], None, None
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
