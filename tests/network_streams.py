@@ -1,4 +1,4 @@
-"""What the tests of the network share: streams written as strings, and parameters without zeros.
+"""What the tests of the network share: streams written as strings, what attends over them, parameters without zeros.
 
 `stream("ttAAt", "B")` is two samples: text, text, a span of two tokens, text; and a span of one. The masks are written
 here once more, from their definition and token by token, so that the package has something to be compared with.
@@ -14,6 +14,19 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.network.norms import Conditioning
 from transfusion_pytorch.sequence.masks import Layout
+
+LONG = "t" * 230 + "A" * 200 + "t" * 90  # more than 512, taken in chunks of queries; the span crosses their edges
+STREAMS = {
+    "text": ["tttt", "tttt"],
+    "one mask": ["ttAAAt", "ttBBBt", "ttCCCt"],
+    "many masks": ["ttAAAt", "tttAAA", "AABBtt"],
+    "ragged": ["ttAAAtBBt", "t", "AAtt", "tA", "BBAA", "tttttt"],
+    "one span": ["AAAAA"],
+    "spans of one": ["ABAtBA"],
+    "long": [LONG],
+    "long, many masks": [LONG, LONG[::-1], "tAAt"],
+    "long text": ["t" * 520],
+}
 
 
 class Stream(NamedTuple):
@@ -77,6 +90,22 @@ def perturb(module: nn.Module, scale: float = 0.3) -> nn.Module:
         for parameter in module.parameters():
             parameter += scale * torch.randn_like(parameter)
     return module
+
+
+def assert_same_runs(made, runs):
+    """But for the samples, for which the rows stand."""
+    assert [(run.samples, run.rows, run.tokens) for run in made] == [(run.rows, run.rows, run.tokens) for run in runs]
+    for ours, theirs in zip(made, runs, strict=True):
+        assert [chunk[:3] for chunk in ours.chunks] == [chunk[:3] for chunk in theirs.chunks]
+        for chunk, expected in zip(ours.chunks, theirs.chunks, strict=True):
+            assert (chunk.mask is None) == (expected.mask is None)
+            assert chunk.mask is None or torch.equal(chunk.mask, expected.mask)
+
+
+def projections(n, *, heads=4, kv_heads=4, dim_head=6, dtype=torch.float64, requires_grad=False):
+    """Queries, keys and values."""
+    shapes = (heads, kv_heads, kv_heads)
+    return [torch.randn(n, h, dim_head, dtype=dtype, requires_grad=requires_grad) for h in shapes]
 
 
 def naive_attention(q, k, v, sees, softcap=None):

@@ -3,30 +3,13 @@
 import pytest
 import torch
 from einops import rearrange
-from network_streams import naive_attention, perturb, stream
+from network_streams import LONG, STREAMS, naive_attention, perturb, projections, stream
 
+from transfusion_pytorch.network import attend as backends
 from transfusion_pytorch.network import attention as room
-from transfusion_pytorch.network.attention import LASER_LIMIT, Attention, attend
-from transfusion_pytorch.sequence.positions import rotary_phases
-
-LONG = "t" * 230 + "A" * 200 + "t" * 90  # more than 512, taken in chunks of queries; the span crosses their edges
-STREAMS = {
-    "text": ["tttt", "tttt"],
-    "one mask": ["ttAAAt", "ttBBBt", "ttCCCt"],
-    "many masks": ["ttAAAt", "tttAAA", "AABBtt"],
-    "ragged": ["ttAAAtBBt", "t", "AAtt", "tA", "BBAA", "tttttt"],
-    "one span": ["AAAAA"],
-    "spans of one": ["ABAtBA"],
-    "long": [LONG],
-    "long, many masks": [LONG, LONG[::-1], "tAAt"],
-    "long text": ["t" * 520],
-}
-
-
-def projections(n, *, heads=4, kv_heads=4, dim_head=6, dtype=torch.float64, requires_grad=False):
-    shapes = (heads, kv_heads, kv_heads)
-    return [torch.randn(n, h, dim_head, dtype=dtype, requires_grad=requires_grad) for h in shapes]
-
+from transfusion_pytorch.network.attend import attend, plan_attention
+from transfusion_pytorch.network.attention import LASER_LIMIT, Attention
+from transfusion_pytorch.sequence.positions import rotary_phases, rotate
 
 # attend
 
@@ -42,7 +25,8 @@ def test_the_intervals_are_causal_or_of_one_span(samples):
 def test_sdpa_is_naive_attention_forward_and_backward(samples, kv_heads, softcap):
     layout = stream(*samples).layout
     inputs = projections(len(layout.end), kv_heads=kv_heads, requires_grad=True)
-    ours, theirs = attend(*inputs, layout, softcap=softcap), naive_attention(*inputs, layout.dense(), softcap)
+    ours = attend(*inputs, plan_attention(layout), softcap=softcap)
+    theirs = naive_attention(*inputs, layout.dense(), softcap)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     weight = torch.randn_like(ours)
     gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, theirs)]
@@ -76,56 +60,38 @@ def test_text_needs_no_mask_and_equal_samples_share_one():
 @pytest.mark.parametrize("samples", [STREAMS["many masks"], STREAMS["ragged"], ["t" * 100 + "A" * 60, "B" * 9]])
 @torch.no_grad()
 def test_flex_is_sdpa(samples, kv_heads, softcap, monkeypatch):
-    calls = count_calls(monkeypatch, "flex_attention")
+    calls, real = [], backends.flex_attention
+    monkeypatch.setattr(backends, "flex_attention", lambda *args, **options: calls.append(1) or real(*args, **options))
     layout = stream(*samples).layout
     inputs = projections(len(layout.end), kv_heads=kv_heads, dim_head=16, dtype=torch.float32)
-    flex, sdpa = (attend(*inputs, layout, softcap=softcap, flex=flex) for flex in (True, False))
+    flex, sdpa = (attend(*inputs, plan_attention(layout, flex=flex), softcap=softcap) for flex in (True, False))
     assert len(calls) == 1
     torch.testing.assert_close(flex, sdpa, rtol=0, atol=1e-5)
 
 
-def count_calls(monkeypatch, name):
-    calls, real = [], getattr(room, name)
-
-    def counted(*args, **options):
-        calls.append(name)
-        return real(*args, **options)
-
-    monkeypatch.setattr(room, name, counted)
-    return calls
-
-
-@torch.no_grad()
-def test_layers_share_one_block_mask(monkeypatch):
-    calls, layout = count_calls(monkeypatch, "create_block_mask"), stream("ttAAt").layout
-    for _ in range(3):
-        attend(*projections(5, dim_head=16, dtype=torch.float32), layout, flex=True)
-    assert len(calls) == 1
-
-
 def test_flex_trains_through_sdpa_on_a_cpu_and_says_so_once():
-    room._say_flex_fallback.cache_clear()
+    backends._say_flex_fallback.cache_clear()
     layout = stream("ttAAt", "tA").layout
     inputs = projections(7, requires_grad=True)
     with pytest.warns(UserWarning, match="torch has no backward of flex attention on this device") as said:
-        flex = attend(*inputs, layout, flex=True)
+        flex = plan_attention(layout, flex=True, trains=True)
     assert len(said) == 1
-    again = attend(*inputs, layout, flex=True)  # a second warning would be an error
-    sdpa = attend(*inputs, layout)
-    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in (flex, again, sdpa)]
+    again = plan_attention(layout, flex=True, trains=True)  # a second warning would be an error
+    outs = [attend(*inputs, plan) for plan in (flex, again, plan_attention(layout))]
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
     torch.testing.assert_close(gradients[0], gradients[2], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[2], rtol=0, atol=0)
 
 
 def test_softcap_bounds_the_logits():
     layout = stream("tAAAt").layout
-    q, k, v = projections(5)
-    plain = attend(q, k, v, layout)
-    assert not torch.allclose(attend(q, k, v, layout, softcap=0.5), plain, atol=1e-3)
-    torch.testing.assert_close(attend(q, k, v, layout, softcap=1e6), plain, rtol=0, atol=1e-8)
+    plan, (q, k, v) = plan_attention(layout), projections(5)
+    plain = attend(q, k, v, plan)
+    assert not torch.allclose(attend(q, k, v, plan, softcap=0.5), plain, atol=1e-3)
+    torch.testing.assert_close(attend(q, k, v, plan, softcap=1e6), plain, rtol=0, atol=1e-8)
     # capped to nothing, a token takes the mean of what it sees
     mean = torch.stack([v[seen].mean(dim=0) for seen in layout.dense()])
-    torch.testing.assert_close(attend(q, k, v, layout, softcap=1e-12), mean, rtol=0, atol=1e-10)
+    torch.testing.assert_close(attend(q, k, v, plan, softcap=1e-12), mean, rtol=0, atol=1e-10)
 
 
 # the module
@@ -170,7 +136,7 @@ def make(dim=12, *, dim_head=6, heads=4, **options):
 
 def run(attn, x, made, **options):
     phases = rotary_phases(made.position, attn.dim_head, dtype=x.dtype)
-    return attn(x, phases=phases, layout=made.layout, **options)[0]
+    return attn(x, phases=phases, plan=plan_attention(made.layout), **options)[0]
 
 
 MADE = stream("ttAAAtBt", "AAt", "t")
@@ -251,12 +217,12 @@ def test_laser_gives_back_the_value_of_a_key_that_is_alone():
 
 def test_kernels_get_one_type_whatever_autocast_makes_of_norms(monkeypatch):
     """As on a GPU, where it takes them to single precision; here double stands for that."""
-    attn, seen, real = make(laser=True).float(), [], room._attend_dense
-    monkeypatch.setattr(room, "_attend_dense", lambda *args: seen.append([x.dtype for x in args[:3]]) or real(*args))
-    for norm in (attn.q_norm, attn.k_norm):
-        norm.register_forward_hook(lambda module, args, out: out.double())
+    attn, seen, norms, exp = make(laser=True).float(), [], room.normed_heads, torch.exp
+    monkeypatch.setattr(room, "normed_heads", lambda *args: tuple(part.double() for part in norms(*args)))
+    monkeypatch.setattr(torch, "exp", lambda x: exp(x).double())
+    monkeypatch.setattr(room, "attend", lambda *args, **options: seen.extend(args[:3]) or attend(*args, **options))
     run(attn, torch.randn(12, 12), MADE)
-    assert seen == [[torch.float32] * 3] * len(MADE.layout.runs)
+    assert [part.dtype for part in seen] == [torch.float32] * 3
 
 
 def test_normalised_queries_and_keys_have_no_scale():
@@ -285,7 +251,7 @@ def test_the_value_residual_runs_from_own_values_to_those_of_the_first_layer():
     attn, plain = make(value_residual=True), make()
     plain.load_state_dict(attn.state_dict(), strict=False)
     phases = rotary_phases(MADE.position, 6, dtype=x.dtype)
-    _, values = attn(other, phases=phases, layout=MADE.layout)
+    _, values = attn(other, phases=phases, plan=plan_attention(MADE.layout))
     assert torch.equal(values.flatten(1), other @ attn.to_qkv.weight[-24:].T)
     attn.to_value_mix.weight.data.zero_()
     attn.to_value_mix.bias.data.fill_(-60)
@@ -300,7 +266,7 @@ def with_values(attn, x, values):
     q, k, _ = rearrange(x @ attn.to_qkv.weight.T, "n (p h e) -> p n h e", p=3, e=6)
     weights = attn.to_gates(x).sigmoid()[..., None]
     phases = rotary_phases(MADE.position, 6, dtype=x.dtype)
-    q, k = room.rotate(attn.q_norm(q), phases), room.rotate(attn.k_norm(k), phases)
+    q, k = rotate(attn.q_norm(q), phases), rotate(attn.k_norm(k), phases)
     return (naive_attention(q, k, values, MADE.sees) * weights).flatten(1) @ attn.to_out.weight.T
 
 
@@ -308,7 +274,8 @@ def test_values_handed_on_are_the_layers_own():
     """Not the mixed ones, and not their exponentials."""
     x, first = torch.randn(12, 12, dtype=torch.float64), torch.randn(12, 4, 6, dtype=torch.float64)
     attn = make(value_residual=True, laser=True)
-    _, values = attn(x, phases=rotary_phases(MADE.position, 6, dtype=x.dtype), layout=MADE.layout, first_values=first)
+    phases = rotary_phases(MADE.position, 6, dtype=x.dtype)
+    _, values = attn(x, phases=phases, plan=plan_attention(MADE.layout), first_values=first)
     torch.testing.assert_close(values.flatten(1), x @ attn.to_qkv.weight[-24:].T, rtol=0, atol=1e-12)
 
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from einops import rearrange
-from network_streams import cuts, naive_attention, stream
+from network_streams import assert_same_runs, cuts, naive_attention, projections, stream
 
-from transfusion_pytorch.network.attention import attend
+from transfusion_pytorch.network.attend import attend, plan_attention
 from transfusion_pytorch.network.cache import KVCache
 
 
@@ -28,18 +28,17 @@ class Reader:
 
     def __init__(self, samples, *, rows, num_rows, seed=0, **options):
         self.samples, self.rows = samples, rows
-        self.options = dict(softcap=options.pop("softcap", None), flex=options.pop("flex", False))
+        self.softcap, self.backend = options.pop("softcap", None), options.pop("backend", {})
         self.cache = make_cache(num_rows, **options)
         generator = torch.Generator().manual_seed(seed)
-        n = sum(map(len, samples))
-        kv_heads = options.get("kv_heads", 4)
+        n, kv_heads = sum(map(len, samples)), options.get("kv_heads", 4)
         shapes = (n, 4, 6), (n, kv_heads, 6), (n, kv_heads, 6)
         self.qkv = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
         self.starts = [sum(map(len, samples[:i])) for i in range(len(samples))]
 
     def whole(self):
         """Without a cache, all at once: what each sample gets."""
-        out = naive_attention(*self.qkv, stream(*self.samples).sees, self.options["softcap"])
+        out = naive_attention(*self.qkv, stream(*self.samples).sees, self.softcap)
         return out.split([len(sample) for sample in self.samples])
 
     def read(self, start, stop, *, noise=0.0, commit=True):
@@ -47,8 +46,8 @@ class Reader:
         ranges = zip(self.starts, start, stop, strict=True)
         index = torch.cat([torch.arange(first + a, first + b) for first, a, b in ranges])
         q, k, v = (x[index] for x in self.qkv)
-        view = self.cache.view(self.rows, part.layout)
-        out = attend(q, k + noise, v + noise, part.layout, cache=view, **self.options)
+        plan = plan_attention(part.layout, self.cache.view(self.rows, part.layout), **self.backend)
+        out = attend(q, k + noise, v + noise, plan, softcap=self.softcap)
         if commit:
             self.cache.commit(self.rows, part.layout.lengths)
         return out.split(part.layout.lengths)
@@ -56,20 +55,54 @@ class Reader:
 
 RAGGED = ["ttAAAtBBt", "AAtt", "tB", "ttttttAAA"]
 PLACES = {"in order": [0, 1, 2, 3], "reversed": [3, 2, 1, 0], "scattered": [5, 1, 4, 0]}
+BACKENDS = {"eager": dict(), "flex": dict(flex=True), "compiled": dict(compiled=True)}
+each_place = pytest.mark.parametrize("rows", PLACES.values(), ids=PLACES)
+each_head = pytest.mark.parametrize("options", [dict(), dict(kv_heads=2), dict(softcap=2.0, kv_heads=1)], ids=str)
 
 
-@pytest.mark.parametrize("rows", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("options", [dict(), dict(kv_heads=2, softcap=2.0), dict(flex=True)], ids=str)
-@torch.no_grad()
-def test_reading_in_two_parts_is_reading_at_once(rows, options):
+def ragged_cuts():
+    """Every cut of every sample has its turn, and shorter samples several."""
     places = [cuts(sample) for sample in RAGGED]
-    for turn in range(max(map(len, places))):
-        reader = Reader(RAGGED, rows=rows, num_rows=6, **options)
-        cut = [place[turn % len(place)] for place in places]
+    return [[place[turn % len(place)] for place in places] for turn in range(max(map(len, places)))]
+
+
+@each_place
+@each_head
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@torch.no_grad()
+def test_reading_in_two_parts_is_reading_at_once(rows, options, backend):
+    for cut in ragged_cuts():
+        reader = Reader(RAGGED, rows=rows, num_rows=6, backend=backend, **options)
         first = reader.read([0] * 4, cut)
         second = reader.read(cut, [len(sample) for sample in RAGGED])
         for whole, *parts in zip(reader.whole(), first, second, strict=True):
             torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-10)
+
+
+@each_place
+@each_head
+@torch.no_grad()
+def test_what_compiled_graphs_call_reads_and_writes_the_same(rows, options):
+    for cut in ragged_cuts():
+        eager, compiled = (
+            Reader(RAGGED, rows=rows, num_rows=6, backend=BACKENDS[name], **options) for name in ("eager", "compiled")
+        )
+        for start, stop in (([0] * 4, cut), (cut, [len(sample) for sample in RAGGED])):
+            assert all(map(torch.equal, eager.read(start, stop), compiled.read(start, stop)))
+            written = [reader.cache.keys + reader.cache.values for reader in (eager, compiled)]
+            assert all(map(torch.equal, *written))
+
+
+@each_place
+def test_runs_of_a_cache_come_back_from_their_tensors(rows):
+    cache = make_cache(6)
+    for cut in ragged_cuts():
+        for start, stop in (([0] * 4, cut), (cut, [len(sample) for sample in RAGGED])):
+            cache.lengths = [0] * 6
+            cache.commit(rows, start)
+            layout = stream(*RAGGED, start=start, stop=stop).layout
+            view = cache.view(rows, layout)
+            assert_same_runs(plan_attention(layout, view, compiled=True).table.runs(), view.runs)
 
 
 @torch.no_grad()
@@ -146,11 +179,10 @@ def test_a_view_from_before_the_cache_grew_still_serves():
     cache = make_cache(2, slots=4)
     view = cache.view([0], stream("AAA").layout)
     cache.view([1], stream("A" * 9).layout)
-    q, k, v = torch.randn(3, 3, 4, 6, dtype=torch.float64).unbind()
-    layout = stream("AAA").layout
-    torch.testing.assert_close(
-        attend(q, k, v, layout, cache=view), naive_attention(q, k, v, layout.dense()), rtol=0, atol=1e-10
-    )
+    inputs, layout = projections(3), stream("AAA").layout
+    for compiled in (False, True):
+        ours = attend(*inputs, plan_attention(layout, view, compiled=compiled))
+        torch.testing.assert_close(ours, naive_attention(*inputs, layout.dense()), rtol=0, atol=1e-10)
 
 
 def test_neighbouring_rows_are_read_without_a_copy():
@@ -176,10 +208,12 @@ def test_bytes_per_token_is_what_one_more_slot_takes(dtype):
     assert small.bytes_per_token == 3 * 2 * 2 * 10 * dtype.itemsize
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @torch.no_grad()
-def test_a_cache_of_other_precision_rounds_keys_and_values_only():
-    samples = ["ttAAt"]
-    exact, rounded = (Reader(samples, rows=[0], num_rows=1, dtype=dtype) for dtype in (torch.float64, torch.float16))
+def test_a_cache_of_other_precision_rounds_keys_and_values_only(backend):
+    exact, rounded = (
+        Reader(["ttAAt"], rows=[0], num_rows=1, dtype=dtype, backend=backend) for dtype in (torch.float64, torch.half)
+    )
     rounded.qkv[1:] = exact.qkv[1:] = [x.half().double() for x in exact.qkv[1:]]
     for reader in (exact, rounded):
         reader.read([0], [2])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from network_streams import Stream, cuts, perturb, stream
 from torch import Tensor, nn
 
-from transfusion_pytorch.network import attention
+from transfusion_pytorch.network import attend
+from transfusion_pytorch.network.attend import plan_attention
 from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.transformer import FeedForward, Transformer
 from transfusion_pytorch.sequence.positions import rotary_phases
@@ -131,7 +132,7 @@ def test_rotary_theta_sets_the_phases(theta):
     model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[4]))
     model(x, **MADE.arguments(condition))
     angle = MADE.position[:, None] * theta ** -torch.tensor([0, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(seen[0], torch.polar(torch.ones_like(angle), angle), rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen[0], torch.stack((angle.cos(), angle.sin()), dim=-1), rtol=0, atol=1e-12)
 
 
 # the condition
@@ -175,7 +176,7 @@ def test_feedforward_is_a_gated_linear_unit():
         value, gate = (x @ ff.to_hidden.weight.T + ff.to_hidden.bias).chunk(2, dim=-1)
         by_hand = (value * activate(gate)) @ ff.to_out.weight.T + ff.to_out.bias
         torch.testing.assert_close(ff(x), by_hand, rtol=0, atol=1e-10)
-    assert isinstance(Transformer(DIM, depth=1).layers[0].ff.activate, type(F.gelu))
+    assert Transformer(DIM, depth=1).layers[0].ff.activation == "geglu"
 
 
 @pytest.mark.parametrize("factor", [1, 2.5, 4])
@@ -185,6 +186,15 @@ def test_a_gated_feedforward_costs_what_a_plain_one_of_its_expansion_does(factor
     assert matrices == pytest.approx(2 * 96 * 96 * factor, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("dim", "factor", "hidden"), [(96, 4, 256), (100, 4, 272), (12, 4, 32), (5, 1, 16), (720, 1.1, 528)]
+)
+def test_a_gated_feedforward_is_two_thirds_as_wide_rounded_up_to_16(dim, factor, hidden):
+    ff = FeedForward(dim, expansion_factor=factor)
+    assert ff.to_hidden.weight.shape == (2 * hidden, dim)
+    assert ff.to_out.weight.shape == (dim, hidden)
+
+
 def test_a_layer_is_two_branches_each_behind_a_norm_and_in_front_of_a_gate():
     model, (x, condition) = make(unet_skips=False), inputs()
     _, results = record_layers(model)
@@ -192,10 +202,10 @@ def test_a_layer_is_two_branches_each_behind_a_norm_and_in_front_of_a_gate():
     phases = rotary_phases(MADE.position, 4, dtype=x.dtype)
     for layer, (out, _) in zip(model.layers, results, strict=True):
         modulation = layer.attn_norm.modulation(MADE.conditioning(condition))
-        attended, _ = layer.attn(layer.attn_norm(x, modulation), phases=phases, layout=MADE.layout)
-        x = x + modulation.gate * attended
+        attended, _ = layer.attn(layer.attn_norm(x, modulation), phases=phases, plan=plan_attention(MADE.layout))
+        x = x + modulation.gate[modulation.row] * attended
         modulation = layer.ff_norm.modulation(MADE.conditioning(condition))
-        x = x + modulation.gate * layer.ff(layer.ff_norm(x, modulation))
+        x = x + modulation.gate[modulation.row] * layer.ff(layer.ff_norm(x, modulation))
         torch.testing.assert_close(out, x, rtol=0, atol=1e-10)
 
 
@@ -212,7 +222,7 @@ def test_attn_kwargs_and_ff_kwargs_arrive():
     for layer in model.layers:
         assert layer.attn.to_gates is None
         assert layer.attn.softcap == 3.0
-        assert layer.ff.activate is F.silu
+        assert layer.ff.activation == "swiglu"
 
 
 def record_layers(model: Transformer) -> tuple[list, list]:
@@ -409,11 +419,32 @@ def test_bfloat16_is_close_to_single_precision_forward_and_backward(options, how
 @torch.no_grad()
 def test_flex_serves_under_autocast(monkeypatch):
     model, (x, condition) = make(use_flex_attn=True, depth=1).float(), inputs(dtype=torch.float32)
-    monkeypatch.setattr(attention, "_attend_dense", None)  # which must not be called
+    monkeypatch.setattr(attend, "attend_runs", None)  # which must not be called
     exact = model(x, **MADE.arguments(condition))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, **MADE.arguments(condition))
     assert (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+@torch.no_grad()
+def test_layers_share_one_block_mask(monkeypatch):
+    calls, real = [], attend.create_block_mask
+    monkeypatch.setattr(attend, "create_block_mask", lambda *args, **options: calls.append(1) or real(*args, **options))
+    model, (x, condition) = make(use_flex_attn=True).float(), inputs(dtype=torch.float32)
+    model(x, **MADE.arguments(condition))
+    assert len(calls) == 1
+
+
+def test_gradients_of_inputs_need_no_flex_attention_of_a_frozen_model():
+    """As where an adapter in front of it is trained: on a CPU flex attention has no backward."""
+    attend._say_flex_fallback.cache_clear()
+    flex, plain = (make(use_flex_attn=flag).requires_grad_(False) for flag in (True, False))
+    leaves = inputs()
+    with pytest.warns(UserWarning, match="torch has no backward of flex attention on this device"):
+        out = flex(leaves[0], **MADE.arguments(leaves[1]))
+    outs = out, plain(leaves[0], **MADE.arguments(leaves[1]))
+    gradients = [torch.autograd.grad(made.square().sum(), leaves) for made in outs]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 # what holds the model

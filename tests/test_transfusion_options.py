@@ -9,7 +9,7 @@ from tiny import CHANNELS, NUM_TEXT, Spy, awake, latents_of, layout, noise_of, r
 from torch import nn, tensor
 
 from transfusion_pytorch import TimePolicy, Transformer, Transfusion, UNetDown, UNetUp
-from transfusion_pytorch.network import attention
+from transfusion_pytorch.network import attend
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
@@ -106,7 +106,7 @@ def test_flex_attention_is_the_same_attention_and_says_where_it_cannot_train():
     with torch.no_grad():
         logits = [model(ragged_batch(), return_loss=False) for model in (plain, flex)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-    attention._say_flex_fallback.cache_clear()
+    attend._say_flex_fallback.cache_clear()
     with pytest.warns(UserWarning, match="use_flex_attn: torch has no backward"):
         losses = [model(ragged_batch(), times=1.0) for model in (plain, flex)]
     assert torch.equal(*losses)

@@ -58,6 +58,7 @@ def uses_flash(q: Tensor, softcap: float | None) -> bool:
 
 def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
     """The output `(n, h, e)`, and what the gradients want to know: the logarithm of each sum of weights, `(n, h)`."""
+    q, k, v = map(_with_neighbouring_channels, (q, k, v))
     out = q.new_empty(q.shape)
     logsumexp = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for run in runs:
@@ -73,7 +74,8 @@ def flash_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, runs: Sequence[Run]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; those of keys and values add up over the chunks of a run."""
-    grads = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
+    grad, q, k, v, out = map(_with_neighbouring_channels, (grad, q, k, v, out))
+    grads = _empty_gradients(q, k, v)
     for run in runs:
         of_queries = [batched(part[run.tokens], run) for part in (grad, q, out, logsumexp, grads[0])]
         of_keys = [batched(part[run.tokens], run) for part in (k, v, *grads[1:])]
@@ -86,14 +88,14 @@ def flash_gradients(
             grad_q[:] = made[0]
             grad_k += made[1]
             grad_v += made[2]
-    return grads[0], grads[1], grads[2]
+    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
 
 
 def dense_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the definition, for any device and with softcap: the weights of a chunk are made once more."""
-    grads = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
+    grads = _empty_gradients(q, k, v)
     scale = q.shape[-1] ** -0.5
     for run in runs:
         grad_run, q_run, k_run, v_run, *grads_run = (batched(part[run.tokens], run) for part in (grad, q, k, v, *grads))
@@ -117,7 +119,18 @@ def dense_gradients(
             grads_run[0][:, :, chunk.queries] = slope @ keys * scale
             grads_run[1][:, :, seen] += slope.mT @ some_q * scale
             grads_run[2][:, :, seen] += weights.mT @ grad_out
-    return grads[0], grads[1], grads[2]
+    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """For q, k and v; what adds up does so in single precision at least."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return [q.new_empty(q.shape), *(part.new_zeros(part.shape, dtype=precise) for part in (k, v))]
+
+
+def _with_neighbouring_channels(part: Tensor) -> Tensor:
+    """The kernel takes a stride of 1 between channels for granted."""
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def batched(part: Tensor, run: Run) -> Tensor:

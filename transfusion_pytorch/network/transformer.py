@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
         hidden = dim * expansion_factor * 2 / 3
         if hidden < 1:
             raise ValueError(f"expansion_factor must be positive, and not so small, got {expansion_factor}")
-        hidden = HIDDEN_MULTIPLE * ceil(hidden / HIDDEN_MULTIPLE)
+        hidden = HIDDEN_MULTIPLE * ceil(round(hidden / HIDDEN_MULTIPLE, 6))  # 528.0000000000001 is 528
         self.activation = activation
         self.to_hidden = nn.Linear(dim, 2 * hidden)
         self.dropout = nn.Dropout(dropout)
@@ -191,7 +191,8 @@ class Transformer(nn.Module):
         `position` are rotary positions, `conditioning` tells spans their time (None for text alone).
         """
         compiled = None if self.compile_options is None else _compiled(**self.compile_options)
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        inputs = (x, *self.parameters(), *(() if conditioning is None else (conditioning.spans,)))
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         plan = plan_attention(layout, cache, flex=self.use_flex_attn, trains=trains, compiled=compiled is not None)
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
         if compiled is None:

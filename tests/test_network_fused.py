@@ -1,0 +1,257 @@
+"""Gradients written by hand against finite differences, and against what autograd makes of the plain formulas."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfusion_pytorch.network.fused import gated_activation, gated_add, modulated_norm, normed_heads, sum_rows
+from transfusion_pytorch.sequence.positions import rotary_phases
+
+ROW = torch.tensor([2, 0, 2, 4, 0, 2, 4])  # in no order; there are rows 1 and 3 that no token has
+N, D, ROWS = len(ROW), 6, 5
+POSITION = torch.tensor([0, 1, 2, 2, 2, 3, 90])
+
+
+def modulate(x, scale, shift):
+    return modulated_norm(x, scale, shift, ROW)
+
+
+def add(x, out, gate):
+    return gated_add(x, out, gate, ROW)
+
+
+def norm_four_heads(qkv, gain):
+    phases = rotary_phases(POSITION, D, dtype=qkv.dtype)
+    return normed_heads(qkv, gain, phases, 4)
+
+
+# each function of its inputs, and their sizes
+CASES = {
+    "geglu": (lambda hidden: gated_activation(hidden, "geglu"), [(N, 2 * D)]),
+    "swiglu": (lambda hidden: gated_activation(hidden, "swiglu"), [(N, 2 * D)]),
+    "modulated norm": (modulate, [(N, D), (ROWS, D), (ROWS, D)]),
+    "gated add": (add, [(N, D), (N, D), (ROWS, D)]),
+    "heads": (norm_four_heads, [(N, 12, D), (8, D)]),
+    "grouped heads": (norm_four_heads, [(N, 8, D), (6, D)]),
+}
+each_case = pytest.mark.parametrize(("function", "sizes"), CASES.values(), ids=CASES)
+
+
+def draw(sizes, dtypes=torch.float64):
+    """Leaves of these sizes, of one dtype or of one each."""
+    dtypes = dtypes if isinstance(dtypes, list) else [dtypes] * len(sizes)
+    return [torch.randn(size).to(dtype).requires_grad_() for size, dtype in zip(sizes, dtypes, strict=True)]
+
+
+def outputs(function, inputs) -> tuple[Tensor, ...]:
+    out = function(*inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def draw_gradients(outs) -> list[Tensor]:
+    """The same for all that compute the same."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outs]
+
+
+def results(function, inputs, grads=None) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the gradients of all leaves among the inputs, where `grads` are those of the outputs."""
+    outs = outputs(function, inputs)
+    leaves = [leaf for leaf in inputs if leaf.requires_grad]
+    gradients = torch.autograd.grad(outs, leaves, draw_gradients(outs) if grads is None else grads)
+    return [out.detach() for out in outs], list(gradients)
+
+
+@contextmanager
+def plain():
+    """The formulas that compiled graphs take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        yield
+
+
+PATHS = {"by hand": nullcontext, "plain": plain}
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+
+
+@each_case
+def test_gradients_are_those_of_finite_differences(function, sizes):
+    assert torch.autograd.gradcheck(function, draw(sizes))
+
+
+@each_case
+def test_by_hand_is_the_plain_formula_forward_and_backward(function, sizes):
+    inputs = draw(sizes)
+    ours = results(function, inputs)
+    with plain():
+        theirs = results(function, inputs)
+        steps = outputs(function, inputs)[0].grad_fn.name()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert outputs(function, inputs)[0].grad_fn.name() != steps, "compared with itself"
+
+
+@each_case
+def test_each_gradient_is_the_same_where_no_other_is_wanted(function, sizes):
+    inputs = draw(sizes)
+    _, expected = results(function, inputs)
+    for i, gradient in enumerate(expected):
+        others_frozen = [leaf if leaf is inputs[i] else leaf.detach() for leaf in inputs]
+        _, (alone,) = results(function, others_frozen)
+        assert torch.equal(alone, gradient)
+
+
+@each_path
+@pytest.mark.parametrize("name", ["modulated norm", "gated add"])
+def test_rows_that_no_token_has_learn_nothing(name, path):
+    function, sizes = CASES[name]
+    with path():
+        _, gradients = results(function, draw(sizes))
+    for gradient, size in zip(gradients, sizes, strict=True):
+        if size[0] == ROWS:
+            assert gradient.any(dim=1).tolist() == [True, False, True, False, True]
+
+
+# precision
+
+
+def assert_close_at_its_precision(ours: Tensor, exact: Tensor):
+    error = (ours.double() - exact).norm() / exact.norm()
+    assert error < 4 * torch.finfo(ours.dtype).eps
+
+
+def check_precision(function, inputs, path):
+    """Against double precision, which gets the same rounded inputs and gradients. Returns the dtypes of the outputs."""
+    with path():
+        outs, gradients = results(function, inputs)
+    grads = [grad.double() for grad in draw_gradients(outs)]
+    exact_outs, exact_gradients = results(function, [leaf.detach().double().requires_grad_() for leaf in inputs], grads)
+    for ours, theirs in zip((*outs, *gradients), (*exact_outs, *exact_gradients), strict=True):
+        assert_close_at_its_precision(ours, theirs)
+    assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in inputs]
+    return {out.dtype for out in outs}
+
+
+@each_path
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_dtype_is_kept_and_as_precise_as_it_can_be(function, sizes, dtype, path):
+    assert check_precision(function, draw(sizes, dtype), path) == {dtype}
+
+
+AUTOCAST = {
+    "geglu": ([torch.bfloat16], torch.bfloat16),
+    "modulated norm": ([torch.float32, torch.bfloat16, torch.bfloat16], torch.float32),
+    "gated add": ([torch.float32, torch.bfloat16, torch.bfloat16], torch.float32),
+    "grouped heads": ([torch.bfloat16, torch.float32], torch.bfloat16),
+}
+
+
+@each_path
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_residuals_stay_in_single_precision_beside_what_autocast_rounds(name, autocast, path):
+    (function, sizes), (dtypes, expected) = CASES[name], AUTOCAST[name]
+
+    def function_under_autocast(*inputs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and inputs[0].dtype != torch.float64):
+            return function(*inputs)
+
+    assert check_precision(function_under_autocast, draw(sizes, dtypes), path) == {expected}
+
+
+@each_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_row_add_up_in_single_precision_at_least(dtype, path):
+    """4,096 ones: added one by one, halves would stay at 2,048, and bfloat16 at 256."""
+    n = 4096
+    row, ones = torch.zeros(n, dtype=torch.long), torch.ones(n, 2, dtype=dtype)
+    x = torch.tensor([-1.0, 1.0], dtype=dtype).expand(n, 2)
+    scale, shift, gate = (torch.zeros(1, 2, dtype=dtype, requires_grad=True) for _ in range(3))
+    with path():
+        outs = modulated_norm(x, scale, shift, row), gated_add(ones, ones, gate, row)
+    gradients = torch.autograd.grad(outs, (scale, shift, gate), (ones, ones))
+    expected = ([-n, n], [n, n], [n, n])
+    assert [gradient[0].tolist() for gradient in gradients] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "summed"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_rows_are_sums_of_their_tokens(dtype, summed):
+    values = torch.randn(N, D).to(dtype)
+    sums = sum_rows(values, ROW, ROWS)
+    assert sums.dtype == summed
+    torch.testing.assert_close(sums, F.one_hot(ROW, ROWS).T.to(summed) @ values.to(summed))
+
+
+# memory
+
+
+def spaced(x: Tensor) -> Tensor:
+    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+
+
+def columns_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def part_of_more(x: Tensor) -> Tensor:
+    return torch.cat((torch.full_like(x, torch.nan), x), dim=1)[:, x.shape[1] :]
+
+
+@each_case
+@pytest.mark.parametrize("arrange", [spaced, columns_first, part_of_more])
+def test_inputs_may_lie_in_memory_as_they_like(function, sizes, arrange):
+    inputs = draw(sizes)
+    arranged = [arrange(leaf.detach()).requires_grad_() for leaf in inputs]
+    assert not any(leaf.is_contiguous() for leaf in arranged)
+    torch.testing.assert_close(results(function, arranged), results(function, inputs), rtol=0, atol=1e-12)
+
+
+@each_case
+@pytest.mark.parametrize("arrange", [spaced, columns_first, part_of_more, lambda x: x[:1, :1].expand_as(x)])
+def test_gradients_may_lie_in_memory_as_they_like(function, sizes, arrange):
+    inputs = draw(sizes)
+    arranged = [arrange(torch.randn_like(out)) for out in outputs(function, inputs)]
+    assert not any(grad.is_contiguous() for grad in arranged)
+    expected = results(function, inputs, [grad.contiguous() for grad in arranged])
+    torch.testing.assert_close(results(function, inputs, arranged), expected, rtol=0, atol=1e-12)
+
+
+def kept(function, inputs) -> list[Tensor]:
+    """What is kept for the backward pass."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        function(*inputs)
+    return saved
+
+
+@pytest.mark.parametrize("activation", ["geglu", "swiglu"])
+def test_a_gated_activation_keeps_its_input_only(activation):
+    hidden = torch.randn(N, 2 * D, requires_grad=True)
+    saved = kept(lambda hidden: gated_activation(hidden, activation), [hidden])
+    assert [tensor.data_ptr() for tensor in saved] == [hidden.data_ptr()]
+    assert sum(tensor.nbytes for tensor in saved) == hidden.nbytes
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("modulated norm", 0), ("gated add", 1), ("heads", 0), ("grouped heads", 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_as_large_as_an_output_is_kept_but_one_of_the_inputs(name, expected, dtype):
+    function, sizes = CASES[name]
+    inputs = draw(sizes, dtype)
+    size = min(out.numel() for out in outputs(function, inputs))
+    large = [tensor.data_ptr() for tensor in kept(function, inputs) if tensor.numel() >= size]
+    assert large == [inputs[expected].data_ptr()]
+
+
+def test_values_are_not_copied():
+    qkv, gain = draw(CASES["grouped heads"][1])
+    v = norm_four_heads(qkv, gain)[2]
+    assert v.data_ptr() == qkv[:, 6:].data_ptr()
+    assert v.stride() == qkv.stride()
