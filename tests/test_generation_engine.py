@@ -326,7 +326,7 @@ def faulty(name):
     if name == "processor of another shape":
         return build(seed=3), dict(logits_processors=[lambda ids, x: x[1:]]), (ValueError, "must return logits")
     if name == "shape":
-        model = build(seed=3, to_modality_shape_fn=parser)
+        model = build(seed=1, to_modality_shape_fn=parser)
         ids = [model.meta_id, *model.char_tokenizer("3").tolist(), model.som_ids[LINE]]
         return model, dict(logits_processors=[script(*ids, given=2)]), (ZeroDivisionError, "zero")
     if name == "noise":

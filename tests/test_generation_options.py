@@ -325,11 +325,11 @@ def test_requests_that_come_while_others_are_under_way_are_no_different(model, a
 
 
 def test_one_generator_seeds_all_prompts(model):
-    first, again = (model.sample_many([None] * 4, generator=seeded(5), **FREE) for _ in range(2))
+    first, again = (model.sample_many([None] * 4, generator=seeded(7), **FREE) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert_same(one, other, tolerance=0)
     assert len({str(shapes_of(sample)) for sample in first}) == 4
-    source = seeded(5)
+    source = seeded(7)
     assert_same(model.sample_many([None] * 4, generator=source, max_batch=1, **FREE)[3], first[3])
     later = model.sample_many([None] * 4, generator=source, **FREE)
     assert shapes_of(later[0]) != shapes_of(first[0]), "it has moved on"
