@@ -58,7 +58,7 @@ def run_workload(name: str, args: argparse.Namespace, settings: Settings, target
     sides = compare(name, pythons, settings, rounds=args.rounds, bf16=bf16)
     if not args.no_memory:
         for package, python in pythons.items():
-            if sides[package].error is None:
+            if sides[package].error is None and package != "compiled":
                 sides[package].memory = measure_memory(name, package, python, settings, bf16=bf16 and package != "peer")
     check_same_structure(name, sides)
     label = f"{name} bf16" if bf16 else name
