@@ -48,7 +48,8 @@ def free_gib() -> float:
 
 def print_profile(args: argparse.Namespace, settings: Settings) -> None:
     setup = ("setup", dict(workload=args.profile, bf16=args.bf16))
-    table = in_fresh_worker("ours", pythons_of(None)["ours"], settings, setup, ("profile", {}))
+    package = "compiled" if args.compiled else "ours"
+    table = in_fresh_worker(package, pythons_of(None)["ours"], settings, setup, ("profile", {}))
     print(table if isinstance(table, str) else table["error"])
 
 
@@ -70,9 +71,9 @@ def run_workload(name: str, args: argparse.Namespace, settings: Settings, target
 def check_same_structure(name: str, sides: dict[str, Measured]) -> None:
     """Both packages must have made samples of the same structure, where that is known."""
     digests = {side: (measured.info.get("check") or {}).get("structure") for side, measured in sides.items()}
-    made = {digest for digest in digests.values() if digest}
-    if len(made) > 1:
-        sides["peer"].error = f"{name}: the peer's samples have another structure"
+    for side, digest in digests.items():
+        if digest and digests["ours"] and digest != digests["ours"]:
+            sides[side].error = f"{name}: the samples have another structure than ours"
 
 
 def summary(entry: dict[str, Any]) -> str:

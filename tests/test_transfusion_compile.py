@@ -6,12 +6,15 @@ Most tests stop before code is generated (`aot_eager`): graphs, operators and gu
 import copy
 import io
 import os
+import threading
 
 import pytest
 import torch
 from network_streams import perturb
+from torch import nn
 
-from transfusion_pytorch import Transfusion
+from transfusion_pytorch import Transformer, Transfusion
+from transfusion_pytorch.network.transformer import MOST_GRAPHS
 
 CHECKS_TYPES = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
 compiles = pytest.mark.skipif(CHECKS_TYPES, reason="a compiled graph cannot check types")
@@ -165,6 +168,59 @@ def test_copies_and_saved_models_stay_compiled_and_run_their_own_layers():
     assert loaded.transformer.compile_options == compiled.transformer.compile_options
     torch.testing.assert_close(loss_of(loaded, mixed(1)), loss_of(compiled, mixed(1)))
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+class Doubled(Transformer):
+    def run_layers(self, *inputs):
+        return 2 * super().run_layers(*inputs)
+
+
+@compiles
+def test_layers_of_a_subclass_and_options_of_torch_arrive():
+    torch.manual_seed(0)
+    trunk = Doubled(16, depth=1, heads=2, dim_head=8)
+    plain = Transfusion(num_text_tokens=16, transformer=trunk)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="aot_eager", options={})
+    batch = torch.randint(0, 16, (2, 5))
+    expected, got, single = (model(batch, return_loss=False) for model in (plain, compiled, undoubled(plain)))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, 2 * single, rtol=1e-5, atol=1e-5)
+
+
+def undoubled(model):
+    model = copy.deepcopy(model)
+    model.transformer.__class__ = Transformer
+    return model
+
+
+@compiles
+def test_other_threads_have_room_for_as_many_graphs():
+    _, compiled = pair()
+    limits = []
+
+    def sample():
+        compiled(torch.randint(0, 16, (1, 4)))
+        limits.append(torch._dynamo.config.cache_size_limit)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    thread.join()
+    assert limits
+    assert limits[0] >= MOST_GRAPHS
+
+
+def test_what_cannot_be_compiled_is_refused():
+    width = dict(dim=16, depth=1, heads=2, dim_head=16)
+    with pytest.raises(ValueError, match="one or the other"):
+        Transfusion(num_text_tokens=4, transformer=width | dict(use_flex_attn=True)).compile()
+    for mode in ("reduce-overhead", "max-autotune"):
+        with pytest.raises(ValueError, match="replays the work of an earlier batch"):
+            Transfusion(num_text_tokens=4, transformer=width).compile(mode=mode)
+    own = nn.Linear(4, 4)
+    own.dim = 4
+    with pytest.raises(TypeError, match="this is a Linear"):
+        Transfusion(num_text_tokens=4, transformer=own).compile()
 
 
 @pytest.mark.skipif(not CHECKS_TYPES, reason="only TYPECHECK=1 cannot be compiled")

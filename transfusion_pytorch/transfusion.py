@@ -23,7 +23,7 @@ from transfusion_pytorch.latents import Latents, add_noise, latent_times, latent
 from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_modality
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
-from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.network.transformer import Transformer, as_trunk
 from transfusion_pytorch.preparation import as_times, check_probability
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
@@ -79,7 +79,8 @@ class Transfusion(SamplingMethods, nn.Module):
     - `model_output_clean`: the network predicts the clean latent instead of the velocity (arXiv 2511.13720)
     - `odeint_kwargs`: `method`, tolerances and options of `torchdiffeq.odeint`
     - `prob_uncond`: how often training takes the text away from a modality, for classifier-free guidance
-    - `time_policy`: how training draws times; `ignore_index`: the label of what is not predicted
+    - `time_policy`: how training draws times
+    - `ignore_index`: the label of what is not predicted
     """
 
     def __init__(
@@ -330,7 +331,12 @@ class Transfusion(SamplingMethods, nn.Module):
         return self.modalities[modality_type].info(self.vocabulary)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the transformer's layers (see `Transformer.compile`); the rest is too small to gain by it."""
+        """Compiles the transformer's layers (see `Transformer.compile`); the rest is too small to gain by it.
+
+        Raises `TypeError` if the transformer is a module of the user's own.
+        """
+        if not isinstance(self.transformer, Transformer):
+            raise TypeError(f"only a Transformer is compiled from here, this is a {type(self.transformer).__name__}")
         self.transformer.compile(**options)
 
     def create_ema(self, beta: float = 0.99, **options: Any) -> EMA:
@@ -416,25 +422,16 @@ class Transfusion(SamplingMethods, nn.Module):
         self, velocities: Latents, flow: Mapping[int, FlowSample], stream: TokenStream
     ) -> dict[int, ErrorSum]:
         """What the clean estimate decodes to, against what the clean latent decodes to."""
+        if self.loss_weights.recon == 0:
+            return {}
         errors = {}
-        for modality, sample in flow.items() if self.loss_weights.recon else ():
+        for modality, sample in flow.items():
             estimate = estimate_clean(sample.x_t, velocities[modality], sample.t, damped=self.model_output_clean)
             io, shapes = self.modalities[modality], stream.spans.shapes_of(modality)
             target = io.decode(unflatten(estimate_clean(*sample), shapes))
             made = io.decode_with_gradient(unflatten(estimate, shapes))
             errors[modality] = squared_error(*(torch.cat([x.flatten() for x in each]) for each in (made, target)))
         return errors
-
-
-def as_trunk(transformer: Any) -> Any:
-    if isinstance(transformer, Mapping):
-        return Transformer(**transformer)
-    if not isinstance(transformer, nn.Module) or not isinstance(getattr(transformer, "dim", None), int):
-        raise TypeError(
-            "transformer must be a dict of Transformer arguments, or a module that has its width as `dim`, "
-            f"got {type(transformer).__name__}"
-        )
-    return transformer
 
 
 def as_teacher(student: Transfusion, ema: Any, ahead: float) -> Teacher | None:

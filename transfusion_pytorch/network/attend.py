@@ -21,11 +21,12 @@ from transfusion_pytorch.sequence.masks import Layout, Run, RunTable
 
 
 class AttentionPlan(NamedTuple):
-    """How one forward pass attends, found once for all layers: by one of these.
+    """How one forward pass attends, found once for all layers. One of these:
 
+    - `runs`: SDPA over the runs of the stream
+    - `cache`: SDPA over the runs of the stream and what the cache has of their samples
+    - `table`: either of them in a compiled graph; `cached` are the tensors of the cache
     - `block_mask`: flex attention over the whole stream
-    - `table`: its runs for a compiled graph, with `cached` tensors that some of them continue
-    - `runs`, or those of a `cache`
     """
 
     runs: Sequence[Run] = ()

@@ -143,7 +143,7 @@ class CacheView:
         row_of = torch.arange(run.rows.start, run.rows.stop)[:, None]
         slot_of = torch.tensor(past)[:, None] + torch.arange(length)
         device = self.cache.keys[0].device
-        return row_of.to(device), slot_of.to(device)
+        return row_of.to(device, non_blocking=True), slot_of.to(device, non_blocking=True)
 
     @cached_property
     def table(self) -> RunTable:
@@ -159,7 +159,8 @@ class CacheView:
             ]
         )
         row_of = torch.tensor(self.rows).repeat_interleave(lengths)
-        return CacheTable(self.cache.keys, self.cache.values, row_of.to(device), slot_of.to(device))
+        places = (index.to(device, non_blocking=True) for index in (row_of, slot_of))
+        return CacheTable(self.cache.keys, self.cache.values, *places)
 
     def update(
         self, layer: int, run: int, keys: Shaped[Tensor, "g h t d"], values: Shaped[Tensor, "g h t d"]

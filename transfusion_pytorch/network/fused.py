@@ -1,8 +1,9 @@
 """Elementwise work of a layer with gradients written by hand.
 
 Between two matrix products a step of training is bound by memory. Autograd would keep every intermediate and write
-every gradient of a slice into zeros of its own; these keep their inputs only, take what they need from them once more,
-and write each gradient where it belongs. Compilers find that by themselves, so compiled graphs take the plain formulas.
+every gradient of a slice into zeros of its own; these keep little but their inputs, take what they need from them once
+more, and write each gradient where it belongs. Compilers find that by themselves, so compiled graphs take the plain
+formulas.
 
 n tokens, m rows of a table, d model, f features or frequencies, h query heads, k key/value heads, e channels of a head.
 """

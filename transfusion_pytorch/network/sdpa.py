@@ -3,7 +3,7 @@
 n tokens, h query heads, k key/value heads, e channels of a head, g samples of one length t.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transfusion_pytorch.network.cache import CacheView
-from transfusion_pytorch.sequence.masks import Chunk, Run
+from transfusion_pytorch.sequence.masks import QUERY_CHUNK, Chunk, Run
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,7 +35,8 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *flash_gradients(grad, *ctx.saved_tensors, ctx.runs), None
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        return *flash_gradients(grad, q, k, v, out, logsumexp, ctx.runs), None
 
 
 def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], softcap: float | None) -> Tensor:
@@ -45,8 +46,8 @@ def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], softcap: f
     lengths = [run.tokens.stop - run.tokens.start for run in runs]
     split = (part.split(lengths) for part in (q, k, v))
     outs = [
-        attend_run(run, *(batched(part, run) for part in parts), softcap)
-        for run, *parts in zip(runs, *split, strict=True)
+        attend_run(run, batched(q_run, run), batched(k_run, run), batched(v_run, run), softcap)
+        for run, q_run, k_run, v_run in zip(runs, *split, strict=True)
     ]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -94,12 +95,12 @@ def flash_gradients(
 def dense_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the definition, for any device and with softcap: the weights of a chunk are made once more."""
+    """The same from the definition, for any device and with softcap. Keys and values have a head for each of q's."""
     grads = _empty_gradients(q, k, v)
     scale = q.shape[-1] ** -0.5
     for run in runs:
         grad_run, q_run, k_run, v_run, *grads_run = (batched(part[run.tokens], run) for part in (grad, q, k, v, *grads))
-        for chunk in run.chunks:
+        for chunk in _short(run.chunks, q.device):
             seen = slice(0, chunk.num_keys)
             grad_out, some_q, keys, values = (
                 part.to(torch.promote_types(q.dtype, torch.float32))
@@ -120,6 +121,19 @@ def dense_gradients(
             grads_run[1][:, :, seen] += slope.mT @ some_q * scale
             grads_run[2][:, :, seen] += weights.mT @ grad_out
     return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
+def _short(chunks: Sequence[Chunk], device: torch.device) -> Iterator[Chunk]:
+    """Chunks of at most `QUERY_CHUNK` queries, with their masks: all weights of a long row would be too many."""
+    for queries, num_keys, is_causal, mask in chunks:
+        for start in range(queries.start, queries.stop, QUERY_CHUNK):
+            stop = min(start + QUERY_CHUNK, queries.stop)
+            if is_causal:
+                last = torch.arange(start, stop, device=device)
+                yield Chunk(slice(start, stop), stop, False, torch.arange(stop, device=device) <= last[:, None])
+            else:
+                part = None if mask is None else mask[:, :, start - queries.start : stop - queries.start]
+                yield Chunk(slice(start, stop), num_keys, False, part)
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

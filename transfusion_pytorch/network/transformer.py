@@ -4,7 +4,7 @@ n tokens, d model, c condition.
 """
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -23,7 +23,7 @@ from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modula
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
-MOST_GRAPHS = 64  # with gradients or without, text alone or spans, with a cache or none: more than torch's 8
+MOST_GRAPHS = 256  # of all models together; torch's own limit of 8 is less than one model has
 HIDDEN_MULTIPLE = 16  # products of rows that end where vector registers do are up to a quarter faster
 HIDDEN_MATRICES = ("to_qkv.weight", "to_hidden.weight", "to_out.weight")
 
@@ -190,17 +190,20 @@ class Transformer(nn.Module):
 
         `position` are rotary positions, `conditioning` tells spans their time (None for text alone).
         """
-        compiled = None if self.compile_options is None else _compiled(**self.compile_options)
-        inputs = (x, *self.parameters(), *(() if conditioning is None else (conditioning.spans,)))
-        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        plan = plan_attention(layout, cache, flex=self.use_flex_attn, trains=trains, compiled=compiled is not None)
+        options = None if torch.compiler.is_compiling() else self.compile_options
+        trains = self.use_flex_attn and self._trains(x, conditioning)
+        plan = plan_attention(layout, cache, flex=self.use_flex_attn, trains=trains, compiled=options is not None)
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
-        if compiled is None:
+        if options is None:
             return self.run_layers(x, phases, plan, conditioning)
         if conditioning is not None and len(conditioning.spans) == 1:
             conditioning = _with_another(conditioning, len(x))
-        mark_dynamic(x, phases, plan, conditioning)
-        return compiled(self, x, phases, plan, conditioning)
+        _mark_sizes(x, phases, plan, conditioning)
+        return _compiled(type(self).run_layers, options)(self, x, phases, plan, conditioning)
+
+    def _trains(self, x: Tensor, conditioning: Conditioning | None) -> bool:
+        inputs = (x, *self.parameters(), *(() if conditioning is None else (conditioning.spans,)))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
     def run_layers(
         self,
@@ -226,14 +229,22 @@ class Transformer(nn.Module):
         return self.final_norm(self.reduce_streams(x), self.final_norm.modulation(conditioning))
 
     def compile(self, **options: Any) -> None:
-        """From now on the layers run as one compiled graph, for training and for decoding, in batches of any shape.
+        """From now on all layers run as one compiled graph, in training and in decoding.
 
-        `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and saved models keep them. Text
-        alone, spans, gradients or none, and a cache or none make a graph each, when they first come.
+        A graph serves batches of all sizes. There is one for each way of computing, made when it is first needed: with
+        gradients or without, text alone or spans, with a cache or none, one token or many. `options` are those of
+        `torch.compile`; by default `fullgraph=True`. Copies and saved models keep them.
 
-        Raises `RuntimeError` under `TYPECHECK=1`, whose checks no graph can hold.
+        Meant for CPUs so far: on a GPU the gradients of attention would be taken from its definition.
+
+        Raises `ValueError` with `use_flex_attn`, which compiles a kernel of its own, and for modes that replay what a
+        GPU did for an earlier batch; `RuntimeError` under `TYPECHECK=1`, whose checks no graph can hold.
         """
-        if hasattr(Transformer.run_layers, "__wrapped__"):
+        if self.use_flex_attn:
+            raise ValueError("use_flex_attn compiles a kernel of its own: use one or the other")
+        if options.get("mode") in ("reduce-overhead", "max-autotune"):
+            raise ValueError(f"mode {options['mode']!r} replays the work of an earlier batch, whose layout was another")
+        if hasattr(type(self).run_layers, "__wrapped__"):
             raise RuntimeError("a compiled graph cannot check types at run time; compile without TYPECHECK=1")
         self.compile_options = dict(fullgraph=True) | options
 
@@ -249,12 +260,30 @@ class Transformer(nn.Module):
         return [parameter for name, parameter in self.named_parameters() if name.endswith(HIDDEN_MATRICES)]
 
 
-@lru_cache
-def _compiled(**options: Any) -> Callable[..., Tensor]:
+def as_trunk(transformer: Any) -> Any:
+    """A `Transformer` of these arguments, or a module that is called as one."""
+    if isinstance(transformer, Mapping):
+        return Transformer(**transformer)
+    if not isinstance(transformer, nn.Module) or not isinstance(getattr(transformer, "dim", None), int):
+        raise TypeError(
+            "transformer must be a dict of Transformer arguments, or a module that has its width as `dim`, "
+            f"got {type(transformer).__name__}"
+        )
+    return transformer
+
+
+def _compiled(run_layers: Callable[..., Tensor], options: Mapping[str, Any]) -> Callable[..., Tensor]:
     """One for all models: bound to none of them, so that a copy does not run the layers of its original."""
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    return torch.compile(Transformer.run_layers, **options)
+    if config.cache_size_limit < MOST_GRAPHS:  # each thread has its own
+        config.cache_size_limit = MOST_GRAPHS
+    key = run_layers, repr(sorted(options.items()))
+    if key not in _COMPILED:
+        _COMPILED[key] = torch.compile(run_layers, **options)
+    return _COMPILED[key]
+
+
+_COMPILED: dict[tuple, Callable[..., Tensor]] = {}
 
 
 def _with_another(conditioning: Conditioning, n: int) -> Conditioning:
@@ -263,15 +292,15 @@ def _with_another(conditioning: Conditioning, n: int) -> Conditioning:
     return Conditioning(torch.cat((spans, spans)), row if row is not None else spans.new_ones(n, dtype=torch.long))
 
 
-def mark_dynamic(x: Tensor, phases: Tensor, plan: AttentionPlan, conditioning: Conditioning | None) -> None:
+def _mark_sizes(x: Tensor, phases: Tensor, plan: AttentionPlan, conditioning: Conditioning | None) -> None:
     """Says which sizes differ from batch to batch, so that no graph takes the first ones for constants."""
-    tensors = [x, phases, *(plan.table or ()), *(conditioning or ())]
+    sizes = [(tensor, 0) for tensor in (x, phases, *(plan.table or ()), *(conditioning or ())) if tensor is not None]
     if plan.cached is not None:
-        tensors += [plan.cached.row_of, plan.cached.slot_of, *plan.cached.keys, *plan.cached.values]
-    for tensor in tensors:
-        for dim in (0, 2) if tensor is not None and tensor.ndim == 4 else (0,):  # rows and slots of a cache
-            if tensor is not None and tensor.shape[dim] > 1:
-                torch._dynamo.mark_dynamic(tensor, dim)
+        keys, values, row_of, slot_of = plan.cached
+        sizes += [(row_of, 0), (slot_of, 0), *((part, dim) for part in (*keys, *values) for dim in (0, 2))]
+    for tensor, dim in sizes:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
 
 
 def _only(name: str, given: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class Run(NamedTuple):
 class RunTable(NamedTuple):
     """Runs as two tensors, which a compiled graph takes without being compiled for each batch anew.
 
-    `numbers` has a line for each chunk (see `of`), on the CPU; `bits` are all masks behind each other. Both begin with
-    something that stands for nothing: a graph may take a size of 0 or 1 for a constant.
+    `numbers` has a line for each chunk (see `of`), on the CPU; `bits` are all masks behind each other. Both begin
+    with a filling, a line of zeros and two bits: a graph would take a size of 0 or 1 for a constant.
     """
 
     numbers: Int[Tensor, "chunks 10"]
@@ -151,7 +151,7 @@ def _chunks(end: Int[Tensor, "g t"], device: torch.device | str) -> Iterator[Chu
         part = end[:, start:stop]
         num_keys = int(part.max())
         mask = None if int(part.min()) == num_keys else torch.arange(num_keys) < part[:, None, :, None]
-        yield Chunk(slice(start, stop), num_keys, False, None if mask is None else mask.to(device))
+        yield Chunk(slice(start, stop), num_keys, False, None if mask is None else mask.to(device, non_blocking=True))
 
 
 def _edges(length: int, size: int) -> Iterator[tuple[int, int]]:
