@@ -1,7 +1,7 @@
 """Runs the same work in two packages side by side, and what is left of it if only the matrix products are done.
 
 Every package has a process of its own (`worker.py`), because both are imported by the same name. They take turns: in
-each round every side runs once, nobody computes while another does, and the side that begins changes from round to
+each round every side has a turn, nobody computes while another does, and the side that begins changes from round to
 round, so that a slow minute of the machine falls on all of them. Figures are medians over rounds, ratios are ratios of
 those medians.
 """
@@ -126,7 +126,10 @@ class Measured:
 
 
 def interleave(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Measured]:
-    """Runs every side once a round, beginning with another one each time."""
+    """Times every side once a round, beginning with another one each time.
+
+    Just before, each runs once untimed: what a process that waited has in memory may have been taken from it meanwhile.
+    """
     results = {name: Measured() for name in sides}
     names = list(sides)
     for i in range(rounds if names else 0):
@@ -134,6 +137,7 @@ def interleave(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
             if results[name].error is None:
                 time.sleep(SETTLE)
                 try:
+                    sides[name]()
                     results[name].seconds.append(sides[name]())
                 except WorkerError as error:
                     results[name].error = str(error)
