@@ -152,13 +152,8 @@ class CacheView:
     @cached_property
     def tensors(self) -> CacheTable:
         lengths, device = torch.tensor(self.layout.lengths), self.cache.keys[0].device
-        slot_of = (
-            torch.arange(len(self.layout.end))
-            + (torch.tensor(self.past) - lengths.cumsum(0) + lengths)[
-                torch.arange(len(lengths)).repeat_interleave(lengths)
-            ]
-        )
-        row_of = torch.tensor(self.rows).repeat_interleave(lengths)
+        row_of, past = (torch.tensor(each).repeat_interleave(lengths) for each in (self.rows, self.past))
+        slot_of = past + torch.arange(len(past)) - self.layout.start
         places = (index.to(device, non_blocking=True) for index in (row_of, slot_of))
         return CacheTable(self.cache.keys, self.cache.values, *places)
 

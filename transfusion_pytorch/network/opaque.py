@@ -17,6 +17,7 @@ from transfusion_pytorch.network.sdpa import (
     attend_runs,
     batched,
     dense_gradients,
+    empty_sums,
     flash_gradients,
     flash_outputs,
     one_for_each_head,
@@ -48,7 +49,7 @@ def _attend(
 
 @_attend.register_fake
 def _(q, k, v, numbers, bits, softcap):
-    return q.new_empty(q.shape), _sums_like(q) if uses_flash(q, softcap) else _no_sums(q)
+    return q.new_empty(q.shape), empty_sums(q) if uses_flash(q, softcap) else _no_sums(q)
 
 
 @torch.library.custom_op("transfusion_pytorch::attend_backward", mutates_args=())
@@ -111,10 +112,6 @@ def _attend_cached(
 @_attend_cached.register_fake
 def _(q, k, v, keys, values, row_of, slot_of, numbers, bits, softcap):
     return q.new_empty(q.shape)
-
-
-def _sums_like(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _no_sums(q: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
     """The output `(n, h, e)`, and what the gradients want to know: the logarithm of each sum of weights, `(n, h)`."""
     q, k, v = map(_with_neighbouring_channels, (q, k, v))
     out = q.new_empty(q.shape)
-    logsumexp = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    logsumexp = empty_sums(q)
     for run in runs:
         q_run, k_run, v_run, out_run, sum_run = (batched(part[run.tokens], run) for part in (q, k, v, out, logsumexp))
         for queries, num_keys, is_causal, mask in run.chunks:
@@ -69,6 +69,11 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
             made = flash(q_run[:, :, queries], *seen, 0.0, is_causal, attn_mask=_bias(mask, q.dtype))
             out_run[:, :, queries], sum_run[:, :, queries] = made
     return out, logsumexp
+
+
+def empty_sums(q: Tensor) -> Tensor:
+    """Room for one number for each query of each head, `(n, h)`."""
+    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def flash_gradients(
