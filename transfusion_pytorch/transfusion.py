@@ -24,6 +24,7 @@ from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_mod
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
+from transfusion_pytorch.network.upcast import Linear
 from transfusion_pytorch.preparation import as_times, check_probability
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
@@ -132,7 +133,7 @@ class Transfusion(SamplingMethods, nn.Module):
         )
         self.vocabulary = Vocabulary(num_text_tokens, len(self.modalities))
         self.text_embedding = nn.Embedding(self.vocabulary.size, dim)
-        self.to_logits = nn.Linear(dim, self.vocabulary.num_logits, bias=False)
+        self.to_logits = Linear(dim, self.vocabulary.num_logits, bias=False)
         self.time_embedding = TimeEmbedding(dim)
         self.type_embedding = nn.Embedding(len(self.modalities), dim)
         nn.init.normal_(self.text_embedding.weight, std=0.02)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.network.norms import sinusoids
 from transfusion_pytorch.network.unet import UNetDown, UNetUp
+from transfusion_pytorch.network.upcast import Linear
 
 Shape = tuple[int, ...]
 
@@ -33,8 +34,8 @@ class LinearAdapter(nn.Module):
 
     def __init__(self, dim_latent: int, dim: int):
         super().__init__()
-        self.to_model = nn.Linear(dim_latent, dim)
-        self.to_latent = nn.Linear(dim, dim_latent)
+        self.to_model = Linear(dim_latent, dim)
+        self.to_latent = Linear(dim, dim_latent)
         nn.init.zeros_(self.to_latent.weight)
         nn.init.zeros_(self.to_latent.bias)
 
@@ -171,7 +172,7 @@ class AxialPositions(nn.Module):
     def __init__(self, dim: int, num_axes: int, *, num_frequencies: int = 16):
         super().__init__()
         self.num_frequencies = num_frequencies
-        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies * num_axes, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.layers = nn.Sequential(Linear(2 * num_frequencies * num_axes, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, coordinates: Float[Tensor, "n a"]) -> Shaped[Tensor, "n d"]:
         features = sinusoids(coordinates, count=self.num_frequencies, highest=torch.pi, ratio=1024.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.network.attend import AttentionPlan, attend
 from transfusion_pytorch.network.fused import normed_heads
 from transfusion_pytorch.network.norms import RMSNorm
+from transfusion_pytorch.network.upcast import Linear
 from transfusion_pytorch.sequence.positions import rotate
 
 LASER_LIMIT = 10.0  # values are squashed to +-10 before the exponential, which float16 still holds
@@ -49,12 +50,12 @@ class Attention(nn.Module):
             raise ValueError(f"softcap_value must be positive, got {softcap_value}")
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         self.laser, self.softcap = laser, softcap_value
-        self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
+        self.to_qkv = Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.q_norm = RMSNorm(dim_head) if qk_rmsnorm else None
         self.k_norm = RMSNorm(dim_head) if qk_rmsnorm else None
-        self.to_gates = nn.Linear(dim, heads) if gate_values else None
-        self.to_value_mix = nn.Linear(dim, kv_heads) if value_residual else None
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_gates = Linear(dim, heads) if gate_values else None
+        self.to_value_mix = Linear(dim, kv_heads) if value_residual else None
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(
         self,

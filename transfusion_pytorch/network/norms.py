@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.fused import LAYER_NORM_EPS, gated_add, inverse_rms, modulated_norm
+from transfusion_pytorch.network.upcast import Linear
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +92,7 @@ class AdaptiveNorm(nn.Module):
         self.dim = dim
         self.text_scale = nn.Parameter(torch.zeros(dim))
         self.text_gate = nn.Parameter(torch.zeros(dim)) if gated else None
-        self.to_modulation = nn.Linear(dim_condition, (3 if gated else 2) * dim)
+        self.to_modulation = Linear(dim_condition, (3 if gated else 2) * dim)
         nn.init.zeros_(self.to_modulation.weight)
         nn.init.zeros_(self.to_modulation.bias)
 
@@ -134,7 +135,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int, *, num_frequencies: int = 64, max_time: float = 1000.0):
         super().__init__()
         self.num_frequencies, self.max_time = num_frequencies, max_time
-        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.layers = nn.Sequential(Linear(2 * num_frequencies, dim), nn.SiLU(), Linear(dim, dim), nn.SiLU())
 
     def forward(self, t: Float[Tensor, " m"]) -> Float[Tensor, "m c"]:
         features = sinusoids(t[:, None], count=self.num_frequencies, highest=self.max_time, ratio=10_000.0)

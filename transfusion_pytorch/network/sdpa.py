@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transfusion_pytorch.network.cache import CacheView
+from transfusion_pytorch.network.upcast import product_dtype
 from transfusion_pytorch.sequence.masks import QUERY_CHUNK, Chunk, Run
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -80,7 +81,9 @@ def flash_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, runs: Sequence[Run]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; those of keys and values add up over the chunks of a run."""
-    grad, q, k, v, out = map(_with_neighbouring_channels, (grad, q, k, v, out))
+    dtypes = [part.dtype for part in (q, k, v)]
+    dtype = product_dtype(q.dtype, q.device.type)
+    grad, q, k, v, out = (_with_neighbouring_channels(part.to(dtype)) for part in (grad, q, k, v, out))
     grads = _empty_gradients(q, k, v)
     for run in runs:
         of_queries = [batched(part[run.tokens], run) for part in (grad, q, out, logsumexp, grads[0])]
@@ -94,7 +97,8 @@ def flash_gradients(
             grad_q[:] = made[0]
             grad_k += made[1]
             grad_v += made[2]
-    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
+    grad_q, grad_k, grad_v = (part.to(dtype) for part, dtype in zip(grads, dtypes, strict=True))
+    return grad_q, grad_k, grad_v
 
 
 def dense_gradients(
@@ -175,7 +179,10 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softcap: float 
     k, v = (one_for_each_head(q, part.to(q.dtype)) for part in (k, v))
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.mask, is_causal=chunk.is_causal)
-    return _masked(_logits(q, k, softcap), chunk).softmax(dim=-1) @ v
+    dtype, kind = q.dtype, q.device.type
+    q, k, v = (part.to(product_dtype(dtype, kind)) for part in (q, k, v))
+    with torch.autocast(kind, enabled=False):
+        return (_masked(_logits(q, k, softcap), chunk).softmax(dim=-1) @ v).to(dtype)
 
 
 def _logits(q: Tensor, k: Tensor, softcap: float | None) -> Tensor:

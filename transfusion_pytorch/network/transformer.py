@@ -9,7 +9,6 @@ from math import ceil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hyper_connections import get_init_and_expand_reduce_stream_functions
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from transfusion_pytorch.network.attention import Attention
 from transfusion_pytorch.network.cache import CacheView, KVCache
 from transfusion_pytorch.network.fused import ACTIVATIONS, gated_activation
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modulation
+from transfusion_pytorch.network.upcast import Linear, linear
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
@@ -42,9 +42,9 @@ class FeedForward(nn.Module):
             raise ValueError(f"expansion_factor must be positive, and not so small, got {expansion_factor}")
         hidden = HIDDEN_MULTIPLE * ceil(round(hidden / HIDDEN_MULTIPLE, 6))  # 528.0000000000001 is 528
         self.activation = activation
-        self.to_hidden = nn.Linear(dim, 2 * hidden)
+        self.to_hidden = Linear(dim, 2 * hidden)
         self.dropout = nn.Dropout(dropout)
-        self.to_out = nn.Linear(hidden, dim)
+        self.to_out = Linear(hidden, dim)
 
     def forward(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         return self.to_out(self.dropout(gated_activation(self.to_hidden(x), self.activation)))
@@ -58,7 +58,7 @@ class Layer(nn.Module):
     ):
         super().__init__()
         self.index, self.is_plain = index, is_plain
-        self.skip = nn.Linear(2 * dim, dim, bias=False) if skips else None
+        self.skip = Linear(2 * dim, dim, bias=False) if skips else None
         self.attn_norm, self.ff_norm = AdaptiveNorm(dim, dim), AdaptiveNorm(dim, dim)
         self.attn, self.ff = Attention(dim, **attn), FeedForward(dim, dropout=dropout, **ff)
         self.attn_residual, self.ff_residual = connect(layer_index=index), connect(layer_index=index)
@@ -100,7 +100,7 @@ class Layer(nn.Module):
         """`x + W [x; skipped]` without copying the two behind each other."""
         assert self.skip is not None
         from_x, from_skipped = self.skip.weight.chunk(2, dim=1)
-        return x + torch.addmm(F.linear(x, from_x), skipped, from_skipped.t())
+        return x + linear(x, from_x) + linear(skipped, from_skipped)
 
 
 class Transformer(nn.Module):

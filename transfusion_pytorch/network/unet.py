@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from transfusion_pytorch.network.upcast import Conv1d, Conv2d, Conv3d, Linear
+
+CONVOLUTIONS = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
 
 def convolution(num_dim: int, *args, **options) -> nn.Module:
@@ -44,7 +46,7 @@ class ResidualBlock(nn.Module):
         self.norm_in = group_norm(dim_in)
         self.conv_in = convolution(num_dim, dim_in, dim_out, 3, padding=1)
         self.norm_out = group_norm(dim_out)
-        self.to_modulation = nn.Linear(dim_condition, 2 * dim_out)
+        self.to_modulation = Linear(dim_condition, 2 * dim_out)
         self.conv_out = convolution(num_dim, dim_out, dim_out, 3, padding=1)
         self.shortcut = convolution(num_dim, dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
         start_at_zero(self.to_modulation)

@@ -11,6 +11,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from transfusion_pytorch.network.upcast import Linear, product_dtype, working_dtype
+
 CHUNK = 2**23  # logits at a time: 32 MiB in single precision, and still many rows for a matrix product
 
 
@@ -23,7 +25,9 @@ def summed_cross_entropy(
     as soon as its logits are there (those of a sum need nothing that comes later), so that no logits are kept and none
     are made twice.
     """
-    weight = to_logits.weight if type(to_logits) is nn.Linear and to_logits.bias is None else None
+    weight = None
+    if type(to_logits) is nn.Linear or type(to_logits) is Linear:  # a subclass may do more than multiply
+        weight = to_logits.weight if to_logits.bias is None else None
     if weight is not None and len(labels) * len(weight) > chunk:
         return ChunkedCrossEntropy.apply(x, weight, labels, max(chunk // len(weight), 16))  # type: ignore[return-value]
     logits = to_logits(x)
@@ -36,7 +40,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(working_dtype(x), kind)
         wants_x, wants_weight, *_ = ctx.needs_input_grad
         grad_x = torch.empty_like(x, dtype=precise(x.dtype)) if wants_x else None
         grad_weight = torch.zeros_like(weight, dtype=precise(weight.dtype)) if wants_weight else None

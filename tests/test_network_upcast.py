@@ -1,0 +1,185 @@
+"""Layers whose products are made in single precision where a processor has none of the lower ones."""
+
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+from network_streams import STREAMS, projections, stream
+from torch import nn
+
+from transfusion_pytorch.network import upcast
+from transfusion_pytorch.network.attend import attend, plan_attention
+from transfusion_pytorch.network.upcast import (
+    FEW_ROWS,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Linear,
+    emulated,
+    types_without_products,
+)
+
+LOW = [torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", LOW)
+each_bias = pytest.mark.parametrize("bias", [True, False])
+
+
+@pytest.fixture(params=[True, False], ids=["emulated", "native"])
+def processor(request, monkeypatch):
+    """With or without products of low precision, whichever this one has."""
+    monkeypatch.setattr(upcast, "EMULATED", LOW if request.param else ())
+    return request.param
+
+
+def results(function, x, parameters, grad):
+    out = function(x)
+    return out.detach(), *torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype))
+
+
+def assert_as_precise_as(dtype, ours, exact):
+    for part, expected in zip(ours, exact, strict=True):
+        assert (part.double() - expected.double()).norm() <= 4 * torch.finfo(dtype).eps * expected.double().norm()
+
+
+@each_dtype
+@each_bias
+@pytest.mark.parametrize("rows", [(FEW_ROWS,), (FEW_ROWS - 1,), (2, 3, 7), (), (0,)], ids=str)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_linear_layer_is_as_precise_as_its_type(rows, bias, dtype, autocast, processor):
+    layer, x = Linear(24, 40, bias=bias), torch.randn(*rows, 24, requires_grad=True)
+    grad = torch.randn(*rows, 40).to(dtype)
+    exact = results(layer, x, layer.parameters(), grad.float())
+    if not autocast:
+        layer, x = layer.to(dtype), x.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        ours = results(layer, x, layer.parameters(), grad)
+    stored = torch.float32 if autocast else dtype
+    assert [part.dtype for part in ours] == [dtype] + [stored] * (len(ours) - 1)
+    assert_as_precise_as(dtype, ours, exact)
+
+
+@each_dtype
+def test_products_are_of_single_precision_only_where_the_low_one_is_emulated(dtype, processor):
+    layer, seen = Linear(8, 8), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                seen.extend(part.dtype for part in args)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(FEW_ROWS, 8, requires_grad=True)
+    with Watch():
+        with torch.autocast("cpu", dtype):
+            out = layer(x)
+        out.sum().backward()
+    assert len(seen) == 3 + 2 * 2
+    assert set(seen) == {torch.float32 if processor else dtype}
+
+
+def test_other_types_and_autocast_of_double_are_left_alone(processor):
+    layer, x = Linear(8, 8).double(), torch.randn(FEW_ROWS, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@each_dtype
+def test_only_the_low_precision_is_kept_for_gradients(dtype, monkeypatch):
+    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    layer, x, kept = Linear(32, 32), torch.randn(64, 32, requires_grad=True), []
+    pack = lambda part: kept.append(part) or part  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part), torch.autocast("cpu", dtype):
+        layer(x)
+    assert [(part.dtype, part.shape) for part in kept if part is not layer.weight] == [(dtype, x.shape)]
+
+
+@each_dtype
+@pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
+def test_each_gradient_is_the_same_where_no_other_is_wanted(wanted, dtype, monkeypatch):
+    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    layer, x = Linear(8, 8), torch.randn(FEW_ROWS, 8, requires_grad=True)
+    leaves = [x, layer.weight, layer.bias]
+    gradients = []
+    for only in (False, True):
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(not only or i == wanted)
+        with torch.autocast("cpu", dtype):
+            out = layer(x)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), leaves[wanted])[0])
+    assert torch.equal(*gradients)
+
+
+@each_dtype
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_convolution_under_autocast(axes, dtype, processor):
+    layer = (Conv1d, Conv2d, Conv3d)[axes - 1](4, 8, 3, stride=2, padding=1)
+    x, grad = torch.randn(2, 4, *[6] * axes, requires_grad=True), torch.randn(2, 8, *[3] * axes).to(dtype)
+    exact = results(layer, x, layer.parameters(), grad.float())
+    with torch.autocast("cpu", dtype):
+        ours = results(layer, x, layer.parameters(), grad)
+    assert [part.dtype for part in ours] == [dtype] + [torch.float32] * 3
+    assert_as_precise_as(dtype, ours, exact)
+
+
+@each_dtype
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_is_as_precise_as_its_type(dtype, softcap, processor):
+    layout = stream(*STREAMS["ragged"]).layout
+    inputs = projections(len(layout.end), kv_heads=4, dtype=dtype, requires_grad=True)
+    wide = [leaf.detach().double().requires_grad_() for leaf in inputs]
+    grad = torch.randn(inputs[0].shape).to(dtype)
+    plan = plan_attention(layout)
+    ours, exact = (
+        results(lambda q, parts=parts: attend(q, *parts[1:], plan, softcap=softcap), parts[0], parts[1:], grad)
+        for parts in (inputs, wide)
+    )
+    assert {part.dtype for part in ours} == {dtype}
+    assert_as_precise_as(dtype, ours, exact)
+
+
+def test_layers_are_those_of_torch_in_states_and_types():
+    for ours, theirs in ((Linear(3, 5), nn.Linear(3, 5)), (Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3))):
+        assert isinstance(ours, type(theirs))
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(2, 3, 4, 4) if theirs.weight.ndim == 4 else torch.randn(2, 3)
+        assert torch.equal(ours(x), theirs(x))
+
+
+@each_dtype
+@each_bias
+def test_compiled_and_eager_layers_agree(dtype, bias, monkeypatch):
+    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    layer, x = Linear(24, 40, bias=bias), torch.randn(32, 24, requires_grad=True)
+    compiled, grad = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(32, 40)
+    with torch.autocast("cpu", dtype):
+        ours, eager = (results(function, x, layer.parameters(), grad) for function in (compiled, layer))
+    assert_as_precise_as(dtype, ours, eager)
+
+
+@each_dtype
+def test_other_types_and_devices_are_never_emulated(dtype, monkeypatch):
+    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    assert emulated(dtype, "cpu")
+    assert not emulated(dtype, "cuda")
+    assert not emulated(torch.float32, "cpu")
+    assert types_without_products() <= set(LOW)
+
+
+@pytest.mark.parametrize(
+    ("machine", "library", "supported", "expected"),
+    [
+        ("x86_64", True, True, set()),
+        ("AMD64", True, False, set(LOW)),
+        ("x86_64", False, True, set(LOW)),
+        ("arm64", False, False, set()),
+    ],
+)
+def test_processors_are_asked_and_those_of_other_makes_left_to_torch(
+    machine, library, supported, expected, monkeypatch
+):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported)
+    assert types_without_products() == expected
