@@ -20,7 +20,7 @@ ALLOWED = {
     "network": ["sequence.masks", "sequence.positions"],
     "generation": ["sequence", "flow"],
     "display": ["generation.events", "generation.progress"],
-    "training": ["sequence", "flow"],
+    "training": ["sequence", "flow", "network.upcast"],
     "modality": ["sequence", "network"],
     "preparation": ["sequence", "modality"],
 }

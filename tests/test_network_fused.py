@@ -5,9 +5,19 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
-from transfusion_pytorch.network.fused import gated_activation, gated_add, modulated_norm, normed_heads, sum_rows
+from transfusion_pytorch.network import fused, upcast
+from transfusion_pytorch.network.fused import (
+    gated_activation,
+    gated_add,
+    gated_linear,
+    modulated_norm,
+    normed_heads,
+    sum_rows,
+)
+from transfusion_pytorch.network.upcast import Linear
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 ROW = torch.tensor([2, 0, 2, 4, 0, 2, 4])  # in no order; there are rows 1 and 3 that no token has
@@ -28,10 +38,17 @@ def norm_four_heads(qkv, gain):
     return normed_heads(qkv, gain, phases, 4)
 
 
+def activated_layer(hidden, weight, bias=None):
+    layer = Linear(D, 3)
+    layer._parameters.update(weight=weight, bias=bias)  # which gradients reach, whatever they are
+    return gated_linear(hidden, "swiglu", layer)
+
+
 # each function of its inputs, and their sizes
 CASES = {
     "geglu": (lambda hidden: gated_activation(hidden, "geglu"), [(N, 2 * D)]),
     "swiglu": (lambda hidden: gated_activation(hidden, "swiglu"), [(N, 2 * D)]),
+    "activated layer": (activated_layer, [(N, 2 * D), (3, D)]),
     "modulated norm": (modulate, [(N, D), (ROWS, D), (ROWS, D)]),
     "gated add": (add, [(N, D), (N, D), (ROWS, D)]),
     "heads": (norm_four_heads, [(N, 12, D), (8, D)]),
@@ -255,3 +272,72 @@ def test_values_are_not_copied():
     v = norm_four_heads(qkv, gain)[2]
     assert v.data_ptr() == qkv[:, 6:].data_ptr()
     assert v.stride() == qkv.stride()
+
+
+# a layer behind an activation
+
+
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replace_forward(layer):
+    layer.forward = lambda x: Linear.forward(layer, x)
+
+
+NOTICED = {
+    "subclass": lambda layer: setattr(layer, "__class__", Doubled),
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "hook before": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "backward hook before": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    "parametrized": lambda layer: register_parametrization(layer, "weight", nn.Identity()),
+    "another forward": replace_forward,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("change", [None, *NOTICED.values()], ids=["plain", *NOTICED])
+def test_a_layer_is_called_where_somebody_would_notice(change, bias):
+    layer, hidden = Linear(D, 3, bias=bias).double(), draw([(N, 2 * D)])[0]
+    if change is not None:
+        change(layer)
+    out, expected = gated_linear(hidden, "geglu", layer), layer(gated_activation(hidden, "geglu"))
+    assert (out.grad_fn.name() == "GatedLinearBackward") == (change is None)
+    leaves, grad = [hidden, *layer.parameters()], torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(made, leaves, grad) for made in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_layer_behind_an_activation_under_autocast(dtype, emulated, monkeypatch):
+    monkeypatch.setattr(upcast, "EMULATED", [dtype] if emulated else [])
+    layer, hidden = Linear(D, 3), draw([(N, 2 * D)], dtype)[0]
+    leaves = [hidden, *layer.parameters()]
+    with torch.autocast("cpu", dtype):
+        made = gated_linear(hidden, "geglu", layer), layer(gated_activation(hidden, "geglu"))
+    assert {out.dtype for out in made} == {dtype}
+    grad = torch.randn_like(made[0])
+    ours, theirs = ((out, *torch.autograd.grad(out, leaves, grad)) for out in made)
+    assert [part.dtype for part in ours] == [dtype, dtype, torch.float32, torch.float32]
+    for part, expected in zip(ours, theirs, strict=True):
+        assert (part - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_a_layer_behind_an_activation_keeps_what_went_into_the_activation():
+    layer, hidden = Linear(D, 3), draw([(N, 2 * D)], torch.float32)[0]
+    saved = kept(lambda hidden: gated_linear(hidden, "geglu", layer), [hidden])
+    assert {part.data_ptr() for part in saved} == {hidden.data_ptr(), layer.weight.data_ptr()}
+
+
+def test_blocks_of_rows_are_the_whole(monkeypatch):
+    function, sizes = CASES["activated layer"]
+    inputs = draw(sizes)
+    expected = results(function, inputs)
+    monkeypatch.setattr(fused, "BLOCK", 2 * D * 3)  # three rows, three rows, and one
+    torch.testing.assert_close(results(function, inputs), expected, rtol=0, atol=1e-12)
+    monkeypatch.setattr(fused, "BLOCK", 1)
+    torch.testing.assert_close(results(function, inputs), expected, rtol=0, atol=1e-12)

@@ -8,17 +8,20 @@ formulas.
 n tokens, m rows of a table, d model, f features or frequencies, h query heads, k key/value heads, e channels of a head.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from transfusion_pytorch.network.upcast import is_plain_linear, linear, linear_gradients
 from transfusion_pytorch.sequence.positions import rotate
 
 ACTIVATIONS = {"geglu": (F.gelu, torch.ops.aten.gelu_backward), "swiglu": (F.silu, torch.ops.aten.silu_backward)}
+BLOCK = 2**20  # numbers
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
 
@@ -35,21 +38,67 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.activate, ctx.differentiate = ACTIVATIONS[activation]
-        value, gate = hidden.chunk(2, dim=-1)
-        return ctx.activate(gate.contiguous()).mul_(value)
+        ctx.activation = activation
+        return gated(hidden, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (hidden,) = ctx.saved_tensors
-        value, gate = hidden.chunk(2, dim=-1)
+        return gated_gradients(grad, hidden, ctx.activation), None
+
+
+def gated_linear(hidden: Shaped[Tensor, "n two_f"], activation: str, layer: nn.Linear) -> Shaped[Tensor, "n d"]:
+    """`layer(gated_activation(hidden))`, of which the layer's input is not kept but made again, which is cheap."""
+    if torch.compiler.is_compiling() or not is_plain_linear(layer):
+        return layer(gated_activation(hidden, activation))
+    return GatedLinear.apply(hidden, layer.weight, layer.bias, activation)  # type: ignore[return-value]
+
+
+class GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.activation, ctx.bias_dtype = activation, None if bias is None else bias.dtype
+        return linear(gated(hidden, activation), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        wants_hidden, *wanted = ctx.needs_input_grad[:3]
+        x = gated(hidden, ctx.activation) if wanted[0] else None
+        grad_x, grad_weight, grad_bias = linear_gradients(grad, x, weight, ctx.bias_dtype, (wants_hidden, *wanted))
+        del x
+        grad_hidden = None if grad_x is None else gated_gradients(grad_x.to(hidden.dtype), hidden, ctx.activation)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def gated(hidden: Tensor, activation: str) -> Tensor:
+    activate, _ = ACTIVATIONS[activation]
+    out = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
+    for part, out_part in blocks(hidden, out):
+        value, gate = part.chunk(2, dim=-1)
+        torch.mul(activate(gate.contiguous()), value, out=out_part)
+    return out
+
+
+def gated_gradients(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
+    activate, differentiate = ACTIVATIONS[activation]
+    grad_hidden = torch.empty_like(hidden)
+    for part, grad_part, into in blocks(hidden, grad, grad_hidden):
+        value, gate = part.chunk(2, dim=-1)
         gate = gate.contiguous()  # activations of half rows take twice as long
-        grad_hidden = torch.empty_like(hidden)
-        grad_value, grad_gate = grad_hidden.chunk(2, dim=-1)
-        torch.mul(grad, ctx.activate(gate), out=grad_value)
-        grad_gate.copy_(ctx.differentiate(grad * value, gate))
-        return grad_hidden, None
+        grad_value, grad_gate = into.chunk(2, dim=-1)
+        torch.mul(grad_part, activate(gate), out=grad_value)
+        grad_gate.copy_(differentiate(grad_part * value, gate))
+    return grad_hidden
+
+
+def blocks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of each at a time that they stay in a processor's cache, and what is made of them is small."""
+    rows = BLOCK // parts[0].shape[-1] if parts[0].device.type == "cpu" else len(parts[0])
+    return zip(*(part.split(max(rows, 1)) for part in parts), strict=True)
 
 
 def modulated_norm(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transfusion_pytorch.network.attend import AttentionPlan, plan_attention
 from transfusion_pytorch.network.attention import Attention
 from transfusion_pytorch.network.cache import CacheView, KVCache
-from transfusion_pytorch.network.fused import ACTIVATIONS, gated_activation
+from transfusion_pytorch.network.fused import ACTIVATIONS, gated_activation, gated_linear
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modulation
 from transfusion_pytorch.network.upcast import Linear, linear
 from transfusion_pytorch.sequence.masks import Layout
@@ -47,7 +47,10 @@ class FeedForward(nn.Module):
         self.to_out = Linear(hidden, dim)
 
     def forward(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        return self.to_out(self.dropout(gated_activation(self.to_hidden(x), self.activation)))
+        hidden = self.to_hidden(x)
+        if self.training and self.dropout.p > 0:
+            return self.to_out(self.dropout(gated_activation(hidden, self.activation)))
+        return gated_linear(hidden, self.activation, self.to_out)
 
 
 class Layer(nn.Module):

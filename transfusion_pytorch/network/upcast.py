@@ -8,7 +8,8 @@ i and o features.
 """
 
 import platform
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -89,12 +90,30 @@ class UpcastLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows, x_rows = (torch.atleast_2d(part).flatten(0, -2).float() for part in (grad, x))
-        grad_x = (rows @ weight.float()).to(x.dtype).view(x.shape) if wants_x else None
-        grad_weight = (rows.t() @ x_rows).to(weight.dtype) if wants_weight else None
-        grad_bias = rows.sum(dim=0).to(ctx.bias_dtype) if wants_bias else None
-        return grad_x, grad_weight, grad_bias
+        return linear_gradients(grad, x, weight, ctx.bias_dtype, ctx.needs_input_grad)
+
+
+def linear_gradients(
+    grad: Tensor, x: Tensor | None, weight: Tensor, bias_dtype: torch.dtype | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, weight and bias which are wanted; `x` may be missing where that of the weight is not."""
+    dtype = product_dtype(grad.dtype, grad.device.type)
+    rows = torch.atleast_2d(grad).flatten(0, -2).to(dtype)
+    grad_x = grad_weight = grad_bias = None
+    if wanted[0]:
+        grad_x = (rows @ weight.to(dtype)).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    if wanted[1]:
+        grad_weight = (rows.t() @ torch.atleast_2d(x).flatten(0, -2).to(dtype)).to(weight.dtype)
+    if wanted[2]:
+        grad_bias = rows.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(bias_dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether its weight and bias are all there is to a layer: no subclass, and nobody waits for its call."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    watched = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+    return type(module) in (nn.Linear, Linear) and not watched
 
 
 class Convolution(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transfusion_pytorch.network.upcast import Linear, product_dtype, working_dtype
+from transfusion_pytorch.network.upcast import is_plain_linear, product_dtype, working_dtype
 
 CHUNK = 2**23  # logits at a time: 32 MiB in single precision, and still many rows for a matrix product
 
@@ -25,11 +25,9 @@ def summed_cross_entropy(
     as soon as its logits are there (those of a sum need nothing that comes later), so that no logits are kept and none
     are made twice.
     """
-    weight = None
-    if type(to_logits) is nn.Linear or type(to_logits) is Linear:  # a subclass may do more than multiply
-        weight = to_logits.weight if to_logits.bias is None else None
-    if weight is not None and len(labels) * len(weight) > chunk:
-        return ChunkedCrossEntropy.apply(x, weight, labels, max(chunk // len(weight), 16))  # type: ignore[return-value]
+    if is_plain_linear(to_logits) and to_logits.bias is None and len(labels) * to_logits.out_features > chunk:
+        rows = max(chunk // to_logits.out_features, 16)
+        return ChunkedCrossEntropy.apply(x, to_logits.weight, labels, rows)  # type: ignore[return-value]
     logits = to_logits(x)
     return F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="sum")
 
@@ -47,11 +45,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=precise(dtype), device=x.device)
         with torch.autocast(kind, enabled=False):
             table = weight.to(dtype)
+            # on a CPU products of many rows and few columns are a third faster than the other way round
+            room = x.new_empty((len(table), rows) if kind == "cpu" else (rows, len(table)), dtype=dtype)
+            room = room.t() if kind == "cpu" else room
             for start in range(0, len(labels), rows):
                 part, target = x[start : start + rows].to(dtype), labels[start : start + rows, None]
-                # on a CPU products of many rows and few columns are a third faster than the other way round
-                logits = (table @ part.t()).t() if kind == "cpu" else part @ table.t()
-                logits = logits.to(total.dtype)
+                logits = torch.mm(part, table.t(), out=room[: len(part)]).to(total.dtype)
                 highest, wanted = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
                 sums = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
                 total += (highest + sums.log() - wanted).sum()
