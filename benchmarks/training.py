@@ -5,7 +5,7 @@
     python benchmarks/training.py --profile W2
 
 Workloads (see `training_jobs`): `W1` to `W6`; `length-1024` to `length-8192`, one sample of text and pictures; and
-`samples-1` to `samples-32`, so many ragged samples as in W4. Writes `results/training.md` and `.json`.
+`samples-1` to `samples-32`, so many ragged samples as in W4. Writes `results/training.md`, `.json` and two plots.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 from command import parser, print_profile, run_workload, settings_of
 from harness import Settings, in_fresh_worker, pythons_of
+from plots import draw_growth, draw_ratios
 from report import Targets, cell, environment, ratio, save
 from training_jobs import LENGTHS, SAMPLES, TRAINING
 
@@ -43,8 +44,15 @@ def main() -> None:
             rows[0]["attention"] = attention_seconds(name, settings)
         save(args.out, "training", title, rows, {}, order=list(TRAINING))
     every = rows_by_name(args.out)
-    growth = {"lines": [*length_lines(every), "", *samples_lines(every)], "environment": environment(args.threads)}
-    table = save(args.out, "training", title, [], {"growth": growth}, order=list(TRAINING))
+    lines = ["![time and memory by size](training-growth.png)", "", *length_lines(every), "", *samples_lines(every)]
+    where = environment(args.threads)
+    studies = {
+        "ratios": {"lines": ["![time in units of the products alone](training-ratios.png)"], "environment": where},
+        "growth": {"lines": lines, "environment": where},
+    }
+    table = save(args.out, "training", title, [], studies, order=list(TRAINING))
+    draw_ratios(every, [*TARGETS, *(f"{name} bf16" for name in BF16)], args.out / "training-ratios.png")
+    draw_growth(every, {"length": LENGTHS, "samples": SAMPLES}, args.out / "training-growth.png")
     print(table.read_text())
 
 

@@ -339,6 +339,21 @@ def test_dropout_acts_in_training_alone_and_by_the_seed():
     assert not torch.allclose(outs[0], without, atol=1e-3)
 
 
+def test_dropout_inside_a_feedforward_is_called_where_somebody_would_notice():
+    """With all but dropout in evaluation, as for the uncertainty of answers; and when it has a hook, or is replaced."""
+    ff, x = FeedForward(16, dropout=0.5).eval(), torch.randn(64, 16)
+    quiet = ff(x)
+    ff.dropout.train()
+    assert not torch.equal(ff(x), quiet)
+    calls = []
+    handle = ff.dropout.eval().register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(ff(x), quiet)
+    assert calls == [1]
+    handle.remove()
+    ff.dropout = torch.nn.Softplus()
+    assert not torch.equal(ff(x), quiet)
+
+
 def test_dropout_of_everything_leaves_the_residual():
     model, (x, condition) = make(dropout=1.0, unet_skips=False), inputs()
     final = model.final_norm

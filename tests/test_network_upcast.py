@@ -5,11 +5,15 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from network_streams import STREAMS, projections, stream
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_pytorch.network import upcast
 from transfusion_pytorch.network.attend import attend, plan_attention
+from transfusion_pytorch.network.fused import gated_linear
 from transfusion_pytorch.network.upcast import (
     FEW_ROWS,
     Conv1d,
@@ -32,8 +36,9 @@ def processor(request, monkeypatch):
     return request.param
 
 
-def results(function, x, parameters, grad):
-    out = function(x)
+def results(function, x, parameters, grad, autocast=None):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = function(x)
     return out.detach(), *torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype))
 
 
@@ -52,28 +57,63 @@ def test_a_linear_layer_is_as_precise_as_its_type(rows, bias, dtype, autocast, p
     exact = results(layer, x, layer.parameters(), grad.float())
     if not autocast:
         layer, x = layer.to(dtype), x.detach().to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=autocast):
-        ours = results(layer, x, layer.parameters(), grad)
+    ours = results(layer, x, layer.parameters(), grad, dtype if autocast else None)
     stored = torch.float32 if autocast else dtype
     assert [part.dtype for part in ours] == [dtype] + [stored] * (len(ours) - 1)
     assert_as_precise_as(dtype, ours, exact)
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+class WatchProducts(TorchDispatchMode):
+    """Notes the types of all that is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            self.seen.extend(part.dtype for part in args)
+        return function(*args, **(kwargs or {}))
+
+
 @each_dtype
-def test_products_are_of_single_precision_only_where_the_low_one_is_emulated(dtype, processor):
-    layer, seen = Linear(8, 8), []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-                seen.extend(part.dtype for part in args)
-            return function(*args, **(kwargs or {}))
-
-    x = torch.randn(FEW_ROWS, 8, requires_grad=True)
-    with Watch():
+@pytest.mark.parametrize("backward_under_autocast", [False, True])
+@pytest.mark.parametrize("name", ["layer", "behind an activation"])
+def test_products_are_of_single_precision_only_where_the_low_one_is_emulated(
+    name, backward_under_autocast, dtype, processor
+):
+    layer, x = Linear(8, 8), torch.randn(FEW_ROWS, 8, requires_grad=True)
+    function = {
+        "layer": layer,
+        "behind an activation": lambda x: gated_linear(torch.cat((x, x), dim=1), "geglu", layer),
+    }[name]
+    with WatchProducts() as watch:
         with torch.autocast("cpu", dtype):
-            out = layer(x)
-        out.sum().backward()
+            loss = function(x).sum()
+        with torch.autocast("cpu", dtype, enabled=backward_under_autocast):
+            loss.backward()
+    assert len(watch.seen) == 3 + 2 * 2
+    assert set(watch.seen) == {torch.float32 if processor else dtype}
+
+
+@each_dtype
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+def test_products_of_compiled_layers_are_of_single_precision_too(dtype, processor):
+    seen = []
+
+    def note(graph, _):
+        products = (node for node in graph.graph.nodes if node.target in PRODUCTS)
+        seen.extend(part.meta["val"].dtype for node in products for part in node.args)
+        return make_boxed_func(graph.forward)
+
+    layer, x = Linear(8, 8), torch.randn(FEW_ROWS, 8, requires_grad=True)
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=note), fullgraph=True)
+    with torch.autocast("cpu", dtype):
+        loss = compiled(x).sum()
+    loss.backward()
     assert len(seen) == 3 + 2 * 2
     assert set(seen) == {torch.float32 if processor else dtype}
 
@@ -85,13 +125,16 @@ def test_other_types_and_autocast_of_double_are_left_alone(processor):
 
 
 @each_dtype
-def test_only_the_low_precision_is_kept_for_gradients(dtype, monkeypatch):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_the_low_precision_is_kept_and_only_for_a_weight_that_learns(frozen, dtype, monkeypatch):
     monkeypatch.setattr(upcast, "EMULATED", LOW)
     layer, x, kept = Linear(32, 32), torch.randn(64, 32, requires_grad=True), []
+    layer.weight.requires_grad_(not frozen)
     pack = lambda part: kept.append(part) or part  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part), torch.autocast("cpu", dtype):
         layer(x)
-    assert [(part.dtype, part.shape) for part in kept if part is not layer.weight] == [(dtype, x.shape)]
+    kept = [part for part in kept if part.data_ptr() != layer.weight.data_ptr()]
+    assert [(part.dtype, part.shape) for part in kept] == ([] if frozen else [(dtype, x.shape)])
 
 
 @each_dtype
@@ -116,8 +159,7 @@ def test_a_convolution_under_autocast(axes, dtype, processor):
     layer = (Conv1d, Conv2d, Conv3d)[axes - 1](4, 8, 3, stride=2, padding=1)
     x, grad = torch.randn(2, 4, *[6] * axes, requires_grad=True), torch.randn(2, 8, *[3] * axes).to(dtype)
     exact = results(layer, x, layer.parameters(), grad.float())
-    with torch.autocast("cpu", dtype):
-        ours = results(layer, x, layer.parameters(), grad)
+    ours = results(layer, x, layer.parameters(), grad, dtype)
     assert [part.dtype for part in ours] == [dtype] + [torch.float32] * 3
     assert_as_precise_as(dtype, ours, exact)
 
@@ -148,12 +190,12 @@ def test_layers_are_those_of_torch_in_states_and_types():
 
 @each_dtype
 @each_bias
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 def test_compiled_and_eager_layers_agree(dtype, bias, monkeypatch):
     monkeypatch.setattr(upcast, "EMULATED", LOW)
     layer, x = Linear(24, 40, bias=bias), torch.randn(32, 24, requires_grad=True)
     compiled, grad = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(32, 40)
-    with torch.autocast("cpu", dtype):
-        ours, eager = (results(function, x, layer.parameters(), grad) for function in (compiled, layer))
+    ours, eager = (results(function, x, layer.parameters(), grad, dtype) for function in (compiled, layer))
     assert_as_precise_as(dtype, ours, eager)
 
 
@@ -183,3 +225,8 @@ def test_processors_are_asked_and_those_of_other_makes_left_to_torch(
     for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
         monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported)
     assert types_without_products() == expected
+
+
+def test_layers_run_on_meta_tensors():
+    """Which know no autocast."""
+    assert Linear(3, 5, device="meta")(torch.empty(20, 3, device="meta")).shape == (20, 5)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transfusion_pytorch.network.upcast import is_plain_linear, linear, linear_gradients
+from transfusion_pytorch.network.upcast import is_plain_linear, linear_gradients, product, working_dtype
 from transfusion_pytorch.sequence.positions import rotate
 
 ACTIVATIONS = {"geglu": (F.gelu, torch.ops.aten.gelu_backward), "swiglu": (F.silu, torch.ops.aten.silu_backward)}
@@ -60,7 +60,7 @@ class GatedLinear(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.activation, ctx.bias_dtype = activation, None if bias is None else bias.dtype
-        return linear(gated(hidden, activation), weight, bias)
+        return product(gated(hidden, activation).to(working_dtype(hidden)), weight, bias)
 
     @staticmethod
     @once_differentiable

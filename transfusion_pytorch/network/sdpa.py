@@ -81,24 +81,26 @@ def flash_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, runs: Sequence[Run]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; those of keys and values add up over the chunks of a run."""
-    dtypes = [part.dtype for part in (q, k, v)]
+    grad, q, k, v, out = map(_with_neighbouring_channels, (grad, q, k, v, out))
     dtype = product_dtype(q.dtype, q.device.type)
-    grad, q, k, v, out = (_with_neighbouring_channels(part.to(dtype)) for part in (grad, q, k, v, out))
     grads = _empty_gradients(q, k, v)
     for run in runs:
-        of_queries = [batched(part[run.tokens], run) for part in (grad, q, out, logsumexp, grads[0])]
-        of_keys = [batched(part[run.tokens], run) for part in (k, v, *grads[1:])]
+        grad_run, q_run, out_run, k_run, v_run = (
+            batched(part[run.tokens].to(dtype), run) for part in (grad, q, out, k, v)
+        )
+        sum_run, *grads_run = (batched(part[run.tokens], run) for part in (logsumexp, *grads))
+        of_queries = grad_run, q_run, out_run, sum_run, grads_run[0]
+        of_keys = k_run, v_run, *grads_run[1:]
         for queries, num_keys, is_causal, mask in run.chunks:
             grad_out, some_q, some_out, some_sum, grad_q = (part[:, :, queries] for part in of_queries)
             keys, values, grad_k, grad_v = (part[:, :, :num_keys] for part in of_keys)
             made = flash_backward(
-                grad_out, some_q, keys, values, some_out, some_sum, 0.0, is_causal, attn_mask=_bias(mask, q.dtype)
+                grad_out, some_q, keys, values, some_out, some_sum, 0.0, is_causal, attn_mask=_bias(mask, dtype)
             )
             grad_q[:] = made[0]
             grad_k += made[1]
             grad_v += made[2]
-    grad_q, grad_k, grad_v = (part.to(dtype) for part, dtype in zip(grads, dtypes, strict=True))
-    return grad_q, grad_k, grad_v
+    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
 
 
 def dense_gradients(
@@ -182,7 +184,10 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softcap: float 
     dtype, kind = q.dtype, q.device.type
     q, k, v = (part.to(product_dtype(dtype, kind)) for part in (q, k, v))
     with torch.autocast(kind, enabled=False):
-        return (_masked(_logits(q, k, softcap), chunk).softmax(dim=-1) @ v).to(dtype)
+        weights = _masked(_logits(q, k, softcap), chunk).softmax(
+            dim=-1, dtype=torch.promote_types(dtype, torch.float32)
+        )
+        return (weights.to(v.dtype) @ v).to(dtype)
 
 
 def _logits(q: Tensor, k: Tensor, softcap: float | None) -> Tensor:

@@ -19,7 +19,7 @@ from transfusion_pytorch.network.attention import Attention
 from transfusion_pytorch.network.cache import CacheView, KVCache
 from transfusion_pytorch.network.fused import ACTIVATIONS, gated_activation, gated_linear
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modulation
-from transfusion_pytorch.network.upcast import Linear, linear
+from transfusion_pytorch.network.upcast import Linear, is_untouched, linear
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
@@ -48,9 +48,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         hidden = self.to_hidden(x)
-        if self.training and self.dropout.p > 0:
-            return self.to_out(self.dropout(gated_activation(hidden, self.activation)))
-        return gated_linear(hidden, self.activation, self.to_out)
+        if is_untouched(self.dropout, nn.Dropout) and not (self.dropout.training and self.dropout.p > 0):
+            return gated_linear(hidden, self.activation, self.to_out)
+        return self.to_out(self.dropout(gated_activation(hidden, self.activation)))
 
 
 class Layer(nn.Module):

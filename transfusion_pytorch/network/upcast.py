@@ -1,8 +1,9 @@
 """Linear layers and convolutions in low precision, on processors that can store it but not multiply it.
 
 Without AVX-512 or better, torch multiplies bfloat16 one element at a time, or nearly so: 5 times slower than single
-precision on the way forward, and 60 times on the way back (docs/performance.md). Here such a product is made in single
-precision and its outcome rounded, so that autocast still halves the memory of activations and costs a few casts.
+precision on the way forward, and up to 75 times on the way back (docs/performance.md). Here such a product is made in
+single precision and its outcome rounded, so that autocast still halves the memory of activations and costs a few casts.
+Left to torch are products of few rows, and convolutions whose weights themselves are of low precision.
 
 i and o features.
 """
@@ -62,19 +63,22 @@ def linear(
     x: Shaped[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> Shaped[Tensor, "... o"]:
     """`x weight^T + bias`."""
-    dtype = working_dtype(x)
-    if not emulated(dtype, x.device.type):
+    if x.device.type != "cpu" or not emulated(dtype := working_dtype(x), "cpu"):
         return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():  # compilers keep what is small and cast again by themselves
-        return upcast_linear(x.to(dtype), weight, bias)
-    if weight.dtype == dtype and x.shape[:-1].numel() < FEW_ROWS:
+    # a compiled graph must not depend on the number of rows
+    if weight.dtype == dtype and not torch.compiler.is_compiling() and x.shape[:-1].numel() < FEW_ROWS:
         return F.linear(x, weight, bias)
     return UpcastLinear.apply(x.to(dtype), weight, bias)  # type: ignore[return-value]
 
 
-def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias` in the type of x, made in the type that is best for that.
+
+    Autocast is left out: it would keep the casts of hand-written functions, which have no gradients, for others.
+    """
+    dtype = product_dtype(x.dtype, x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 class UpcastLinear(torch.autograd.Function):
@@ -82,9 +86,9 @@ class UpcastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return upcast_linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -97,23 +101,30 @@ def linear_gradients(
     grad: Tensor, x: Tensor | None, weight: Tensor, bias_dtype: torch.dtype | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of x, weight and bias which are wanted; `x` may be missing where that of the weight is not."""
-    dtype = product_dtype(grad.dtype, grad.device.type)
+    kind = grad.device.type
+    dtype = product_dtype(grad.dtype, kind)
     rows = torch.atleast_2d(grad).flatten(0, -2).to(dtype)
     grad_x = grad_weight = grad_bias = None
-    if wanted[0]:
-        grad_x = (rows @ weight.to(dtype)).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
-    if wanted[1]:
-        grad_weight = (rows.t() @ torch.atleast_2d(x).flatten(0, -2).to(dtype)).to(weight.dtype)
-    if wanted[2]:
-        grad_bias = rows.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(bias_dtype)
+    with torch.autocast(kind, enabled=False):
+        if wanted[0]:
+            grad_x = (rows @ weight.to(dtype)).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+        if wanted[1] and x is not None:
+            grad_weight = (rows.t() @ torch.atleast_2d(x).flatten(0, -2).to(dtype)).to(weight.dtype)
+        if wanted[2]:
+            grad_bias = rows.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(bias_dtype)
     return grad_x, grad_weight, grad_bias
 
 
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight and bias are all there is to a layer: no subclass, and nobody waits for its call."""
+def is_untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is one of these types itself, and nobody waits for its call: then it may be left uncalled."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     watched = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-    return type(module) in (nn.Linear, Linear) and not watched
+    return type(module) in types and not watched and not nn.modules.module._has_any_global_hook()
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether its weight and bias are all there is to a layer, and plain numbers."""
+    return is_untouched(module, nn.Linear, Linear) and type(module.weight) in (nn.Parameter, Tensor)
 
 
 class Convolution(nn.Module):

@@ -26,7 +26,7 @@ def summed_cross_entropy(
     are made twice.
     """
     if is_plain_linear(to_logits) and to_logits.bias is None and len(labels) * to_logits.out_features > chunk:
-        rows = max(chunk // to_logits.out_features, 16)
+        rows = min(max(chunk // to_logits.out_features, 16), len(labels))
         return ChunkedCrossEntropy.apply(x, to_logits.weight, labels, rows)  # type: ignore[return-value]
     logits = to_logits(x)
     return F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="sum")

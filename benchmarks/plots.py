@@ -1,0 +1,64 @@
+"""The pictures beside the table of training: where each side stands, and how time and memory grow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SIDES = {"ours": "#3b6fb6", "compiled": "#7fb2e5", "peer": "#c8553d"}
+
+
+def draw_ratios(rows: dict[str, dict[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Each side's time in units of the matrix products alone, on a logarithmic axis."""
+    names = [name for name in names if name in rows and rows[name]["sides"].get("limit", {}).get("median")]
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    for i, (side, color) in enumerate(SIDES.items()):
+        times = [rows[name]["sides"].get(side, {}).get("median") for name in names]
+        limits = [rows[name]["sides"]["limit"]["median"] for name in names]
+        places = [(place, time / limit) for place, (time, limit) in enumerate(zip(times, limits, strict=True)) if time]
+        if places:
+            bars = axes.bar(
+                [x + 0.27 * (i - 1) for x, _ in places], [y for _, y in places], 0.25, label=side, color=color
+            )
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(yscale="log", ylabel="time / matrix products alone", xticks=range(len(names)), xticklabels=names)
+    axes.legend()
+    save(figure, path)
+
+
+def draw_growth(rows: dict[str, dict[str, Any]], sizes: dict[str, Sequence[int]], path: Path) -> None:
+    """Seconds and memory of a step by length, and by the number of samples."""
+    figure, axes = plt.subplots(2, len(sizes), figsize=(8, 5.5), layout="constrained", squeeze=False)
+    for column, (kind, every) in enumerate(sizes.items()):
+        for side in ("ours", "peer"):
+            sides = {size: rows.get(f"{kind}-{size}", {}).get("sides", {}).get(side, {}) for size in every}
+            draw_line(axes[0, column], {size: figures.get("median") for size, figures in sides.items()}, side)
+            draw_line(
+                axes[1, column],
+                {size: (figures.get("memory") or {}).get("needed") for size, figures in sides.items()},
+                side,
+            )
+        for row, label in enumerate(("seconds", "MiB")):
+            axes[row, column].set(
+                xscale="log", yscale="log", xlabel=kind, ylabel=label, xticks=every, xticklabels=every
+            )
+            axes[row, column].minorticks_off()
+    if axes[0, 0].lines:
+        axes[0, 0].legend()
+    save(figure, path)
+
+
+def draw_line(axes: Any, values: dict[int, float | None], side: str) -> None:
+    known = {size: value for size, value in values.items() if value is not None}
+    if known:
+        axes.plot(list(known), list(known.values()), "o-", label=side, color=SIDES[side])
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
