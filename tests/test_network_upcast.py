@@ -229,4 +229,6 @@ def test_processors_are_asked_and_those_of_other_makes_left_to_torch(
 
 def test_layers_run_on_meta_tensors():
     """Which know no autocast."""
-    assert Linear(3, 5, device="meta")(torch.empty(20, 3, device="meta")).shape == (20, 5)
+    layer = Linear(3, 5, device="meta")
+    assert layer(torch.empty(20, 3, device="meta")).shape == (20, 5)
+    assert gated_linear(torch.empty(20, 6, device="meta"), "geglu", layer).shape == (20, 5)

@@ -50,7 +50,7 @@ class GatedActivation(torch.autograd.Function):
 
 def gated_linear(hidden: Shaped[Tensor, "n two_f"], activation: str, layer: nn.Linear) -> Shaped[Tensor, "n d"]:
     """`layer(gated_activation(hidden))`, of which the layer's input is not kept but made again, which is cheap."""
-    if torch.compiler.is_compiling() or not is_plain_linear(layer):
+    if torch.compiler.is_compiling() or hidden.is_meta or not is_plain_linear(layer):
         return layer(gated_activation(hidden, activation))
     return GatedLinear.apply(hidden, layer.weight, layer.bias, activation)  # type: ignore[return-value]
 
