@@ -13,7 +13,7 @@ SIDES = {"ours": "#3b6fb6", "compiled": "#7fb2e5", "peer": "#c8553d"}
 
 
 def draw_ratios(rows: dict[str, dict[str, Any]], names: Sequence[str], path: Path) -> None:
-    """Each side's time in units of the matrix products alone, on a logarithmic axis."""
+    """Each side's time in units of the matrix products alone."""
     names = [name for name in names if name in rows and rows[name]["sides"].get("limit", {}).get("median")]
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     for i, (side, color) in enumerate(SIDES.items()):
@@ -26,7 +26,7 @@ def draw_ratios(rows: dict[str, dict[str, Any]], names: Sequence[str], path: Pat
             )
             axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(yscale="log", ylabel="time / matrix products alone", xticks=range(len(names)), xticklabels=names)
+    axes.set(ylabel="time / matrix products alone", xticks=range(len(names)), xticklabels=names)
     axes.legend()
     save(figure, path)
 
@@ -48,6 +48,8 @@ def draw_growth(rows: dict[str, dict[str, Any]], sizes: dict[str, Sequence[int]]
                 xscale="log", yscale="log", xlabel=kind, ylabel=label, xticks=every, xticklabels=every
             )
             axes[row, column].minorticks_off()
+            axes[row, column].set_yticks([])
+            axes[row, column].margins(0.12)
     if axes[0, 0].lines:
         axes[0, 0].legend()
     save(figure, path)
@@ -57,6 +59,9 @@ def draw_line(axes: Any, values: dict[int, float | None], side: str) -> None:
     known = {size: value for size, value in values.items() if value is not None}
     if known:
         axes.plot(list(known), list(known.values()), "o-", label=side, color=SIDES[side])
+        for size, value in known.items():
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+            axes.annotate(text, (size, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
 
 
 def save(figure: Any, path: Path) -> None:

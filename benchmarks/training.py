@@ -51,7 +51,7 @@ def main() -> None:
         "growth": {"lines": lines, "environment": where},
     }
     table = save(args.out, "training", title, [], studies, order=list(TRAINING))
-    draw_ratios(every, [*TARGETS, *(f"{name} bf16" for name in BF16)], args.out / "training-ratios.png")
+    draw_ratios(every, list(TARGETS), args.out / "training-ratios.png")
     draw_growth(every, {"length": LENGTHS, "samples": SAMPLES}, args.out / "training-growth.png")
     print(table.read_text())
 
