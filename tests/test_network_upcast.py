@@ -1,5 +1,6 @@
 """Layers whose products are made in single precision where a processor has none of the lower ones."""
 
+import os
 import platform
 
 import pytest
@@ -23,6 +24,11 @@ from transfusion_pytorch.network.upcast import (
     emulated,
     types_without_products,
 )
+
+CHECKS_TYPES = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
+compiles = pytest.mark.skipif(CHECKS_TYPES, reason="a compiled graph cannot check types")
+# torch's own, while it traces
+traced = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 
 LOW = [torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", LOW)
@@ -100,7 +106,8 @@ def test_products_are_of_single_precision_only_where_the_low_one_is_emulated(
 
 
 @each_dtype
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@compiles
+@traced
 def test_products_of_compiled_layers_are_of_single_precision_too(dtype, processor):
     seen = []
 
@@ -190,7 +197,8 @@ def test_layers_are_those_of_torch_in_states_and_types():
 
 @each_dtype
 @each_bias
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@compiles
+@traced
 def test_compiled_and_eager_layers_agree(dtype, bias, monkeypatch):
     monkeypatch.setattr(upcast, "EMULATED", LOW)
     layer, x = Linear(24, 40, bias=bias), torch.randn(32, 24, requires_grad=True)
