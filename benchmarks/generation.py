@@ -15,7 +15,7 @@ from command import parser, print_profile, run_workload, settings_of
 from growth import growth_lines, plot_growth
 from harness import ROOT, in_fresh_worker, pythons_of
 from leak import leak_lines
-from report import Targets, environment, save
+from report import Targets, environment, save, write_page
 
 TARGETS = {
     "text": Targets(peer=5.0, limit=1.8),
@@ -50,6 +50,8 @@ def main() -> None:
             if args.bf16 and name in BF16:
                 rows.append(run_workload(name, args, settings, BF16[name], bf16=True))
         table = save(args.out, "generation", title, rows, extra, order=list(TARGETS))
+    if not args.quick:
+        write_page(args.out)
     print(table.read_text())
 
 

@@ -90,6 +90,12 @@ def save(folder: Path, name: str, title: str, rows: list[dict], extra: dict[str,
     return table
 
 
+def write_page(folder: Path) -> None:
+    """All tables of a folder on one page beside it: `results.md`."""
+    pages = [path.read_text().replace("](", f"]({folder.name}/") for path in sorted(folder.glob("*.md"))]
+    folder.with_suffix(".md").write_text("\n".join(pages))
+
+
 def markdown(title: str, results: dict[str, Any]) -> str:
     lines = [f"# {title}", ""]
     if results["rows"]:

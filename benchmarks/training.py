@@ -15,7 +15,7 @@ from typing import Any
 from command import parser, print_profile, run_workload, settings_of
 from harness import Settings, in_fresh_worker, pythons_of
 from plots import draw_growth, draw_ratios
-from report import Targets, cell, environment, ratio, save
+from report import Targets, cell, environment, ratio, save, write_page
 from training_jobs import LENGTHS, SAMPLES, TRAINING
 
 TARGETS = {
@@ -53,6 +53,8 @@ def main() -> None:
     table = save(args.out, "training", title, [], studies, order=list(TRAINING))
     draw_ratios(every, list(TARGETS), args.out / "training-ratios.png")
     draw_growth(every, {"length": LENGTHS, "samples": SAMPLES}, args.out / "training-growth.png")
+    if not args.quick:
+        write_page(args.out)
     print(table.read_text())
 
 
