@@ -8,18 +8,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from report import needed, seconds
 
 SIDES = {"ours": "#3b6fb6", "compiled": "#7fb2e5", "peer": "#c8553d"}
 
 
 def draw_ratios(rows: dict[str, dict[str, Any]], names: Sequence[str], path: Path) -> None:
     """Each side's time in units of the matrix products alone."""
-    names = [name for name in names if name in rows and rows[name]["sides"].get("limit", {}).get("median")]
+    limits = {name: seconds(rows[name], "limit") for name in names if name in rows}
+    names = [name for name, limit in limits.items() if limit]
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     for i, (side, color) in enumerate(SIDES.items()):
-        times = [rows[name]["sides"].get(side, {}).get("median") for name in names]
-        limits = [rows[name]["sides"]["limit"]["median"] for name in names]
-        places = [(place, time / limit) for place, (time, limit) in enumerate(zip(times, limits, strict=True)) if time]
+        times = [seconds(rows[name], side) for name in names]
+        places = [(place, time / limits[names[place]]) for place, time in enumerate(times) if time]
         if places:
             bars = axes.bar(
                 [x + 0.27 * (i - 1) for x, _ in places], [y for _, y in places], 0.25, label=side, color=color
@@ -36,13 +37,9 @@ def draw_growth(rows: dict[str, dict[str, Any]], sizes: dict[str, Sequence[int]]
     figure, axes = plt.subplots(2, len(sizes), figsize=(8, 5.5), layout="constrained", squeeze=False)
     for column, (kind, every) in enumerate(sizes.items()):
         for side in ("ours", "peer"):
-            sides = {size: rows.get(f"{kind}-{size}", {}).get("sides", {}).get(side, {}) for size in every}
-            draw_line(axes[0, column], {size: figures.get("median") for size, figures in sides.items()}, side)
-            draw_line(
-                axes[1, column],
-                {size: (figures.get("memory") or {}).get("needed") for size, figures in sides.items()},
-                side,
-            )
+            known = {size: rows[f"{kind}-{size}"] for size in every if f"{kind}-{size}" in rows}
+            draw_line(axes[0, column], {size: seconds(row, side) for size, row in known.items()}, side)
+            draw_line(axes[1, column], {size: needed(row, side) for size, row in known.items()}, side)
         for row, label in enumerate(("seconds", "MiB")):
             axes[row, column].set(
                 xscale="log", yscale="log", xlabel=kind, ylabel=label, xticks=every, xticklabels=every

@@ -121,12 +121,12 @@ def main_table(rows: list[dict]) -> list[str]:
         sides, ratios, targets = entry["sides"], entry["ratios"], entry["targets"]
         cells = [
             entry["workload"],
-            *(cell(sides.get(side, {}).get("median")) for side in ("ours", "compiled", "peer", "limit")),
+            *(cell(seconds(entry, side)) for side in ("ours", "compiled", "peer", "limit")),
             rate(sides.get("ours", {})),
             against(ratios["peer / ours"], targets["peer"], ">="),
             against(ratios["ours / limit"], targets["limit"], "<="),
             *(cell(ratios.get(name), 2) for name in ("peer / compiled", "compiled / limit")),
-            *(cell((sides.get(side, {}).get("memory") or {}).get("needed"), 0) for side in ("ours", "peer")),
+            *(cell(needed(entry, side), 0) for side in ("ours", "peer")),
             against(ratios["memory ours / peer"], targets["memory"], "<="),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -177,6 +177,14 @@ def cell(value: float | None, digits: int = 3) -> str:
 def against(value: float | None, target: float | None, sign: str) -> str:
     aim = "" if target is None else f" ({sign} {target:.2g})"
     return f"{'-' if value is None else f'{value:.2f}'}{aim}"
+
+
+def seconds(row: dict[str, Any], side: str) -> float | None:
+    return row["sides"].get(side, {}).get("median")
+
+
+def needed(row: dict[str, Any], side: str) -> float | None:
+    return (row["sides"].get(side, {}).get("memory") or {}).get("needed")
 
 
 def rate(side: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from command import parser, print_profile, run_workload, settings_of
 from harness import Settings, in_fresh_worker, pythons_of
 from plots import draw_growth, draw_ratios
-from report import Targets, cell, environment, ratio, save, write_page
+from report import Targets, cell, environment, needed, ratio, save, seconds, write_page
 from training_jobs import LENGTHS, SAMPLES, TRAINING
 
 TARGETS = {
@@ -117,14 +117,6 @@ def samples_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def seconds(row: dict[str, Any], side: str) -> float | None:
-    return row["sides"].get(side, {}).get("median")
-
-
-def needed(row: dict[str, Any], side: str) -> float | None:
-    return (row["sides"].get(side, {}).get("memory") or {}).get("needed")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What tests of the display share: HTML as a browser would see it, and text whose ids are characters."""
 
-import os
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
@@ -8,12 +7,11 @@ from io import BytesIO
 import numpy
 import pytest
 import torch
+from checks import TYPECHECK
 from torch import Tensor, tensor
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("tqdm")
-
-TYPECHECK = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
 
 
 def refused(message: str):

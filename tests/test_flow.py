@@ -1,12 +1,12 @@
 """Paths, times, solvers and guidance, where the answers are known."""
 
-import os
 from functools import partial
 from itertools import product
 from math import exp, log, pi, sin
 
 import pytest
 import torch
+from checks import TYPECHECK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdiffeq import odeint
@@ -25,7 +25,6 @@ from transfusion_pytorch.flow.solver import (
 )
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy, shift_times, times_of_spans
 
-TYPECHECK = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=40)
 DOUBLE = torch.float64
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}

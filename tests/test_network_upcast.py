@@ -1,11 +1,11 @@
 """Layers whose products are made in single precision where a processor has none of the lower ones."""
 
-import os
 import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import compiles
 from functorch.compile import make_boxed_func
 from network_streams import STREAMS, projections, stream
 from torch import nn
@@ -25,8 +25,6 @@ from transfusion_pytorch.network.upcast import (
     types_without_products,
 )
 
-CHECKS_TYPES = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
-compiles = pytest.mark.skipif(CHECKS_TYPES, reason="a compiled graph cannot check types")
 # torch's own, while it traces
 traced = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 

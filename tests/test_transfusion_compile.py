@@ -5,20 +5,16 @@ Most tests stop before code is generated (`aot_eager`): graphs, operators and gu
 
 import copy
 import io
-import os
 import threading
 
 import pytest
 import torch
+from checks import TYPECHECK, compiles
 from network_streams import perturb
 from torch import nn
 
 from transfusion_pytorch import Transformer, Transfusion
 from transfusion_pytorch.network.transformer import MOST_GRAPHS
-
-CHECKS_TYPES = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
-compiles = pytest.mark.skipif(CHECKS_TYPES, reason="a compiled graph cannot check types")
-
 
 # torch's own, while it traces
 pytestmark = [
@@ -223,7 +219,7 @@ def test_what_cannot_be_compiled_is_refused():
         Transfusion(num_text_tokens=4, transformer=own).compile()
 
 
-@pytest.mark.skipif(not CHECKS_TYPES, reason="only TYPECHECK=1 cannot be compiled")
+@pytest.mark.skipif(not TYPECHECK, reason="only TYPECHECK=1 cannot be compiled")
 def test_compiling_what_checks_types_is_refused():
     with pytest.raises(RuntimeError, match="compile without TYPECHECK=1"):
         pair()

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transfusion_pytorch.network.upcast import is_plain_linear, linear_gradients, product, working_dtype
+from transfusion_pytorch.network.upcast import is_plain_linear, linear_gradients, precise, product, working_dtype
 from transfusion_pytorch.sequence.positions import rotate
 
 ACTIVATIONS = {"geglu": (F.gelu, torch.ops.aten.gelu_backward), "swiglu": (F.silu, torch.ops.aten.silu_backward)}
@@ -232,7 +232,7 @@ def _look_up(table: Tensor, row: Tensor) -> Tensor:
 
 def sum_rows(values: Tensor, row: Tensor, count: int) -> Tensor:
     """What the tokens of each row add up to, `(m, d)`, in single precision at least."""
-    sums = values.new_zeros((count, values.shape[-1]), dtype=torch.promote_types(values.dtype, torch.float32))
+    sums = values.new_zeros((count, values.shape[-1]), dtype=precise(values.dtype))
     return sums.index_add_(0, row, values.to(sums.dtype))
 
 
@@ -243,4 +243,4 @@ def _sum_rows(values: Tensor, row: Tensor, count: int) -> Tensor:
 
 @_sum_rows.register_fake
 def _(values, row, count):
-    return values.new_empty((count, values.shape[-1]), dtype=torch.promote_types(values.dtype, torch.float32))
+    return values.new_empty((count, values.shape[-1]), dtype=precise(values.dtype))

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.fused import LAYER_NORM_EPS, gated_add, inverse_rms, modulated_norm
-from transfusion_pytorch.network.upcast import Linear
+from transfusion_pytorch.network.upcast import Linear, precise
 
 
 class RMSNorm(nn.Module):
@@ -23,8 +23,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (precise * inverse_rms(precise) * (1 + self.weight)).to(x.dtype)
+        exact = x.to(precise(x.dtype))
+        return (exact * inverse_rms(exact) * (1 + self.weight)).to(x.dtype)
 
 
 class Conditioning(NamedTuple):
@@ -120,7 +120,7 @@ def sinusoids(x: Float[Tensor, "n a"], *, count: int, highest: float, ratio: flo
     In single precision at least, and from no buffer that would be rounded with the parameters: bfloat16 tells 900
     radians from 904, and nothing between.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(precise(x.dtype))
     exponent = torch.arange(count, device=x.device, dtype=x.dtype) / count
     angle = rearrange(x[..., None] * (highest * ratio**-exponent), "n a f -> n (a f)")
     return torch.cat((angle.sin(), angle.cos()), dim=-1)

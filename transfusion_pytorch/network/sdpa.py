@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transfusion_pytorch.network.cache import CacheView
-from transfusion_pytorch.network.upcast import product_dtype
+from transfusion_pytorch.network.upcast import precise, product_dtype
 from transfusion_pytorch.sequence.masks import QUERY_CHUNK, Chunk, Run
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -74,7 +74,7 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
 
 def empty_sums(q: Tensor) -> Tensor:
     """Room for one number for each query of each head, `(n, h)`."""
-    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape[:2], dtype=precise(q.dtype))
 
 
 def flash_gradients(
@@ -114,7 +114,7 @@ def dense_gradients(
         for chunk in _short(run.chunks, q.device):
             seen = slice(0, chunk.num_keys)
             grad_out, some_q, keys, values = (
-                part.to(torch.promote_types(q.dtype, torch.float32))
+                part.to(precise(q.dtype))
                 for part in (
                     grad_run[:, :, chunk.queries],
                     q_run[:, :, chunk.queries],
@@ -149,8 +149,7 @@ def _short(chunks: Sequence[Chunk], device: torch.device) -> Iterator[Chunk]:
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """For q, k and v; what adds up does so in single precision at least."""
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return [q.new_empty(q.shape), *(part.new_zeros(part.shape, dtype=precise) for part in (k, v))]
+    return [q.new_empty(q.shape), *(part.new_zeros(part.shape, dtype=precise(q.dtype)) for part in (k, v))]
 
 
 def _with_neighbouring_channels(part: Tensor) -> Tensor:
@@ -184,9 +183,7 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softcap: float 
     dtype, kind = q.dtype, q.device.type
     q, k, v = (part.to(product_dtype(dtype, kind)) for part in (q, k, v))
     with torch.autocast(kind, enabled=False):
-        weights = _masked(_logits(q, k, softcap), chunk).softmax(
-            dim=-1, dtype=torch.promote_types(dtype, torch.float32)
-        )
+        weights = _masked(_logits(q, k, softcap), chunk).softmax(dim=-1, dtype=precise(dtype))
         return (weights.to(v.dtype) @ v).to(dtype)
 
 

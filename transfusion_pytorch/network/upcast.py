@@ -47,6 +47,11 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if rounds else x.dtype
 
 
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """What sums, norms and losses are made in, whatever autocast says: single precision at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What products of this type are best made in."""
     return torch.float32 if emulated(dtype, device_type) else dtype
@@ -111,7 +116,7 @@ def linear_gradients(
         if wanted[1] and x is not None:
             grad_weight = (rows.t() @ torch.atleast_2d(x).flatten(0, -2).to(dtype)).to(weight.dtype)
         if wanted[2]:
-            grad_bias = rows.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(bias_dtype)
+            grad_bias = rows.sum(dim=0, dtype=precise(dtype)).to(bias_dtype)
     return grad_x, grad_weight, grad_bias
 
 

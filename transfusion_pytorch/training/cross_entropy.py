@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transfusion_pytorch.network.upcast import is_plain_linear, product_dtype, working_dtype
+from transfusion_pytorch.network.upcast import is_plain_linear, precise, product_dtype, working_dtype
 
 CHUNK = 2**23  # logits at a time: 32 MiB in single precision, and still many rows for a matrix product
 
@@ -82,8 +82,3 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
         ]
         return grads[0], grads[1], None, None
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """Losses are taken in single precision at least, whatever autocast says."""
-    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,8 @@
+"""What tests must know of how they are run."""
+
+import os
+
+import pytest
+
+TYPECHECK = os.environ.get("TYPECHECK", "").lower() in ("1", "true")
+compiles = pytest.mark.skipif(TYPECHECK, reason="a compiled graph cannot check types")
