@@ -16,13 +16,13 @@ ALLOWED = {
     "examples": [],
     "sequence": [],
     "flow": [],
-    "latents": ["sequence", "flow"],
-    "network": ["sequence.masks", "sequence.positions"],
-    "generation": ["sequence", "flow"],
+    "evaluating": [],
+    "network": ["sequence.masks", "sequence.positions", "sequence.blocks", "sequence.moving"],
+    "modalities": ["sequence", "flow", "network"],
+    "generation": ["sequence", "flow", "evaluating"],
     "display": ["generation.events", "generation.progress"],
-    "training": ["sequence", "flow", "network.upcast"],
-    "modality": ["sequence", "network"],
-    "preparation": ["sequence", "modality"],
+    "training": ["sequence", "flow", "network", "modalities.latents", "evaluating"],
+    "batching": ["sequence", "modalities"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["__init__"] = list(ALLOWED)

@@ -23,7 +23,7 @@ from transfusion_pytorch.flow.solver import (
     integrate,
     is_single_step,
 )
-from transfusion_pytorch.flow.times import CLEAN, TimePolicy, shift_times, times_of_spans
+from transfusion_pytorch.flow.times import CLEAN, TimePolicy, shift_times
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=40)
 DOUBLE = torch.float64
@@ -220,47 +220,6 @@ def test_a_policy_that_makes_no_sense_is_refused(options, message):
 def test_a_policy_of_unknown_distribution_is_refused():
     with pytest.raises(ValueError, match="must be 'uniform', 'logit_normal' or a constant, got 'normal'"):
         TimePolicy("normal")
-
-
-SAMPLE, INDEX = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([0, 1, 0, 1, 2])  # sample 1 has no modality
-
-
-def of_spans(times):
-    return times_of_spans(times, SAMPLE, INDEX, 3)
-
-
-def test_times_are_given_for_all_for_each_sample_or_for_each_modality():
-    assert of_spans(0.25).tolist() == [0.25] * 5
-    assert of_spans(torch.tensor(0.25)).tolist() == [0.25] * 5
-    assert of_spans(1).tolist() == [1.0] * 5
-    assert of_spans(torch.tensor([0.25, 0.5, 0.75])).tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]
-    table = torch.arange(12).view(3, 4) / 16
-    assert of_spans(table).tolist() == [0.0, 1 / 16, 8 / 16, 9 / 16, 10 / 16]
-
-
-def test_given_times_keep_their_precision():
-    times = torch.rand(3, dtype=DOUBLE)
-    assert torch.equal(of_spans(times), times[SAMPLE])
-
-
-def test_without_spans_any_times_will_do():
-    none = torch.zeros(0, dtype=torch.long)
-    for times in (0.5, torch.rand(3), torch.rand(3, 0), torch.rand(3, 2)):
-        assert times_of_spans(times, none, none, 3).shape == (0,)
-
-
-@pytest.mark.parametrize("shape", [(2,), (4,), (3, 2), (2, 3), (5, 3), (1, 3), (3, 3, 1)])
-def test_times_of_another_shape_are_refused(shape):
-    came = str(shape).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(ValueError, match=rf"a scalar, \(3,\) or \(3, 3\), .* got {came}$"):
-        of_spans(torch.rand(shape))
-
-
-@pytest.mark.parametrize("wrong", [-0.01, 1.01, float("nan"), float("inf")])
-def test_times_outside_the_path_are_refused(wrong):
-    for times in (wrong, torch.tensor([0.5, wrong, 0.5])):
-        with pytest.raises(ValueError, match=r"times must lie between 0 \(noise\) and 1 \(data\)"):
-            of_spans(times)
 
 
 # solvers

@@ -17,7 +17,7 @@ def test_every_example_runs(page):
 
 
 def test_the_file_tree_names_every_module():
-    for folder in ("", "sequence", "flow", "network", "generation", "display", "training"):
+    for folder in ("", "sequence", "flow", "network", "generation", "display", "training", "modalities"):
         for file in (ROOT / "transfusion_pytorch" / folder).glob("*.py"):
             assert file.name == "__init__.py" or re.search(rf"^ +{file.name} ", README, flags=re.MULTILINE), file
 

@@ -1,5 +1,6 @@
 """One row of tokens for any batch: every field against worked examples and against a loop over tokens."""
 
+import pickle
 from itertools import pairwise
 from math import prod
 
@@ -9,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfusion_pytorch.sequence.samples import Modality, Text, mark
-from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
+from transfusion_pytorch.sequence.stream import Past, TokenStream, pack, pad_stream
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=25)
 VOCABULARY = Vocabulary(num_text=10, num_modalities=3)
-FIELDS = ("token", "sample", "span", "position", "end", "label")
+FIELDS = ("token", "sample", "modulation_index", "position", "end", "label")
 
 
 def text(*ids):
@@ -46,21 +47,21 @@ def marked(samples):
 
 
 def token_by_token(samples, pasts, token_shape, ignore_index):
-    """`pack` as one would write it without vectors: a row (token, sample, span, position, end) for each token."""
+    """`pack` as one would write it without vectors: a row for each token, in the order of `FIELDS`."""
     rows, spans = [], 0
     for i, (sample, (length, position)) in enumerate(zip(samples, pasts, strict=True)):
         for piece in sample:
             if isinstance(piece, Text):
                 for token in piece.ids.tolist():
                     length, position = length + 1, position + 1
-                    rows.append((token, i, -1, position - 1, length))
+                    rows.append((token, i, 0, position - 1, length))
             else:
                 size = prod(token_shape(piece.type, piece.shape))
                 length, position = length + size, position + 1
-                rows += [(0, i, spans, position - 1, length)] * size
                 spans += 1
+                rows += [(0, i, spans, position - 1, length)] * size
     columns = dict(zip(FIELDS, map(list, zip(*rows, strict=True)), strict=False))
-    labels = [b[0] if a[1] == b[1] and a[2] == b[2] == -1 else ignore_index for a, b in pairwise(rows)]
+    labels = [b[0] if a[1] == b[1] and a[2] == b[2] == 0 else ignore_index for a, b in pairwise(rows)]
     return columns | {"label": [*labels, ignore_index]}
 
 
@@ -76,7 +77,7 @@ def test_every_field_of_the_documented_example():
     assert columns(stream) == {
         "token": [5, 6, 0, 0, 0, 7],
         "sample": [0, 0, 0, 0, 0, 0],
-        "span": [-1, -1, 0, 0, 0, -1],
+        "modulation_index": [0, 0, 1, 1, 1, 0],
         "position": [0, 1, 2, 2, 2, 3],
         "end": [1, 2, 5, 5, 5, 6],
         "label": [6, -1, -1, -1, -1, -1],
@@ -91,7 +92,7 @@ def test_two_samples_start_anew_and_share_one_table_of_spans():
     assert columns(stream) == {
         "token": [0, 0, 1, 2, 3, 0, 0, 0, 4, 5],
         "sample": [0, 0, 0, 0, 1, 1, 1, 1, 1, 1],
-        "span": [0, 0, -1, -1, -1, 1, 2, 2, -1, -1],
+        "modulation_index": [1, 1, 0, 0, 0, 2, 3, 3, 0, 0],
         "position": [0, 0, 1, 2, 0, 1, 2, 2, 3, 4],
         "end": [2, 2, 3, 4, 1, 2, 4, 4, 5, 6],
         "label": [-9, -9, 2, -9, -9, -9, -9, -9, 5, -9],
@@ -114,7 +115,7 @@ def test_a_sample_continues_after_its_past():
 
 def test_a_downsampled_span_takes_as_many_slots_as_it_has_tokens():
     stream = pack([[image(4, 6, kind=1), text(1), image(4, kind=0)]], token_shape=halved)
-    assert stream.span.tolist() == [0] * 6 + [-1] + [1] * 4
+    assert stream.modulation_index.tolist() == [1] * 6 + [0] + [2] * 4
     assert stream.end.tolist() == [6] * 6 + [7] + [11] * 4
     assert stream.spans.shapes == ((4, 6), (4,))
     assert stream.spans.token_shapes == ((2, 3), (4,))
@@ -142,7 +143,7 @@ def test_packing_is_a_loop_over_tokens(data, samples, token_shape):
     assert all(getattr(stream, field).dtype == torch.long for field in FIELDS)
     assert stream.lengths == tuple(expected["sample"].count(i) for i in range(len(samples)))
     assert stream.past == tuple(pasts)
-    assert stream.is_text.tolist() == [span < 0 for span in expected["span"]]
+    assert stream.is_text.tolist() == [index == 0 for index in expected["modulation_index"]]
     assert stream.last.tolist() == [n - 1 for n in torch.tensor(stream.lengths).cumsum(0).tolist()]
 
 
@@ -170,91 +171,72 @@ def test_the_slots_of_all_types_are_what_is_no_text(samples):
     stream = pack(samples)
     slots = [stream.slots(kind) for kind in range(3)]
     for kind, of_kind in enumerate(slots):
-        assert set(stream.span[of_kind].tolist()) == set(stream.spans.of_type(kind))
+        assert {index - 1 for index in stream.modulation_index[of_kind].tolist()} == set(stream.spans.of_type(kind))
     assert torch.cat(slots).sort().values.tolist() == (~stream.is_text).nonzero().flatten().tolist()
 
 
-def labelled(stream):
-    return (stream.label != stream.ignore_index).nonzero().flatten()
-
-
 @QUICK
-@given(samples=SAMPLES, data=st.data())
-def test_a_label_is_the_next_text_of_the_same_sample(samples, data):
-    dropped = torch.tensor([data.draw(st.booleans()) for _ in samples])
-    for stream in (packed := pack(marked(samples)), packed.drop_text(dropped, num_text=10, null=VOCABULARY.null)):
-        here = labelled(stream)
-        there = here + 1
-        assert torch.equal(stream.label[here], stream.token[there])
-        assert torch.equal(stream.sample[here], stream.sample[there])
-        assert stream.is_text[here].all()
-        assert stream.is_text[there].all()
-        assert not (stream.label == VOCABULARY.null).any()
-        assert not (stream.token[here] == VOCABULARY.null).any()
+@given(samples=SAMPLES)
+def test_a_label_is_the_next_text_of_the_same_sample(samples):
+    stream = pack(marked(samples))
+    here = (stream.label != stream.ignore_index).nonzero().flatten()
+    there = here + 1
+    assert torch.equal(stream.label[here], stream.token[there])
+    assert torch.equal(stream.sample[here], stream.sample[there])
+    assert stream.is_text[here].all()
+    assert stream.is_text[there].all()
+
+
+def test_what_is_a_condition_is_no_label():
+    condition = text(1, 2)._replace(is_learned=False)
+    assert pack([[condition, text(3, 4)]]).label.tolist() == [-1, 3, 4, -1]
+    assert pack([[text(3, 4), condition]]).label.tolist() == [4, -1, -1, -1]
 
 
 def test_without_text_there_is_nothing_to_predict():
-    assert not len(labelled(pack([[image(2, 2)], [image(3)]])))
+    assert (pack([[image(2, 2)], [image(3)]]).label == -1).all()
 
 
-# guidance: dropping text
-
-
-def test_text_before_a_modality_is_dropped_and_only_that():
-    sample = mark([text(1, 2), image(2), text(3)], VOCABULARY)
-    before, null = pack([sample, sample]), VOCABULARY.null
-    after = before.drop_text(torch.tensor([False, True]), num_text=10, null=null)
-    half = len(before.token) // 2
-    assert torch.equal(after.token[:half], before.token[:half])
-    assert torch.equal(after.label[:half], before.label[:half])
-    sos, meta, two, som = VOCABULARY.sos, VOCABULARY.meta, VOCABULARY.first_char + 2, VOCABULARY.som[0]
-    eom, eos = VOCABULARY.eom[0], VOCABULARY.eos
-    assert after.token[half:].tolist() == [sos, null, null, meta, two, som, 0, 0, eom, 3, eos]
-    assert after.label[half:].tolist() == [-1, -1, -1, two, som, -1, -1, -1, 3, eos, -1]
+# padding
 
 
 @QUICK
-@given(samples=SAMPLES, data=st.data())
-def test_dropping_is_a_loop_over_tokens(samples, data):
-    dropped = [data.draw(st.booleans()) for _ in samples]
-    before, null = pack(marked(samples)), VOCABULARY.null
-    token, label, sample = before.token.tolist(), before.label.tolist(), before.sample.tolist()
-    after = before.drop_text(torch.tensor(dropped), num_text=10, null=null)
-    latents = [i for i, is_text in enumerate(before.is_text.tolist()) if not is_text]
-    goes = [
-        dropped[sample[i]]
-        and i not in latents
-        and token[i] < 10
-        and any(j > i and sample[j] == sample[i] for j in latents)
-        for i in range(len(token))
-    ]
-    assert after.token.tolist() == [null if gone else kept for kept, gone in zip(token, goes, strict=True)]
-    hidden = [here or there for here, there in zip(goes, [*goes[1:], False], strict=True)]
-    assert after.label.tolist() == [-1 if gone else kept for kept, gone in zip(label, hidden, strict=True)]
-    assert (before.token.tolist(), before.label.tolist()) == (token, label)
-    for field in ("sample", "span", "position", "end"):
-        assert torch.equal(getattr(after, field), getattr(before, field))
+@given(samples=SAMPLES, missing=st.integers(0, 5))
+def test_padding_are_tokens_of_no_sample_that_see_themselves(samples, missing):
+    stream = pack(marked(samples))
+    length = len(stream.token)
+    padded = pad_stream(stream, length + missing)
+    assert padded.num_padding == missing
+    for field in FIELDS:
+        assert torch.equal(getattr(padded, field)[:length], getattr(stream, field))
+    assert not padded.modulation_index[length:].any()
+    assert (padded.label[length:] == -1).all()
+    expected = torch.eye(length + missing, dtype=torch.bool)
+    expected[:length, :length] = stream.layout.dense()
+    assert torch.equal(padded.layout.dense(), expected)
 
 
-def test_what_has_no_modality_after_it_is_never_dropped():
-    everywhere = torch.tensor([True, True])
-    for pieces in ([text(1, 2)], [image(2), text(1, 2)]):
-        before = pack([mark(pieces, VOCABULARY)] * 2)
-        after = before.drop_text(everywhere, num_text=10, null=VOCABULARY.null)
-        assert columns(after) == columns(before)
+def test_more_than_the_budget_is_refused():
+    with pytest.raises(ValueError, match="the batch has 3 tokens, more than the token budget of 2"):
+        pad_stream(pack([[text(1, 2, 3)]]), 2)
 
 
 # devices
 
 
-def test_moving_moves_the_tokens_and_not_the_table():
+def test_moving_moves_all_tensors_and_not_what_the_host_needs():
     stream = pack([[text(1), image(2)]])
     assert stream.to("cpu") is stream
     moved = stream.to("meta")
     assert {getattr(moved, field).device.type for field in FIELDS if field != "end"} == {"meta"}
-    assert moved.layout.device.type == "meta"
+    assert {moved.spans.modality.device.type, moved.placements[0].slots.device.type} == {"meta"}
     assert moved.layout.end.device.type == moved.end.device.type == "cpu", "laid out without waiting for the device"
-    assert moved.spans is stream.spans
+    assert moved.spans.shapes == stream.spans.shapes
+
+
+def test_a_stream_is_pickled():
+    stream = pack([[text(1), image(2)], [text(3)]])
+    assert columns(pickle.loads(pickle.dumps(stream))) == columns(stream)
 
 
 def test_a_stream_is_frozen():

@@ -14,36 +14,37 @@ from torch.nn.parallel import DistributedDataParallel
 import transfusion_pytorch
 from transfusion_pytorch import collate_fn, create_dataloader, create_ema, print_modality_sample
 from transfusion_pytorch.display import describe_sample
-from transfusion_pytorch.training.losses import ErrorSum, LossWeights, combine, global_means, squared_error, text_error
+from transfusion_pytorch.training.losses import Errors, ErrorSum, LossWeights, combine, divided, squared_error
 
 # losses
 
 
-def test_text_error_is_summed_cross_entropy_in_full_precision():
-    logits, labels, as_they_are = torch.randn(5, 7), torch.randint(7, (5,)), nn.Identity()
-    total, count = text_error(logits, as_they_are, labels)
-    torch.testing.assert_close(total, -logits.log_softmax(dim=-1)[torch.arange(5), labels].sum())
-    assert count == 5
-    assert text_error(logits.double(), as_they_are, labels).total.dtype == torch.float64
-    assert text_error(logits.bfloat16(), as_they_are, labels).total.dtype == torch.float32
-    assert text_error(logits[:0], as_they_are, labels[:0]) == (0, 0)
+def test_squared_error_sums_the_channels_of_each_latent():
+    error = squared_error(tensor([[1.0, 2.0], [0.0, 3.0]]), tensor([[0.0, 4.0], [0.0, 0.0]]))
+    assert error.tolist() == [5, 9]
+    assert squared_error(torch.ones(2, 1).bfloat16(), torch.zeros(2, 1)).dtype == torch.float32
 
 
-def test_squared_error_counts_elements():
-    assert squared_error(tensor([[1.0, 2.0]]), tensor([[0.0, 4.0]])) == (5, 2)
-    assert squared_error(torch.ones(2).bfloat16(), torch.zeros(2)).total.dtype == torch.float32
+def test_errors_add_up_by_their_weights():
+    errors = Errors(tensor([4.0, 6.0, 8.0]), tensor([1.0, 0.0, 0.5]), 2, tensor([0, 0, 2]))
+    assert ErrorSum.of(errors) == (8, 3)
+    totals, counts = ErrorSum.of(errors, 3)
+    assert (totals.tolist(), counts.tolist()) == ([4, 0, 4], [2, 0, 1])
 
 
 def test_means_of_nothing_are_zero():
-    sums = [ErrorSum(tensor(6.0), 4), ErrorSum(tensor(0.0), 0)]
-    assert global_means(sums).tolist() == [1.5, 0.0]
+    assert divided(tensor([6.0, 0.0]), tensor([4.0, 0.0])).tolist() == [1.5, 0.0]
+
+
+def error_sum(total, count):
+    return ErrorSum(tensor(total), tensor(count))
 
 
 def test_parts_are_combined_by_their_weights():
     parts = combine(
-        text=ErrorSum(tensor(6.0), 2),
-        flow={0: ErrorSum(tensor(8.0), 2), 2: ErrorSum(tensor(5.0), 1)},
-        velocity={2: ErrorSum(tensor(4.0), 4)},
+        text=error_sum(6.0, 2.0),
+        flow={0: error_sum(8.0, 2.0), 2: error_sum(5.0, 1.0)},
+        velocity={2: error_sum(4.0, 4.0)},
         recon={},
         weights=LossWeights(text=0.5, flow=(1.0, 7.0, 2.0), velocity=10.0, recon=100.0),
     )
@@ -55,28 +56,6 @@ def test_parts_are_combined_by_their_weights():
 
 
 # several processes
-
-
-@pytest.mark.parametrize("with_gradient", [True, False])
-def test_means_are_global_where_gradients_are_and_local_where_not(with_gradient, monkeypatch):
-    """This process has 6 of 2 and 0 of 0, another one 2 of 6 and 4 of 1: globally 8 / 8 and 4 / 1."""
-    reduced = []
-
-    def all_reduce(counts):
-        reduced.append(counts.tolist())
-        counts += tensor([6, 1])
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    with torch.set_grad_enabled(with_gradient):
-        means = global_means([ErrorSum(tensor(6.0), 2), ErrorSum(tensor(0.0), 0)])
-    others = tensor([2 * 2 / 8, 2 * 4 / 1])
-    if with_gradient:
-        assert ((means + others) / 2).tolist() == [1.0, 4.0]
-    else:
-        assert means.tolist() == [3.0, 0.0]
-    assert reduced == ([[2, 0]] if with_gradient else [])
 
 
 TIMES = tensor([[0.25, 0.5], [0.75, 0.125], [0.0, 0.0], [0.5, 0.875]]).double()

@@ -10,7 +10,7 @@ from tiny import CHANNELS, NUM_TEXT, Spy, awake, latents_of, layout, noise_of, r
 from torch import nn, tensor
 
 from transfusion_pytorch import TimePolicy
-from transfusion_pytorch.modality import ModalityIO
+from transfusion_pytorch.modalities.io import ModalityIO
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 TIMES = tensor([[0.25, 0.5], [0.75, 0.125], [0.0, 0.0], [0.5, 0.875]])  # the sums of their binary fractions are exact
@@ -55,7 +55,7 @@ def test_markers_are_predicted_where_text_leads_to_them():
     labels = [1, model.meta_id, two, model.som_ids[0], model.eos_id]
     assert ids == [model.sos_id, *labels[:-1], None, None, model.eom_ids[0], model.eos_id]
     assert list(targets(ids).values()) == labels
-    stream, _ = model.prepare([[tensor([1]), torch.randn(2, 3)]])
+    stream = model.packer()([[tensor([1]), torch.randn(2, 3)]]).stream
     assert stream.label[stream.label >= 0].tolist() == labels
 
 
@@ -63,7 +63,7 @@ def test_markers_are_predicted_where_text_leads_to_them():
 def test_ignore_index_is_a_label_and_changes_no_loss(ignore_index):
     torch.manual_seed(0)
     model = awake(tiny(ignore_index=ignore_index))
-    assert (model.prepare(ragged_batch())[0].label == ignore_index).any()
+    assert (model.packer()(ragged_batch()).stream.label == ignore_index).any()
     torch.manual_seed(0)
     expected = awake(tiny())(ragged_batch(), times=1.0)
     torch.testing.assert_close(model(ragged_batch(), times=1.0), expected, **EXACT)
@@ -78,7 +78,7 @@ def test_a_single_token_has_nothing_to_predict():
 # flow
 
 
-@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("at", [0.0, 0.5, 0.875])
 def test_a_new_model_predicts_no_velocity(at):
     model, batch = tiny().double().eval(), ragged_batch()
     torch.manual_seed(7)
@@ -111,7 +111,7 @@ def oracle(monkeypatch, batch, *, of_clean: bool) -> list:
     return truth
 
 
-@pytest.mark.parametrize("at", [0.0, 0.3, 0.94, 0.96, 0.9985, 1.0])
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.94, 0.96, 0.9985])
 @pytest.mark.parametrize("of_clean", [False, True])
 def test_the_perfect_flow_scores_zero_in_every_loss(monkeypatch, of_clean, at):
     batch = ragged_batch()

@@ -28,24 +28,35 @@ from transfusion_pytorch.generation.events import (
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.network.unet import UNetDown, UNetUp
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.sequence.packer import Packer
+from transfusion_pytorch.sequence.samples import Condition, Latents, Sample
 from transfusion_pytorch.training.data import collate_fn, create_dataloader
 from transfusion_pytorch.training.ema import create_ema
-from transfusion_pytorch.training.losses import LossBreakdown
+from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
 from transfusion_pytorch.transfusion import Transfusion
 
 __version__ = version("transfusion-pytorch")
 
 __all__ = [
+    "Batch",
+    "Condition",
     "DrawingProgress",
     "EndReason",
     "Ended",
     "Engine",
     "EngineStats",
+    "Latents",
     "LossBreakdown",
     "ModalityDone",
     "ModalityStarted",
+    "Packer",
     "Request",
+    "Sample",
     "SamplingOptions",
+    "SpanLosses",
+    "TargetCounts",
     "TextToken",
     "TimePolicy",
     "Transformer",

@@ -1,4 +1,4 @@
-"""`Transfusion`: one module that reads, writes and draws.
+"""`Transfusion`: one module for autoregressive text and flow matching.
 
 b samples, n tokens of the packed stream, m spans (instances of a modality), d model, v vocabulary.
 """
@@ -7,57 +7,50 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from ema_pytorch import EMA
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from transfusion_pytorch import preparation
-from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
+from transfusion_pytorch.batching import BatchingMethods, check_probability
+from transfusion_pytorch.flow.path import velocity_towards
 from transfusion_pytorch.flow.solver import check_method
-from transfusion_pytorch.flow.times import CLEAN, TimePolicy, times_of_spans
-from transfusion_pytorch.generation.engine import evaluating
+from transfusion_pytorch.flow.times import CLEAN, TimePolicy
 from transfusion_pytorch.generation.methods import SamplingMethods
-from transfusion_pytorch.latents import Latents, add_noise, latent_times, latents_by_type, unflatten, x_t_of
-from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_modality
+from transfusion_pytorch.modalities import preparation
+from transfusion_pytorch.modalities.build import build_modalities, per_modality
+from transfusion_pytorch.modalities.io import ModalityInfo
+from transfusion_pytorch.modalities.latents import Latents, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
 from transfusion_pytorch.network.upcast import Linear
-from transfusion_pytorch.preparation import as_times, check_probability
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
-from transfusion_pytorch.sequence.vocabulary import Vocabulary
+from transfusion_pytorch.sequence.vocabulary import MarkerIds, Vocabulary
 from transfusion_pytorch.training.data import create_dataloader
+from transfusion_pytorch.training.distributed import Processes, training_processes
 from transfusion_pytorch.training.ema import create_ema
-from transfusion_pytorch.training.losses import (
-    ErrorSum,
-    LossBreakdown,
-    LossWeights,
-    combine,
-    flow_errors,
-    squared_error,
-    text_error,
-)
+from transfusion_pytorch.training.losses import LossBreakdown, LossWeights, SpanLosses
+from transfusion_pytorch.training.objective import REDUCTIONS, Objective, Predictions, Teacher, as_teacher
 
 
 class Hidden(NamedTuple):
-    """What the transformer made of a stream, and what the adapters remember for reading it."""
+    """What the transformer made of a stream, and what the adapters need again to read it.
+
+    `condition` has a row for each span, `adapter_state` what each modality's adapter kept.
+    """
 
     tokens: Shaped[Tensor, "n d"]
     condition: Shaped[Tensor, "m d"]
-    memory: dict[int, Any]
+    adapter_state: dict[int, Any]
 
 
-class Teacher(NamedTuple):
-    """Whose velocities ours are to be consistent with, and how far ahead of us on the path it stands."""
-
-    model: "Transfusion"
-    ahead: float
-
-
-class Transfusion(SamplingMethods, nn.Module):
+class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
     """Autoregressive text and flow matching over any number of modalities, in one transformer (arXiv 2408.11039).
 
     Every call, whether a batch of mixed samples, plain text, plain images or a decoding step, is one packed stream
@@ -139,11 +132,14 @@ class Transfusion(SamplingMethods, nn.Module):
         nn.init.normal_(self.text_embedding.weight, std=0.02)
         nn.init.zeros_(self.type_embedding.weight)
 
-        self.loss_weights = LossWeights(
-            text=text_loss_weight,
-            flow=per_modality(flow_loss_weight, len(self.modalities), "flow_loss_weight"),
-            velocity=velocity_consistency_loss_weight,
-            recon=reconstruction_loss_weight,
+        self.objective = Objective(
+            LossWeights(
+                text=text_loss_weight,
+                flow=per_modality(flow_loss_weight, len(self.modalities), "flow_loss_weight"),
+                velocity=velocity_consistency_loss_weight,
+                recon=reconstruction_loss_weight,
+            ),
+            of_clean=model_output_clean,
         )
         self.odeint_kwargs = dict(odeint_kwargs or dict(atol=1e-5, rtol=1e-5, method="midpoint"))
         check_method(self.odeint_kwargs)
@@ -152,6 +148,8 @@ class Transfusion(SamplingMethods, nn.Module):
         self.prob_uncond = prob_uncond
         self.time_policy = time_policy or TimePolicy()
         self.ignore_index = ignore_index
+        self.process_group: Any = None  # of data parallelism, where it is neither DDP's own nor the default one
+        self._live_shapes = self._shape_finders(is_live=True)
 
     def forward(
         self,
@@ -160,59 +158,78 @@ class Transfusion(SamplingMethods, nn.Module):
         times: Any = None,
         num_modalities_to_times_fn: Any = None,
         modality_type: Any = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        sample_weights: Any = None,
+        counts: TargetCounts | None = None,
+        reduction: str = "mean",
+        noise: Any = None,
+        generator: torch.Generator | None = None,
         return_loss: bool = True,
         return_breakdown: bool = False,
         velocity_consistency_ema_model: Any = None,
         velocity_consistency_delta_time: float = 1e-3,
         prob_uncond: float | None = None,
-    ) -> Tensor | tuple[Tensor, LossBreakdown]:
+    ) -> Tensor | tuple[Tensor, LossBreakdown] | LossBreakdown | SpanLosses:
         """The loss of a batch, or its logits.
 
-        `samples` is a list of samples (lists of integer tensors for text, float tensors for modality 0, `(type,
-        tensor)` for any modality), or ids `(b, n)` for text alone, or floats `(b, ...)` for `modality_type` alone.
+        `samples` is one of:
 
-        `times` for the modalities are a scalar, `(b,)` or `(b, m)`, and else drawn by the time policy or by
-        `num_modalities_to_times_fn`, which takes the number of modalities of each sample `(b,)` and gives `(b, m)`.
+        - a list of samples, each a list of integer tensors (text), float tensors (modality 0), `(type, tensor)`,
+          `Latents` and `Condition`s, or a `Sample` of such a list
+        - ids `(b, n)` for text alone, or floats `(b, ...)` for `modality_type` alone
+        - a `Batch` that `packer()` made of any of these
 
-        With a `velocity_consistency_ema_model` (from `create_ema`) velocities are held to those of the average a
-        `velocity_consistency_delta_time` further along, for which times leave room. `prob_uncond` replaces the model's.
+        Targets and their weights:
+
+        - `labels` `(b, n)` replace the ids of a batch `(b, n)` as targets. They are shifted inside: `labels[:, i]` is
+          predicted from `ids[:, :i]`. `ignore_index` and -100 mean no target.
+        - `sample_weights` `(b,)`: losses are divided by the weighted counts
+        - `counts`: what the sums are divided by instead of the batch's own, for gradient accumulation; see
+          `count_targets`
+        - `reduction`: `"mean"`; `"none"` for a `LossBreakdown` with a row for each sample, divided by its own counts;
+          `"span"` for the flow loss of each span (`SpanLosses`)
+
+        Times and noise:
+
+        - `times` of the modalities: a scalar, `(b,)` or `(b, m)`; else `num_modalities_to_times_fn` takes the number of
+          modalities of each sample `(b,)` and gives `(b, m)`; else the time policy draws them. A modality that is put
+          at 1 has no loss.
+        - `noise`: `(k, c)` for the flat latents of a modality, in a dict if there are several
+        - `generator`: draws everything random, so that two evaluations with equal generators are equal
+        - `velocity_consistency_ema_model` (from `create_ema`): velocities are held to those of the average a
+          `velocity_consistency_delta_time` further along, for which times leave room
+        - `prob_uncond` replaces the model's
 
         Returns the total loss; with `return_breakdown` also its parts. Without `return_loss`, returns the logits `(b,
         n, vocabulary)` of every slot, markers included, zero behind the end of shorter samples; modalities are then
-        clean unless `times` are given. Raises `ValueError` or `TypeError` that says what is wrong where.
+        clean unless `times` are given. Nothing is read back from the device. Raises `ValueError` or `TypeError` that
+        says what is wrong where, before anything is computed.
         """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         teacher = as_teacher(self, velocity_consistency_ema_model, velocity_consistency_delta_time)
-        dropped = check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
-        stream, clean = self.prepare(samples, modality_type)
+        packing = dict(modality_type=modality_type, labels=labels, sample_weights=sample_weights, generator=generator)
+        batch = self._as_batch(samples, return_loss, **packing)
+        batch = self._at_times(batch, times, num_modalities_to_times_fn)
         if not return_loss:
-            return self._all_logits(stream, clean, times, num_modalities_to_times_fn)
+            return self._all_logits(batch, noise, generator)
         if self.training:
-            stream = self._drop_text(stream, dropped)
-        t = self._times(stream, times, num_modalities_to_times_fn)
-        if teacher is not None:
-            t = t.clamp(max=CLEAN - teacher.ahead)
-        stream, t = stream.to(self.device), t.to(self.device)
-        flow = add_noise(clean, stream, t)
+            batch = batch.drop_text(self.vocabulary.null, prob_uncond)
+        t = self._draw_times(batch, teacher, generator)
+        flow = add_noise(self._latents(batch), batch.stream, t, noise=noise, generator=generator)
 
-        hidden = self.run(stream, x_t_of(flow), t)
-        velocities = self.velocities(hidden, stream, x_t_of(flow), t)
-        breakdown = combine(
-            text=self._text_error(hidden, stream),
-            flow=flow_errors(velocities, flow, of_clean=self.model_output_clean),
-            velocity=self._consistency_errors(velocities, flow, teacher, stream, t),
-            recon=self._reconstruction_errors(velocities, flow, stream),
-            weights=self.loss_weights,
+        hidden = self.run(batch.stream, x_t_of(flow), t)
+        velocities = self.velocities(hidden, batch.stream, x_t_of(flow), t)
+        predictions = Predictions(hidden.tokens, velocities, flow, t)
+        losses = self.objective(
+            self, batch, predictions, teacher=teacher, counts=counts, reduction=reduction, processes=self._processes()
         )
-        return (breakdown.total, breakdown) if return_breakdown else breakdown.total
+        if reduction != "mean":
+            return losses
+        return (losses.total, losses) if return_breakdown else losses.total
 
     # what forward, and sampling, are made of
-
-    def prepare(self, samples: Any, modality_type: Any = None) -> tuple[TokenStream, Latents]:
-        """Validates, encodes and packs a batch: its stream, on the CPU, and its clean latents by type."""
-        marked = preparation.prepare(
-            samples, modality_type, self.vocabulary, self.modalities, device=self.device, dtype=self.precision
-        )
-        return self.pack(marked), self.latents_by_type(marked)
 
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]:
         """Replaces raw data by channel-last latents, on this model's device."""
@@ -237,41 +254,49 @@ class Transfusion(SamplingMethods, nn.Module):
         """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
         x = self.text_embedding(stream.token)
         condition = self.time_embedding(t) + self.type_embedding(stream.spans.modality.to(t.device))
-        memory = {}
+        adapter_state = {}
         for modality, values in latents.items():
-            members = stream.spans.of_type(modality)
-            tokens, memory[modality] = self.modalities[modality].embed(
-                values.to(self.dtype), stream.spans.shapes_of(modality), condition[members]
+            placement = stream.placements[modality]
+            tokens, adapter_state[modality] = self.modalities[modality].embed(
+                values.to(self.dtype), placement.shapes, condition.index_select(0, placement.spans)
             )
-            x = x.index_copy(0, stream.slots(modality), tokens.to(x.dtype))
+            x = x.index_copy(0, placement.slots, tokens.to(x.dtype))
         hidden = self.transformer(
             x,
             position=stream.position,
             layout=stream.layout,
-            conditioning=Conditioning(condition, stream.row) if latents else None,
+            conditioning=self._conditioning(stream, condition),
             cache=cache,
         )
-        return Hidden(hidden, condition, memory)
+        return Hidden(hidden, condition, adapter_state)
+
+    def _conditioning(self, stream: TokenStream, condition: Shaped[Tensor, "m d"]) -> Conditioning | None:
+        """What spans tell their tokens; None for text alone. A padded batch has rows for more spans, and with several
+        processes there is at least one, so that all parameters take part in every step.
+        """
+        rows = stream.num_modulations or int(self._processes() is not None)
+        if len(condition) < rows:
+            condition = F.pad(condition, (0, 0, 0, rows - len(condition)))
+        elif not len(condition):
+            return None
+        return Conditioning(condition, None if stream.has_equal_spans else stream.modulation_index)
 
     def logits(self, tokens: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n v"]:
         """What may come next, for every id that can be written."""
         return self.to_logits(tokens)
 
     def velocities(self, hidden: Hidden, stream: TokenStream, x_t: Latents, t: Float[Tensor, " m"]) -> Latents:
-        """Where every latent moves, whatever the network predicts."""
+        """The velocity of every latent; predictions of the clean latent are converted."""
         velocities = {}
         for modality, values in x_t.items():
-            members = stream.spans.of_type(modality)
-            predicted = (
-                self.modalities[modality]
-                .read(
-                    hidden.tokens[stream.slots(modality)],
-                    stream.spans.shapes_of(modality),
-                    hidden.condition[members],
-                    hidden.memory[modality],
-                )
-                .to(values.dtype)
+            placement = stream.placements[modality]
+            predicted = self.modalities[modality].read(
+                hidden.tokens.index_select(0, placement.slots),
+                placement.shapes,
+                hidden.condition.index_select(0, placement.spans),
+                hidden.adapter_state[modality],
             )
+            predicted = predicted.to(values.dtype)
             if self.model_output_clean:
                 predicted = velocity_towards(predicted, values, latent_times(stream, modality, t.to(values.dtype)))
             velocities[modality] = predicted
@@ -293,36 +318,12 @@ class Transfusion(SamplingMethods, nn.Module):
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def loss_weights(self) -> LossWeights:
+        return self.objective.weights
+
+    @property
     def num_modalities(self) -> int:
         return len(self.modalities)
-
-    @property
-    def sos_id(self) -> int:
-        return self.vocabulary.sos
-
-    @property
-    def eos_id(self) -> int:
-        return self.vocabulary.eos
-
-    @property
-    def meta_id(self) -> int:
-        return self.vocabulary.meta
-
-    @property
-    def som_ids(self) -> list[int]:
-        return list(self.vocabulary.som)
-
-    @property
-    def eom_ids(self) -> list[int]:
-        return list(self.vocabulary.eom)
-
-    def char_tokenizer(self, text: str) -> Int[Tensor, " n"]:
-        """The ids that spell a shape: `"4,4"`."""
-        return self.vocabulary.encode_chars(text).to(self.device)
-
-    def decode_chars(self, ids: Int[Tensor, " n"]) -> str:
-        """The inverse of `char_tokenizer`."""
-        return self.vocabulary.decode_chars(ids)
 
     def get_modality_info(self, modality_type: int | None = None) -> ModalityInfo:
         """What one modality looks like; `modality_type` may be left out if there is only one."""
@@ -362,87 +363,32 @@ class Transfusion(SamplingMethods, nn.Module):
     def _token_shape(self, modality: int, shape: Shape) -> Shape:
         return self.modalities[modality].token_shape(shape)
 
-    def _all_logits(self, stream: TokenStream, clean: Latents, times: Any, times_fn: Any) -> Float[Tensor, "b n v"]:
-        is_clean = times is None and times_fn is None
-        t = self._times(stream, CLEAN if is_clean else times, times_fn).to(self.device)
-        stream = stream.to(self.device)
-        hidden = self.run(stream, clean if is_clean else x_t_of(add_noise(clean, stream, t)), t)
-        return pad_sequence(list(self.logits(hidden.tokens).split(stream.lengths)), batch_first=True)
+    def _draw_times(
+        self, batch: Batch, teacher: Teacher | None, generator: torch.Generator | None
+    ) -> Float[Tensor, " m"]:
+        """A time for every span: the caller's, or from the policy."""
+        times = batch.times.to(self.precision)
+        if not batch.has_times and len(times):
+            drawn = self.time_policy.draw(batch.stream.spans.is_context, generator=generator)
+            times = torch.where(times.isnan(), drawn.to(times), times)
+        return times if teacher is None else teacher.leave_room(times, batch)
 
-    def _drop_text(self, stream: TokenStream, probability: float) -> TokenStream:
-        if probability == 0 or not len(stream.spans):
-            return stream
-        dropped = torch.rand(len(stream.lengths)) < probability
-        return stream.drop_text(dropped, num_text=self.vocabulary.num_text, null=self.vocabulary.null)
+    def _latents(self, batch: Batch) -> Latents:
+        """Clean latents by type; what is raw goes through its encoder."""
+        return {
+            kind: self.modalities[kind].latents(data, batch.stream.placements[kind], self.precision)
+            for kind, data in batch.data.items()
+        }
 
-    def _times(self, stream: TokenStream, times: Any, times_fn: Any) -> Float[Tensor, " m"]:
-        """A time for every span: given, from the user's function of the number of modalities, or from the policy."""
-        spans, num_samples = stream.spans, len(stream.lengths)
-        if times is not None and times_fn is not None:
-            raise ValueError("give times or num_modalities_to_times_fn, not both")
-        if times_fn is not None and not callable(times_fn):
-            raise TypeError(f"num_modalities_to_times_fn must be a function, got {type(times_fn).__name__}")
-        if times is None and (times_fn is None or not len(spans)):
-            return self.time_policy.draw(spans.is_context).to(self.precision)
-        if times_fn is not None:
-            times = times_fn(torch.bincount(spans.sample, minlength=num_samples).to(self.device))
-        return times_of_spans(as_times(times), spans.sample, spans.index, num_samples).to(self.precision)
+    def _all_logits(self, batch: Batch, noise: Any, generator: torch.Generator | None) -> Float[Tensor, "b n v"]:
+        t, x_t = batch.times.to(self.precision), self._latents(batch)
+        t = torch.where(t.isnan(), CLEAN, t)
+        if batch.has_times:
+            x_t = x_t_of(add_noise(x_t, batch.stream, t, noise=noise, generator=generator))
+        logits = self.logits(self.run(batch.stream, x_t, t).tokens)
+        rows = logits[: batch.num_tokens].split(batch.stream.lengths)
+        return pad_sequence(list(rows), batch_first=True)
 
-    def _text_error(self, hidden: Hidden, stream: TokenStream) -> ErrorSum:
-        """Logits are made only where there is something to predict."""
-        targets = (stream.label != stream.ignore_index).nonzero().flatten()
-        return text_error(hidden.tokens[targets], self.to_logits, stream.label[targets])
-
-    def _consistency_errors(
-        self,
-        velocities: Latents,
-        flow: Mapping[int, FlowSample],
-        teacher: Teacher | None,
-        stream: TokenStream,
-        t: Float[Tensor, " m"],
-    ) -> dict[int, ErrorSum]:
-        """A straight path has one velocity: ours should be the teacher's a little later (Consistency-FM, arXiv
-        2407.02398).
-        """
-        if teacher is None or not flow:
-            return {}
-        later = t + teacher.ahead
-        x_later = {modality: sample.x_t + teacher.ahead * sample.velocity for modality, sample in flow.items()}
-        with evaluating(teacher.model):
-            targets = teacher.model.velocities(teacher.model.run(stream, x_later, later), stream, x_later, later)
-        errors = {}
-        for modality, target in targets.items():
-            if self.model_output_clean:  # the same clean latent, seen from where we stand: damping depends on the time
-                times = latent_times(stream, modality, later)
-                clean = estimate_clean(x_later[modality], target, times, damped=True)
-                target = velocity_towards(clean, flow[modality].x_t, flow[modality].t)
-            errors[modality] = squared_error(velocities[modality], target)
-        return errors
-
-    def _reconstruction_errors(
-        self, velocities: Latents, flow: Mapping[int, FlowSample], stream: TokenStream
-    ) -> dict[int, ErrorSum]:
-        """What the clean estimate decodes to, against what the clean latent decodes to."""
-        if self.loss_weights.recon == 0:
-            return {}
-        errors = {}
-        for modality, sample in flow.items():
-            estimate = estimate_clean(sample.x_t, velocities[modality], sample.t, damped=self.model_output_clean)
-            io, shapes = self.modalities[modality], stream.spans.shapes_of(modality)
-            target = io.decode(unflatten(estimate_clean(*sample), shapes))
-            made = io.decode_with_gradient(unflatten(estimate, shapes))
-            errors[modality] = squared_error(*(torch.cat([x.flatten() for x in each]) for each in (made, target)))
-        return errors
-
-
-def as_teacher(student: Transfusion, ema: Any, ahead: float) -> Teacher | None:
-    """The averaged model inside an `EMA`, or a model as it is."""
-    if ema is None:
-        return None
-    model = getattr(ema, "ema_model", ema)
-    dims = [io.spec.dim_latent for io in student.modalities]
-    if not isinstance(model, Transfusion) or [io.spec.dim_latent for io in model.modalities] != dims:
-        raise TypeError(f"velocity_consistency_ema_model must be an EMA of this model, got {type(ema).__name__}")
-    if not 0 < ahead < 1:
-        raise ValueError(f"velocity_consistency_delta_time must lie between 0 and 1, got {ahead}")
-    return Teacher(model, ahead)
+    def _processes(self) -> Processes | None:
+        """The processes to share means with: in training only, so that one alone may evaluate."""
+        return training_processes(self.process_group) if self.training else None

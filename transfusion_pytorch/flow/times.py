@@ -49,17 +49,24 @@ class TimePolicy:
         if not 0 <= self.noise_limit <= 1:
             raise ValueError(f"noise_limit must be between 0 and 1, got {self.noise_limit}")
 
-    def draw(self, is_context: Bool[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """A time for every span; `is_context` says which of them have something after them in their sample."""
-        free = shift_times(self._draw_free(is_context), self.shift)
+    def draw(self, is_context: Bool[Tensor, " m"], *, generator: torch.Generator | None = None) -> Float[Tensor, " m"]:
+        """A time for every span; `is_context` says which of them have something after them in their sample.
+
+        Numbers are drawn where the generator is, or where `is_context` is, and stay where that is.
+        """
+        device = is_context.device if generator is None else generator.device
+        drawn = self._draw_free(is_context.shape, generator, device).to(is_context.device, non_blocking=True)
+        free = shift_times(drawn, self.shift)
         return torch.where(is_context, self.noise_limit + (1 - self.noise_limit) * free, free)
 
-    def _draw_free(self, like: Tensor) -> Float[Tensor, " m"]:
+    def _draw_free(
+        self, shape: torch.Size, generator: torch.Generator | None, device: torch.device
+    ) -> Float[Tensor, " m"]:
         if isinstance(self.distribution, (int, float)):
-            return torch.full(like.shape, float(self.distribution), device=like.device)
+            return torch.full(shape, float(self.distribution), device=device)
         if self.distribution == "uniform":
-            return torch.rand(like.shape, device=like.device)
-        return torch.sigmoid(self.mean + self.std * torch.randn(like.shape, device=like.device))
+            return torch.rand(shape, generator=generator, device=device)
+        return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=device))
 
 
 CLEAN = 1.0
@@ -68,27 +75,3 @@ CLEAN = 1.0
 def shift_times(t: Float[Tensor, " m"], shift: float) -> Float[Tensor, " m"]:
     """Moves times towards noise for `shift` > 1; 0 and 1 stay where they are."""
     return t / (t + shift * (1 - t))
-
-
-def times_of_spans(
-    times: Float[Tensor, "..."] | float, sample: Int[Tensor, " m"], index: Int[Tensor, " m"], num_samples: int
-) -> Float[Tensor, " m"]:
-    """A user's times, one for the k-th modality of each sample, looked up for every span.
-
-    `times` is a scalar, `(b,)` (one for each sample) or `(b, m)`. Raises `ValueError` where it has too few entries or
-    leaves [0, 1].
-    """
-    times = torch.as_tensor(times, device=sample.device)
-    times = times if times.is_floating_point() else times.to(torch.get_default_dtype())
-    if not ((times >= 0) & (times <= 1)).all():
-        raise ValueError("times must lie between 0 (noise) and 1 (data)")
-    if times.ndim == 0:
-        return times.expand(sample.shape)
-    most = int(index.max()) + 1 if index.numel() else 0
-    by_sample = times[:, None].expand(-1, most) if times.ndim == 1 else times
-    if by_sample.ndim != 2 or len(by_sample) != num_samples or by_sample.shape[1] < most:
-        raise ValueError(
-            f"times must be a scalar, ({num_samples},) or ({num_samples}, {most}), one for each modality of each "
-            f"sample, got {tuple(times.shape)}"
-        )
-    return by_sample[sample, index]

@@ -219,7 +219,8 @@ class RecomputeContext:
     def lay_out(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> SpanStream:
         samples = [[*lane.read, span] for lane, span in zip(lanes, spans, strict=True)]
         stream = self.model.pack(samples).to(self.model.device)
-        last = [int((stream.spans.sample == i).nonzero().max()) for i in range(len(lanes))]
+        sample = stream.spans.sample.tolist()
+        last = [max(row for row, each in enumerate(sample) if each == i) for i in range(len(lanes))]
         return SpanStream(stream, self.model.latents_by_type(samples), last)
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
@@ -279,7 +280,7 @@ def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Tens
     t = _clean_times(model, laid.stream)
     t[laid.spans] = times.to(t.dtype)
     latents = {}
-    for modality in spans.modality.unique().tolist():
+    for modality in sorted(set(spans.types)):
         members = spans.of_type(modality)
         every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
         latents[modality] = torch.cat([every[span] for span in members])

@@ -4,14 +4,14 @@ b samples, n and m tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.generation.context import CachedContext
 from transfusion_pytorch.generation.events import Ended, EndReason, Event
 from transfusion_pytorch.generation.options import (
@@ -31,20 +31,6 @@ from transfusion_pytorch.sequence.samples import Modality, Text, mark
 
 Sample = list[Tensor | tuple[int, Tensor]]
 MAX_BATCH = 64
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is back in the mode it had, whatever happened."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True)

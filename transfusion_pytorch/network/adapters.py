@@ -36,6 +36,9 @@ class LinearAdapter(nn.Module):
         super().__init__()
         self.to_model = Linear(dim_latent, dim)
         self.to_latent = Linear(dim, dim_latent)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.to_latent.weight)
         nn.init.zeros_(self.to_latent.bias)
 
@@ -85,7 +88,7 @@ class PairAdapter(nn.Module):
         pieces: dict[int, Tensor] = {}
         memory = []
         for group in self._groups(shapes):
-            x, kept = self._down(self._batch(latents, group.latents, group.shape), condition[group.spans])
+            x, kept = self._down(self._batch(latents, group.latents, group.shape), _rows(condition, group.spans))
             memory.append(kept)
             pieces |= zip(group.spans, self._flat(x, self.dim), strict=True)
         return torch.cat([pieces[span] for span in range(len(shapes))]), memory
@@ -96,7 +99,7 @@ class PairAdapter(nn.Module):
         pieces: dict[int, Tensor] = {}
         for group, kept in zip(self._groups(shapes), memory, strict=True):
             x = self._batch(tokens, group.tokens, self.token_shape(group.shape))
-            x = self._up(x, condition[group.spans], kept)
+            x = self._up(x, _rows(condition, group.spans), kept)
             pieces |= zip(group.spans, self._flat(x, self.dim_latent), strict=True)
         return torch.cat([pieces[span] for span in range(len(shapes))])
 
@@ -141,6 +144,8 @@ class PairAdapter(nn.Module):
             token_shape = tuple(self._channels_last(x).shape[1:-1])
             back = self._channels_last(self._up(x, condition, kept))
         except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             message = f"the modules around the transformer do not take latents of shape {shape}: {error}"
             raise ValueError(message) from error
         finally:
@@ -153,6 +158,16 @@ class PairAdapter(nn.Module):
                 f"{before} became {between} and {after} (channels last)"
             )
         return token_shape
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On any device; for a CPU torch has no type of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _rows(condition: Tensor, spans: Sequence[int]) -> Tensor:
+    """As views: a list for an index would be uploaded, for which a GPU is waited for."""
+    return torch.stack([condition[span] for span in spans])
 
 
 def _slices(sizes: Iterable[int]) -> list[slice]:

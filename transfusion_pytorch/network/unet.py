@@ -31,9 +31,10 @@ def group_norm(dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if dim % groups == 0), dim)
 
 
-def start_at_zero(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
+def start_at_zero(*modules: nn.Module) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
 
 
 class ResidualBlock(nn.Module):
@@ -49,8 +50,10 @@ class ResidualBlock(nn.Module):
         self.to_modulation = Linear(dim_condition, 2 * dim_out)
         self.conv_out = convolution(num_dim, dim_out, dim_out, 3, padding=1)
         self.shortcut = convolution(num_dim, dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
-        start_at_zero(self.to_modulation)
-        start_at_zero(self.conv_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        start_at_zero(self.to_modulation, self.conv_out)
 
     def forward(self, x: Shaped[Tensor, "g i ..."], condition: Shaped[Tensor, "g d"]) -> Shaped[Tensor, "g o ..."]:
         modulation = self.to_modulation(condition)
@@ -99,6 +102,9 @@ class UNetUp(nn.Module):
         self.ups = nn.ModuleList(convolution(num_dim, 2 * width, width, 3, padding=1) for width in widths)
         self.blocks = nn.ModuleList(ResidualBlock(2 * width, width, **block) for width in widths)
         self.conv_out = convolution(num_dim, dim_hidden, dim_latent, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         start_at_zero(self.conv_out)
 
     def forward(

@@ -7,7 +7,7 @@ n tokens, g samples of one length t, k keys.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from math import prod
@@ -116,6 +116,15 @@ class Layout:
             runs.append(Run(samples, slice(rows[sample], rows[sample] + count), tokens, chunks))
             sample, token = samples.stop, tokens.stop
         return tuple(runs)
+
+    def prepare(self, blocks: bool = False) -> "Layout":
+        return self
+
+    def to(self, device, non_blocking: bool = True) -> "Layout":
+        return self if torch.device(device) == torch.device(self.device) else replace(self, device=device)
+
+    def pin_memory(self) -> "Layout":
+        return self
 
     @cached_property
     def start(self) -> Int[Tensor, " n"]:

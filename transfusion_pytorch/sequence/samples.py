@@ -1,7 +1,7 @@
 """Samples as users write them, parsed into pieces: text and modalities.
 
 A sample is a list. An integer tensor is text, a floating point tensor is modality 0, and `(type, tensor)` is any
-modality.
+modality. `Latents` are a modality that has been encoded already, and a `Condition` is read but not learned.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,26 +20,76 @@ Shape = tuple[int, ...]
 MAX_AXES = 3
 
 
+@dataclass(frozen=True)
+class Condition:
+    """A part that is read and not learned: a prompt, a source image, an observation.
+
+    `part` is what a sample may contain: text, a modality, `(type, tensor)` or `Latents`. Its text, the markers that
+    open its modality and the marker that follows it are no targets. Its modality is clean (t = 1) and has no flow loss.
+    Gradients flow into its tensor, so a trainable encoder may stand in front of the model.
+    """
+
+    part: Any
+
+
+@dataclass(frozen=True)
+class Latents:
+    """An instance of modality `type` that is encoded already (cached latents): its encoder is not called.
+
+    `latents` are `(*axes, c)`, or `(c, *axes)` with `channel_first_latent`.
+    """
+
+    type: int
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample that has a name, comes from a source, or weighs more or less than others.
+
+    `parts` are a list, as a sample is otherwise. `weight` multiplies its losses and counts.
+    """
+
+    parts: Any
+    name: str | None = None
+    source: str | None = None
+    weight: float = 1.0
+
+
 class Text(NamedTuple):
-    """Ids of text or of markers, on the CPU."""
+    """Ids of text or of markers, on the CPU.
+
+    `is_learned` says whether they are targets of the text loss. `labels`, of the length of `ids`, replace them as
+    targets.
+    """
 
     ids: Int[Tensor, " n"]
+    is_learned: bool = True
+    labels: Int[Tensor, " n"] | None = None
 
 
 class Modality(NamedTuple):
     """One instance of a modality: raw data first, channel-last latents `(*axes, c)` once encoded.
 
-    `is_context` says that something follows it in its sample.
+    - `is_context`: something follows it in its sample
+    - `follows_text`: text stands before it in its sample
+    - `is_learned`: it is noised and has a flow loss
+    - `is_encoded`: `tensor` are latents although the modality has an encoder
+    - `axes`: the axial shape of the latents while `tensor` is raw data
     """
 
     type: int
     tensor: Float[Tensor, "..."]
     is_context: bool = False
+    follows_text: bool = False
+    is_learned: bool = True
+    is_encoded: bool = False
+    axes: Shape | None = None
 
     @property
     def shape(self) -> Shape:
         """The axial shape of the latents."""
-        return tuple(self.tensor.shape[:-1])
+        return tuple(self.tensor.shape[:-1]) if self.axes is None else self.axes
 
 
 Piece = Text | Modality
@@ -47,7 +97,12 @@ Piece = Text | Modality
 
 def as_text(ids: Sequence[int]) -> list[Piece]:
     """Ids as a piece, or no piece where there are none."""
-    return [Text(torch.tensor(ids))] if ids else []
+    return [Text(as_ids(ids))] if ids else []
+
+
+def as_ids(ids: Sequence[int]) -> Int[Tensor, " n"]:
+    """On the CPU, whatever the default device is: batches are laid out there."""
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -95,7 +150,11 @@ def parse_samples(samples: Any, num_modalities: int) -> list[list[Piece]]:
     if not samples:
         raise ValueError("the batch is empty, expected at least one sample")
     parsed = [parse_sample(sample, num_modalities, f"sample {i}") for i, sample in enumerate(samples)]
-    lone = {type(sample[0]) for sample, given in zip(parsed, samples, strict=True) if not isinstance(given, list)}
+    lone = {
+        type(sample[0])
+        for sample, given in zip(parsed, samples, strict=True)
+        if not isinstance(given, list) or is_typed(given)
+    }
     if len(lone) > 1:
         raise TypeError(
             "text and modalities stand side by side in the batch; the parts of a sample go in a list: [[...]]"
@@ -105,14 +164,28 @@ def parse_samples(samples: Any, num_modalities: int) -> list[list[Piece]]:
 
 def parse_sample(sample: Any, num_modalities: int, where: str) -> list[Piece]:
     """Reads one sample; a lone part counts as a sample of one part."""
-    parts = sample if isinstance(sample, list) else [sample]
+    parts = sample if isinstance(sample, list) and not is_typed(sample) else [sample]
     if not parts:
         raise ValueError(f"{where} is empty, expected at least one part")
     return [parse_part(part, num_modalities, f"{where}, part {i}") for i, part in enumerate(parts)]
 
 
+def is_typed(part: Any) -> bool:
+    """Whether this is `(type, tensor)`. A list counts too: `pin_memory` of older data loaders makes lists of tuples."""
+    return isinstance(part, (tuple, list)) and len(part) == 2 and isinstance(part[0], Integral)
+
+
 def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
-    modality, tensor = part if isinstance(part, tuple) and len(part) == 2 else (None, part)
+    if isinstance(part, Condition):
+        if isinstance(part.part, Condition):
+            raise TypeError(f"{where}: a Condition holds one part, got another Condition")
+        return parse_part(part.part, num_modalities, where)._replace(is_learned=False)
+    if isinstance(part, Latents):
+        piece = parse_part((part.type, part.latents), num_modalities, where)
+        assert isinstance(piece, Modality)
+        return piece._replace(is_encoded=True)
+    is_pair = (isinstance(part, tuple) and len(part) == 2) or is_typed(part)
+    modality, tensor = part if is_pair else (None, part)
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{where}: expected an integer tensor (text), a floating point tensor (modality 0) or (type, tensor), "
@@ -156,15 +229,20 @@ def check_ids(ids: Int[Tensor, "..."], limit: int, where: str) -> None:
 
 def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = True) -> list[Piece]:
     """Frames a bare sample with its markers: sos, what opens and closes each modality, and eos if it is `complete`."""
-    marked: list[Piece] = [Text(torch.tensor([vocabulary.sos]))]
+    marked: list[Piece] = [Text(as_ids([vocabulary.sos]))]
+    is_learned, follows_text = True, False
     for i, piece in enumerate(pieces):
+        is_learned = piece.is_learned
         if isinstance(piece, Text):
             marked.append(piece)
+            follows_text = True
             continue
-        opening = Text(vocabulary.opening(piece.type, piece.shape))
-        closing = Text(vocabulary.closing(piece.type))
-        marked += [opening, piece._replace(is_context=i + 1 < len(pieces)), closing]
-    return [*marked, Text(torch.tensor([vocabulary.eos]))] if complete else marked
+        opening = Text(vocabulary.opening(piece.type, piece.shape), is_learned)
+        closing = Text(vocabulary.closing(piece.type), is_learned)
+        piece = piece._replace(is_context=i + 1 < len(pieces), follows_text=follows_text)
+        marked += [opening, piece, closing]
+    # behind a condition nobody asked the model to stop
+    return [*marked, Text(as_ids([vocabulary.eos]), is_learned)] if complete else marked
 
 
 def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:
@@ -186,7 +264,7 @@ def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece
         if isinstance(after, Modality):
             ids = _without_opening(ids, vocabulary.som[after.type], vocabulary)
         if ids:
-            bare.append(Text(torch.tensor(ids)))
+            bare.append(Text(as_ids(ids), piece.is_learned))
     return bare
 
 
@@ -197,16 +275,16 @@ def split_opening(pieces: Sequence[Piece], vocabulary: Vocabulary) -> tuple[list
     spelled = last[start + 1 : -1] if last and last[-1] in vocabulary.som else last[start + 1 :]
     if start == len(last) or not all(map(vocabulary.is_char, spelled)):
         return list(pieces), []
-    return [*pieces[:-1], *([Text(torch.tensor(last[:start]))] if start else [])], last[start:]
+    return [*pieces[:-1], *([pieces[-1]._replace(ids=as_ids(last[:start]))] if start else [])], last[start:]
 
 
 def merge_texts(pieces: Sequence[Piece]) -> list[Piece]:
-    """Joins texts that follow each other: `[a] [b] image -> [a b] image`."""
+    """Joins texts that follow each other and are both learned or both not: `[a] [b] image -> [a b] image`."""
     merged: list[Piece] = []
-    for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+    for (is_text, is_learned), group in groupby(pieces, key=lambda piece: (isinstance(piece, Text), piece.is_learned)):
         members = list(group)
         texts = [piece.ids for piece in members if isinstance(piece, Text)]
-        merged += [Text(torch.cat(texts))] if is_text else members
+        merged += [Text(torch.cat(texts), is_learned)] if is_text else members
     return merged
 
 
@@ -220,11 +298,15 @@ def _without_opening(ids: list[int], som: int, vocabulary: Vocabulary) -> list[i
     return ids[: start - 1] if start and ids[start - 1] == vocabulary.meta else ids[:end]
 
 
-def check_finite(data: Sequence[Float[Tensor, "..."]], places: Sequence[str]) -> None:
-    """Raises `ValueError` for NaN or infinity; one synchronisation with the device for all of `data`."""
+def check_finite(
+    data: Sequence[Float[Tensor, "..."]], places: Sequence[str], *, devices: Sequence[str] | None = ("cpu",)
+) -> None:
+    """Raises `ValueError` for NaN or infinity. Tensors on devices other than these are not waited for (None: all)."""
+    chosen = [i for i, instance in enumerate(data) if devices is None or instance.device.type in devices]
+    data, places = [data[i] for i in chosen], [places[i] for i in chosen]
     if not data:
         return
-    finite = torch.stack([instance.isfinite().all() for instance in data])
+    finite = torch.stack([instance.isfinite().all().cpu() for instance in data])
     if not finite.all():
         raise ValueError(f"{places[int(finite.int().argmin())]}: the tensor contains NaN or infinity")
 

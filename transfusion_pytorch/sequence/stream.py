@@ -1,11 +1,11 @@
 """The packed stream: any batch, laid out as one row of tokens without padding.
 
-n tokens, m spans (one for each instance of a modality). Everything here is built on the CPU, vectorised over pieces,
-and moved to the device of the model in one go.
+n tokens, m spans (one for each instance of a modality), b samples, s spans of one modality, t their tokens, k their
+latents. Everything is built on the CPU, vectorised over pieces, and moved to the device of the model in one go.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transfusion_pytorch.sequence.masks import Layout
+from transfusion_pytorch.sequence.moving import Moving
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text
 
 
@@ -27,21 +28,51 @@ class Past(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spans:
-    """A row for each modality instance, in the order of the stream.
+class Placement(Moving):
+    """Where the latents of one modality stand. They are flat: those of all its spans, one behind the other.
 
-    `shapes` are the axial shapes of the latents, `token_shapes` those of their tokens (smaller after a U-Net half).
-    `first` is the slot of the first token, `index` counts the modalities of a sample; `is_context` says that something
-    follows in the sample.
+    - `spans`: rows of the span table
+    - `slots`: slots of the stream that its tokens take
+    - `span_of_latent`: the row of the span table of every latent
+    - `shapes`, `token_shapes`: axial shapes of each span's latents, and of its tokens (fewer behind a U-Net half)
+    """
+
+    spans: Int[Tensor, " s"]
+    slots: Int[Tensor, " t"]
+    span_of_latent: Int[Tensor, " k"]
+    shapes: tuple[Shape, ...]
+    token_shapes: tuple[Shape, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Latents of each span."""
+        return list(map(prod, self.shapes))
+
+
+@dataclass(frozen=True)
+class Spans(Moving):
+    """The span table: a row for each modality instance, in the order of the stream.
+
+    - `modality`, `sample`: its type, and its sample
+    - `index`: which of its sample's modalities it is
+    - `is_context`: something follows it in its sample
+    - `follows_text`: text stands before it in its sample
+    - `is_learned`: it is noised and has a flow loss; a `Condition` is clean
+    - `types`, `first`, `shapes`, `token_shapes`: type, first slot, and axial shapes of latents and tokens, for the host
+    - `most`: how many modalities a sample has at most
     """
 
     modality: Int[Tensor, " m"]
-    first: Int[Tensor, " m"]
     sample: Int[Tensor, " m"]
     index: Int[Tensor, " m"]
     is_context: Bool[Tensor, " m"]
+    follows_text: Bool[Tensor, " m"]
+    is_learned: Bool[Tensor, " m"]
+    types: tuple[int, ...]
+    first: tuple[int, ...]
     shapes: tuple[Shape, ...]
     token_shapes: tuple[Shape, ...]
+    most: int
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -49,51 +80,76 @@ class Spans:
     @property
     def sizes(self) -> list[int]:
         """How many latents each span has."""
-        return [prod(shape) for shape in self.shapes]
+        return list(map(prod, self.shapes))
 
     def of_type(self, modality: int) -> list[int]:
         """Which spans are of this type."""
-        return (self.modality == modality).nonzero().flatten().tolist()
+        return [row for row, kind in enumerate(self.types) if kind == modality]
 
     def shapes_of(self, modality: int) -> list[Shape]:
         """The axial shapes of all latents of a type."""
         return [self.shapes[i] for i in self.of_type(modality)]
 
+    def placements(self) -> dict[int, Placement]:
+        """Where the latents of each type stand, by type in ascending order."""
+        return {modality: self._placement(modality) for modality in sorted(set(self.types))}
+
+    def _placement(self, modality: int) -> Placement:
+        rows = self.of_type(modality)
+        shapes, token_shapes = (tuple(each[row] for row in rows) for each in (self.shapes, self.token_shapes))
+        spans, first, latents, tokens = (
+            torch.tensor(column, dtype=torch.long, device="cpu")
+            for column in (
+                rows,
+                [self.first[row] for row in rows],
+                list(map(prod, shapes)),
+                list(map(prod, token_shapes)),
+            )
+        )
+        start = (first - (tokens.cumsum(0) - tokens)).repeat_interleave(tokens)
+        slots = start + torch.arange(len(start), device="cpu")
+        return Placement(spans, slots, spans.repeat_interleave(latents), shapes, token_shapes)
+
 
 @dataclass(frozen=True)
-class TokenStream:
+class TokenStream(Moving):
     """One packed batch. Per token, n long:
 
     - `token`: text id, 0 where the slot is a latent
     - `sample`: which sample it belongs to
-    - `span`: row of the span table, -1 for text
+    - `modulation_index`: 0 for text, i + 1 for span i
     - `position`: rotary position in its sample; a span shares one: `[t t i i i t] -> [0 1 2 2 2 3]`
-    - `end`: it sees the keys of its sample before this one: `[t t i i i t] -> [1 2 5 5 5 6]`
-    - `label`: the text id that comes next, `ignore_index` where there is none to predict
+    - `label`: the text id to predict there, `ignore_index` where there is none
 
-    `lengths` and `past` are those of the samples. `spans` and `end` are always on the CPU.
+    `layout` says who sees whom. `lengths` and `past` are those of the samples. `placements` has an entry for each
+    modality that occurs.
+
+    A stream may be padded at its end: then `num_padding` tokens belong to no sample and see only themselves, and
+    `num_modulations`, if given, is the number of spans to which the span table is filled up.
     """
 
     token: Int[Tensor, " n"]
     sample: Int[Tensor, " n"]
-    span: Int[Tensor, " n"]
+    modulation_index: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
-    end: Int[Tensor, " n"]
     label: Int[Tensor, " n"]
+    layout: Layout
+    spans: Spans
+    placements: Mapping[int, Placement]
     lengths: tuple[int, ...]
     past: tuple[Past, ...]
-    spans: Spans
     ignore_index: int
+    num_padding: int = 0
+    num_modulations: int | None = None
 
     @property
     def is_text(self) -> Bool[Tensor, " n"]:
-        return self.span < 0
+        return self.modulation_index == 0
 
-    @cached_property
-    def layout(self) -> Layout:
-        """Who sees whom, for the attention backends."""
-        past = tuple(past.length for past in self.past)
-        return Layout(end=self.end, lengths=self.lengths, past=past, device=self.token.device)
+    @property
+    def end(self) -> Int[Tensor, " n"]:
+        """It sees the keys of its sample before this one, on the CPU: `[t t i i i t] -> [1 2 5 5 5 6]`."""
+        return self.layout.end
 
     @cached_property
     def last(self) -> Int[Tensor, " b"]:
@@ -101,48 +157,18 @@ class TokenStream:
         return torch.tensor(self.lengths, device=self.token.device).cumsum(0) - 1
 
     @cached_property
-    def row(self) -> Int[Tensor, " n"] | None:
-        """The span of each token counted from 1, 0 for text; None where there is nothing but spans of one length."""
+    def has_equal_spans(self) -> bool:
+        """Whether it is nothing but spans of one length, one behind the other."""
         sizes = set(map(prod, self.spans.token_shapes))
-        is_even = len(sizes) == 1 and max(sizes) * len(self.spans) == len(self.token)
-        return None if is_even else self.span + 1
+        if self.num_modulations is not None:
+            return False
+        return len(sizes) == 1 and max(sizes) * len(self.spans) == len(self.token)
 
     def slots(self, modality: int) -> Int[Tensor, " k"]:
-        """The slots of all latents of a type."""
-        return self._slots.get(modality, torch.empty(0, dtype=torch.long, device=self.token.device))
-
-    @cached_property
-    def _slots(self) -> dict[int, Int[Tensor, " k"]]:
-        """Found on the CPU, once: a search on the device would make that wait."""
-        size = torch.tensor(list(map(prod, self.spans.token_shapes)), dtype=torch.long)
-        owner = torch.arange(len(size)).repeat_interleave(size)
-        slot = (self.spans.first - (size.cumsum(0) - size))[owner] + torch.arange(len(owner))
-        kind = self.spans.modality[owner]
-        return {modality: slot[kind == modality].to(self.token.device) for modality in kind.unique().tolist()}
-
-    def drop_text(self, dropped: Bool[Tensor, " b"], *, num_text: int, null: int) -> "TokenStream":
-        """Replaces the text of the `dropped` samples by `null` for classifier-free guidance.
-
-        Only text that a modality still follows is a condition of anything, so only that goes. Structure stays.
-        """
-        last_modality = torch.full((len(self.lengths),), -1)
-        where = torch.arange(len(self.token))
-        last_modality.scatter_reduce_(0, self.sample, torch.where(self.is_text, -1, where), "amax")
-        goes = dropped[self.sample] & self.is_text & (self.token < num_text) & (where < last_modality[self.sample])
-        label = self.label.clone()
-        label[goes] = self.ignore_index  # nothing is predicted from null ...
-        label[:-1][goes[1:]] = self.ignore_index  # ... and null is never predicted
-        return replace(self, token=self.token.masked_fill(goes, null), label=label)
-
-    def to(self, device: torch.device | str) -> "TokenStream":
-        if self.token.device == torch.device(device):
-            return self
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor) and field.name != "end"
-        }
-        return replace(self, **moved)
+        """The slots of all tokens of a type."""
+        if modality in self.placements:
+            return self.placements[modality].slots
+        return torch.empty(0, dtype=torch.long, device=self.token.device)
 
 
 def same_shape(modality: int, shape: Shape) -> Shape:
@@ -158,6 +184,16 @@ def pack(
     token_shape: Callable[[int, Shape], Shape] = same_shape,
 ) -> TokenStream:
     """Lays out marked samples as one stream, each continuing after its `past`."""
+    with torch.device("cpu"):  # whatever the default device is
+        return _pack(samples, past, ignore_index, token_shape)
+
+
+def _pack(
+    samples: Sequence[Sequence[Piece]],
+    past: Sequence[Past] | None,
+    ignore_index: int,
+    token_shape: Callable[[int, Shape], Shape],
+) -> TokenStream:
     past = tuple(past) if past is not None else (Past(),) * len(samples)
     pieces = [piece for sample in samples for piece in sample]
     modalities = [piece for piece in pieces if isinstance(piece, Modality)]
@@ -168,8 +204,9 @@ def pack(
     sizes = iter(map(prod, token_shapes))
     length = torch.tensor([len(piece.ids) if isinstance(piece, Text) else next(sizes) for piece in pieces])
     is_span = torch.tensor([isinstance(piece, Modality) for piece in pieces])
+    is_learned = torch.tensor([piece.is_learned for piece in pieces])
     sample = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(pieces) for pieces in samples]))
-    span = torch.where(is_span, is_span.cumsum(0) - 1, -1)
+    modulation_index = torch.where(is_span, is_span.cumsum(0), 0)
     before = _start_in_sample(length, sample) + torch.tensor([row.length for row in past])[sample]
     advance = torch.where(is_span, 1, length)
     position = _start_in_sample(advance, sample) + torch.tensor([row.position for row in past])[sample]
@@ -177,35 +214,48 @@ def pack(
     # per token
     of_piece = torch.arange(len(pieces)).repeat_interleave(length)
     in_piece = torch.arange(len(of_piece)) - (length.cumsum(0) - length)[of_piece]
-    in_span = is_span[of_piece]
+    in_span, token_sample = is_span[of_piece], sample[of_piece]
     end = before[of_piece] + torch.where(in_span, length[of_piece], in_piece + 1)
     token = torch.zeros_like(of_piece)
-    texts = [piece.ids for piece in pieces if isinstance(piece, Text)]
+    texts = [piece for piece in pieces if isinstance(piece, Text)]
+    wanted = token
     if texts:
-        token[~in_span] = torch.cat(texts)
+        token[~in_span] = torch.cat([piece.ids for piece in texts])
+        if any(piece.labels is not None for piece in texts):
+            wanted = token.clone()
+            wanted[~in_span] = torch.cat([piece.ids if piece.labels is None else piece.labels for piece in texts])
     label = torch.full_like(token, ignore_index)
-    predicts = ~in_span[:-1] & ~in_span[1:] & (sample[of_piece][:-1] == sample[of_piece][1:])
-    label[:-1][predicts] = token[1:][predicts]
+    is_target = ~in_span & is_learned[of_piece]
+    predicts = ~in_span[:-1] & is_target[1:] & (token_sample[:-1] == token_sample[1:])
+    label[:-1][predicts] = wanted[1:][predicts]
 
+    lengths = tuple(torch.zeros(len(samples), dtype=torch.long).index_add_(0, sample, length).tolist())
     span_sample = sample[is_span]
+    index = _start_in_sample(torch.ones_like(span_sample), span_sample)
+    spans = Spans(
+        modality=torch.tensor([piece.type for piece in modalities], dtype=torch.long),
+        sample=span_sample,
+        index=index,
+        is_context=torch.tensor([piece.is_context for piece in modalities], dtype=torch.bool),
+        follows_text=torch.tensor([piece.follows_text for piece in modalities], dtype=torch.bool),
+        is_learned=torch.tensor([piece.is_learned for piece in modalities], dtype=torch.bool),
+        types=tuple(piece.type for piece in modalities),
+        first=tuple((length.cumsum(0) - length)[is_span].tolist()),
+        shapes=shapes,
+        token_shapes=token_shapes,
+        most=int(index.max()) + 1 if len(index) else 0,
+    )
     return TokenStream(
         token=token,
-        sample=sample[of_piece],
-        span=span[of_piece],
+        sample=token_sample,
+        modulation_index=modulation_index[of_piece],
         position=position[of_piece] + torch.where(in_span, 0, in_piece),
-        end=end,
         label=label,
-        lengths=tuple(torch.zeros(len(samples), dtype=torch.long).index_add_(0, sample, length).tolist()),
+        layout=Layout(end=end, lengths=lengths, past=tuple(row.length for row in past)),
+        spans=spans,
+        placements=spans.placements(),
+        lengths=lengths,
         past=past,
-        spans=Spans(
-            modality=torch.tensor([piece.type for piece in modalities], dtype=torch.long),
-            first=(length.cumsum(0) - length)[is_span],
-            sample=span_sample,
-            index=_start_in_sample(torch.ones_like(span_sample), span_sample),
-            is_context=torch.tensor([piece.is_context for piece in modalities], dtype=torch.bool),
-            shapes=shapes,
-            token_shapes=token_shapes,
-        ),
         ignore_index=ignore_index,
     )
 
@@ -216,7 +266,7 @@ def pack_ids(samples: Sequence[Sequence[int]], past: Sequence[Past], *, ignore_i
     """
     lengths = tuple(map(len, samples))
     token, sample, position, end = (
-        torch.tensor(list(chain.from_iterable(column)))
+        torch.tensor(list(chain.from_iterable(column)), device="cpu")
         for column in (
             samples,
             ([i] * length for i, length in enumerate(lengths)),
@@ -224,19 +274,42 @@ def pack_ids(samples: Sequence[Sequence[int]], past: Sequence[Past], *, ignore_i
             (range(row.length + 1, row.length + length + 1) for row, length in zip(past, lengths, strict=True)),
         )
     )
-    none = torch.empty(0, dtype=torch.long)
     return TokenStream(
         token=token,
         sample=sample,
-        span=torch.full_like(token, -1),
+        modulation_index=torch.zeros_like(token),
         position=position,
-        end=end,
         label=torch.full_like(token, ignore_index),
+        layout=Layout(end=end, lengths=lengths, past=tuple(row.length for row in past)),
+        spans=NO_SPANS,
+        placements={},
         lengths=lengths,
         past=tuple(past),
-        spans=Spans(none, none, none, none, none.bool(), (), ()),
         ignore_index=ignore_index,
     )
+
+
+def pad_stream(stream: TokenStream, length: int, *, num_modulations: int | None = None) -> TokenStream:
+    """Fills a stream up to `length` tokens. What is added are samples of one token, which sees itself alone."""
+    missing = length - len(stream.token)
+    if missing < 0:
+        raise ValueError(f"the batch has {len(stream.token)} tokens, more than the token budget of {length}")
+    filled = {
+        name: torch.cat((column, column.new_full((missing,), value)))
+        for name, column, value in (
+            ("token", stream.token, 0),
+            ("sample", stream.sample, 0),
+            ("modulation_index", stream.modulation_index, 0),
+            ("position", stream.position, 0),
+            ("label", stream.label, stream.ignore_index),
+        )
+    }
+    layout = Layout(
+        end=torch.cat((stream.layout.end, stream.layout.end.new_ones(missing))),
+        lengths=(*stream.layout.lengths, *[1] * missing),
+        past=(*stream.layout.past, *[0] * missing),
+    )
+    return replace(stream, **filled, layout=layout, num_padding=missing, num_modulations=num_modulations)
 
 
 def _start_in_sample(size: Int[Tensor, " p"], sample: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
@@ -248,3 +321,11 @@ def _start_in_sample(size: Int[Tensor, " p"], sample: Int[Tensor, " p"]) -> Int[
         is_first[1:] = sample[1:] != sample[:-1]
         first = start[is_first][is_first.cumsum(0) - 1]
     return start - first
+
+
+def _no_spans() -> Spans:
+    none = torch.empty(0, dtype=torch.long, device="cpu")
+    return Spans(none, none, none, none.bool(), none.bool(), none.bool(), (), (), (), (), 0)
+
+
+NO_SPANS = _no_spans()

@@ -71,7 +71,7 @@ class Vocabulary:
         unknown = sorted(set(text) - set(ALPHABET))
         if unknown:
             raise ValueError(f"shape metadata is written with the characters {ALPHABET!r}, got {unknown} in {text!r}")
-        return torch.tensor([self.first_char + ALPHABET.index(char) for char in text], dtype=torch.long)
+        return torch.tensor([self.first_char + ALPHABET.index(char) for char in text], dtype=torch.long, device="cpu")
 
     def decode_chars(self, ids: Int[Tensor, " n"]) -> str:
         """The inverse of `encode_chars`. Raises `ValueError` for an id that is no character."""
@@ -85,11 +85,11 @@ class Vocabulary:
     def opening(self, modality: int, shape: tuple[int, ...]) -> Int[Tensor, " n"]:
         """What stands before the latents of a modality: `meta`, its shape, `som`."""
         chars = self.encode_chars(format_shape(shape)).tolist()
-        return torch.tensor([self.meta, *chars, self.som[modality]], dtype=torch.long)
+        return torch.tensor([self.meta, *chars, self.som[modality]], dtype=torch.long, device="cpu")
 
     def closing(self, modality: int) -> Int[Tensor, " n"]:
         """What stands after the latents of a modality."""
-        return torch.tensor([self.eom[modality]], dtype=torch.long)
+        return torch.tensor([self.eom[modality]], dtype=torch.long, device="cpu")
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
@@ -105,3 +105,38 @@ def parse_shape(text: str) -> tuple[int, ...] | None:
     if not all(axis.isascii() and axis.isdigit() and int(axis) > 0 for axis in axes):
         return None
     return tuple(map(int, axes))
+
+
+class MarkerIds:
+    """The ids of the markers, and shapes as ids. Mixed into a model, whose `vocabulary` says them."""
+
+    vocabulary: Vocabulary
+    device: torch.device
+
+    @property
+    def sos_id(self) -> int:
+        return self.vocabulary.sos
+
+    @property
+    def eos_id(self) -> int:
+        return self.vocabulary.eos
+
+    @property
+    def meta_id(self) -> int:
+        return self.vocabulary.meta
+
+    @property
+    def som_ids(self) -> list[int]:
+        return list(self.vocabulary.som)
+
+    @property
+    def eom_ids(self) -> list[int]:
+        return list(self.vocabulary.eom)
+
+    def char_tokenizer(self, text: str) -> Int[Tensor, " n"]:
+        """The ids that spell a shape: `"4,4"`."""
+        return self.vocabulary.encode_chars(text).to(self.device)
+
+    def decode_chars(self, ids: Int[Tensor, " n"]) -> str:
+        """The inverse of `char_tokenizer`."""
+        return self.vocabulary.decode_chars(ids)

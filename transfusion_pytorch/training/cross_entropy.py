@@ -17,7 +17,7 @@ CHUNK = 2**23  # logits at a time: 32 MiB in single precision, and still many ro
 
 
 def summed_cross_entropy(
-    x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"], *, chunk: int = CHUNK
+    x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"], weights=None, *, chunk: int = CHUNK
 ) -> Float[Tensor, ""]:
     """The cross-entropy of `to_logits(x)`, summed over the labels, in single precision at least.
 
@@ -29,7 +29,13 @@ def summed_cross_entropy(
         rows = min(max(chunk // to_logits.out_features, 16), len(labels))
         return ChunkedCrossEntropy.apply(x, to_logits.weight, labels, rows)  # type: ignore[return-value]
     logits = to_logits(x)
-    return F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="sum")
+    errors = F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="none")
+    return (errors * weights).sum() if weights is not None else errors.sum()
+
+
+def cross_entropy_per_target(x, to_logits, labels):
+    logits = to_logits(x)
+    return F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="none")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

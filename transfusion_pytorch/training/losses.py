@@ -1,20 +1,19 @@
-"""The losses, and their sum.
+"""The losses: errors of every kind, and their means over the targets.
 
-n slots, v vocabulary, e errors of different kinds.
+b samples, e errors of one kind, s spans of one modality, k latents, c channels.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
 from transfusion_pytorch.network.upcast import precise
-from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
+from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.training.distributed import Processes
 
 
 class LossBreakdown(NamedTuple):
@@ -22,14 +21,29 @@ class LossBreakdown(NamedTuple):
 
     `total = text_loss_weight * text + sum(flow_loss_weight * flow) + velocity_consistency_loss_weight * sum(velocity)
     + reconstruction_loss_weight * sum(recon)`. `text` is a scalar in nats per token; `flow`, `velocity` and `recon`
-    have one entry for each modality, zero where a batch had none of it.
+    have one entry for each modality, zero where a batch had none of it. With `reduction="none"` each has a row for
+    every sample in front.
     """
 
-    total: Float[Tensor, ""]
-    text: Float[Tensor, ""]
-    flow: Float[Tensor, " modalities"]
-    velocity: Float[Tensor, " modalities"]
-    recon: Float[Tensor, " modalities"]
+    total: Float[Tensor, "*b"]
+    text: Float[Tensor, "*b"]
+    flow: Float[Tensor, "*b modalities"]
+    velocity: Float[Tensor, "*b modalities"]
+    recon: Float[Tensor, "*b modalities"]
+
+
+class SpanLosses(NamedTuple):
+    """The flow loss of every span, a mean over its latents, and what it belongs to (`reduction="span"`).
+
+    What is not learned scores zero; `names` and `sources` are those of its sample.
+    """
+
+    flow: Float[Tensor, " m"]
+    modality: Int[Tensor, " m"]
+    time: Float[Tensor, " m"]
+    sample: Int[Tensor, " m"]
+    names: tuple[str | None, ...]
+    sources: tuple[str | None, ...]
 
 
 class LossWeights(NamedTuple):
@@ -39,37 +53,42 @@ class LossWeights(NamedTuple):
     recon: float
 
 
+class Errors(NamedTuple):
+    """Errors of one kind, each the sum of `size` numbers, with its weight and its sample."""
+
+    error: Float[Tensor, " e"]
+    weight: Float[Tensor, " e"]
+    size: Float[Tensor, " e"] | int
+    sample: Int[Tensor, " e"]
+
+
 class ErrorSum(NamedTuple):
-    """Errors added up, and how many of them: a mean that is yet to be taken."""
+    """Weighted errors added up, and the weighted number of them: a mean that is yet to be taken, or one per sample."""
 
-    total: Float[Tensor, ""]
-    count: int
+    total: Float[Tensor, "*b"]
+    count: Float[Tensor, "*b"]
 
-
-def text_error(x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"]) -> ErrorSum:
-    """Cross-entropy over the labels."""
-    return ErrorSum(summed_cross_entropy(x, to_logits, labels), len(labels))
-
-
-def squared_error(prediction: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> ErrorSum:
-    """Squared error over all elements."""
-    prediction, exact = (x.to(precise(x.dtype)) for x in (prediction, target))
-    return ErrorSum(F.mse_loss(prediction, exact, reduction="sum"), target.numel())
+    @classmethod
+    def of(cls, errors: Errors, num_samples: int | None = None) -> "ErrorSum":
+        """Over all, or one for each of so many samples."""
+        total, count = errors.error * errors.weight, errors.weight * errors.size
+        if num_samples is None:
+            return cls(total.sum(), count.sum())
+        sums = [part.new_zeros(num_samples).index_add(0, errors.sample, part) for part in (total, count)]
+        return cls(sums[0], sums[1])
 
 
-def flow_errors(
-    velocities: Mapping[int, Tensor], flow: Mapping[int, FlowSample], *, of_clean: bool
-) -> dict[int, ErrorSum]:
-    """Errors of the velocities of each modality; `of_clean` says that they were made from predictions of the clean
-    latent.
-    """
-    errors = {}
-    for modality, sample in flow.items():
-        target = sample.velocity
-        if of_clean:  # damped as the prediction is, so that the perfect prediction scores zero
-            target = velocity_towards(estimate_clean(*sample), sample.x_t, sample.t)
-        errors[modality] = squared_error(velocities[modality], target)
-    return errors
+def squared_error(prediction: Shaped[Tensor, "k c"], target: Shaped[Tensor, "k c"]) -> Float[Tensor, " k"]:
+    """Squared error of each row, in single precision at least. No gradient flows into the target."""
+    prediction, exact = (x.to(precise(x.dtype)) for x in (prediction, target.detach()))
+    return (prediction - exact).square().sum(dim=-1)
+
+
+def flow_target(sample: FlowSample, *, of_clean: bool) -> Float[Tensor, "k c"]:
+    """The velocity to predict; `of_clean` says that velocities are made from predictions of the clean latent."""
+    if of_clean:  # damped as the prediction is, so that the perfect prediction scores zero
+        return velocity_towards(estimate_clean(*sample), sample.x_t, sample.t)
+    return sample.velocity
 
 
 def combine(
@@ -79,34 +98,37 @@ def combine(
     velocity: Mapping[int, ErrorSum],
     recon: Mapping[int, ErrorSum],
     weights: LossWeights,
+    counts: TargetCounts | None = None,
+    processes: Processes | None = None,
 ) -> LossBreakdown:
-    """Takes the means, of each modality that has errors and zero for the others, and adds the weighted ones up."""
+    """Takes the means, zero where there is nothing, and adds the weighted ones up.
+
+    Sums are divided by their own counts, or by `counts` where these are given. With `processes` the means are over the
+    batches of all of them (see `Processes`).
+    """
     modalities = range(len(weights.flow))
-    nothing = ErrorSum(text.total.new_zeros(()), 0)
-    sums = [errors.get(modality, nothing) for errors in (flow, velocity, recon) for modality in modalities]
-    means = global_means([text, *sums])
-    of_text, (of_flow, of_velocity, of_recon) = means[0], means[1:].unflatten(0, (3, -1))
+    nothing = ErrorSum(torch.zeros_like(text.total), torch.zeros_like(text.count))
+    kinds = [[errors.get(modality, nothing) for modality in modalities] for errors in (flow, velocity, recon)]
+    sums = [text, *kinds[0], *kinds[1], *kinds[2]]
+    totals = torch.stack([each.total for each in sums], dim=-1)
+    if counts is None:
+        own = torch.stack([each.count for each in sums], dim=-1)
+        means = divided(totals, own) if processes is None else processes.means(totals, own)
+    else:
+        given = torch.cat((counts.text[None], counts.latents, counts.latents, counts.decoded)).to(totals)
+        means = divided(totals, given) if processes is None else processes.means_over(totals, given, counts.processes)
+    of_text, (of_flow, of_velocity, of_recon) = means[..., 0], means[..., 1:].unflatten(-1, (3, -1)).unbind(-2)
+    weighted = [each * weight for each, weight in zip(of_flow.unbind(-1), weights.flow, strict=True)]
     total = (
         weights.text * of_text
-        + (of_flow * of_flow.new_tensor(weights.flow)).sum()
-        + weights.velocity * of_velocity.sum()
-        + weights.recon * of_recon.sum()
+        + sum(weighted)
+        + weights.velocity * of_velocity.sum(dim=-1)
+        + weights.recon * of_recon.sum(dim=-1)
     )
     return LossBreakdown(total, of_text, of_flow, of_velocity, of_recon)
 
 
-def global_means(sums: Sequence[ErrorSum]) -> Float[Tensor, " e"]:
-    """Means over the batches of all processes, scaled so that the averaging of gradients in DDP comes out right; zero
-    where nothing was added up.
-
-    Each process divides by the mean count instead of its own; otherwise a token in a short batch would weigh more.
-    All counts travel together, also those of a modality that this process happens not to have. Where no gradient is
-    wanted a process keeps to its own counts, so that one alone can evaluate.
-    """
-    totals = torch.stack([error.total for error in sums])
-    counts = torch.tensor([error.count for error in sums], device=totals.device)
-    processes = 1
-    if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-        processes = dist.get_world_size()
-    return totals * processes / counts.clamp(min=1)
+def divided(totals: Float[Tensor, "*b e"], counts: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:
+    """Means, zero where nothing was added up."""
+    counts = counts.to(totals.dtype)
+    return totals / torch.where(counts > 0, counts, 1)

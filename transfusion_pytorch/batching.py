@@ -1,0 +1,121 @@
+"""From what a user hands over to a `Batch` at a caller's times, on the model's device.
+
+b samples, m modalities of a sample.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from transfusion_pytorch.modalities.build import per_modality
+from transfusion_pytorch.modalities.shapes import LatentShapeFunction, ShapeFinder
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.sequence.packer import Packer
+from transfusion_pytorch.sequence.span_times import times_of_spans
+
+
+class BatchingMethods:
+    """What a model offers for packing batches. Mixed into `Transfusion`."""
+
+    vocabulary: Any
+    modalities: Any
+    objective: Any
+    ignore_index: int
+    prob_uncond: float
+    precision: torch.dtype
+    device: torch.device
+    training: bool
+
+    def packer(
+        self,
+        *,
+        token_budget: int | None = None,
+        prob_uncond: float | None = None,
+        latent_shape_fn: LatentShapeFunction | Sequence[LatentShapeFunction | None] | None = None,
+        checks_devices: tuple[str, ...] | None = ("cpu",),
+    ) -> Packer:
+        """Packs samples for this model without its parameters: `model(packer(samples))` is `model(samples)`.
+
+        A collate function that can be pickled, for data workers. Batches are padded to `token_budget` tokens, so that
+        they have one shape. Shapes behind encoders and adapters are found by dry runs of copies on the `meta` device;
+        for those that do not run there, `latent_shape_fn` takes the shape of raw data to the axial shape of their
+        latents (one, or one for each modality). See `Packer` for the rest.
+        """
+        functions = per_modality(latent_shape_fn, len(self.modalities), "latent_shape_fn")
+        return self._packer(self._shape_finders(functions), token_budget, prob_uncond, checks_devices)
+
+    def count_targets(self, samples: Any, *, prob_uncond: float | None = None, **options: Any) -> TargetCounts:
+        """The targets of a batch, as `forward` in the present mode would count them. `options` are those of `Packer`.
+
+        For gradient accumulation: `counts = sum(map(model.count_targets, batches))`, under DDP `counts.all_reduce()`,
+        then `model(batch, counts=counts)` for each. The losses then add up to that of one large batch. Lists are packed
+        anew by every call, and drop other text: pack them once.
+        """
+        times, times_fn = (options.pop(name, None) for name in ("times", "num_modalities_to_times_fn"))
+        batch = self._at_times(self._as_batch(samples, **options), times, times_fn)
+        if self.training:
+            batch = batch.drop_text(self.vocabulary.null, prob_uncond)
+        return batch.count_targets()
+
+    def _shape_finders(
+        self, functions: Sequence[Any] | None = None, *, is_live: bool = False
+    ) -> tuple[ShapeFinder, ...]:
+        measures = self.objective.weights.recon != 0
+        functions = functions or [None] * len(self.modalities)
+        return tuple(
+            ShapeFinder(io, measures_decoded=measures, latent_shape_fn=function, is_live=is_live)
+            for io, function in zip(self.modalities, functions, strict=True)
+        )
+
+    def _packer(
+        self,
+        shapes: tuple[ShapeFinder, ...],
+        token_budget: int | None = None,
+        prob_uncond: float | None = None,
+        checks_devices: tuple[str, ...] | None = ("cpu",),
+    ) -> Packer:
+        return Packer(
+            vocabulary=self.vocabulary,
+            modalities=shapes,
+            dtype=self.precision,
+            ignore_index=self.ignore_index,
+            prob_uncond=check_probability(self.prob_uncond if prob_uncond is None else prob_uncond),
+            token_budget=token_budget,
+            finds_blocks=self.device.type == "cuda",
+            checks_devices=checks_devices,
+        )
+
+    def _as_batch(self, samples: Any, has_loss: bool = True, **options: Any) -> Batch:
+        """Packed, unless it is already, on this model's device."""
+        if isinstance(samples, Batch):
+            given = [name for name, value in options.items() if value is not None and name != "generator"]
+            if given:
+                raise ValueError(f"a Batch has its {', '.join(given)}; give them to the packer instead")
+            if samples.channels != tuple(io.spec.dim_latent for io in self.modalities):
+                raise ValueError(f"the Batch was packed for a model whose modalities have {samples.channels} channels")
+            batch = samples
+        else:
+            batch = self._packer(self._live_shapes)(samples, refuses_gradients=has_loss, **options)
+        return batch.to(self.device)
+
+    def _at_times(self, batch: Batch, times: Any, times_fn: Any) -> Batch:
+        """The batch at a caller's times, given or from a function of the number of modalities."""
+        if times is not None and times_fn is not None:
+            raise ValueError("give times or num_modalities_to_times_fn, not both")
+        if times_fn is not None and not callable(times_fn):
+            raise TypeError(f"num_modalities_to_times_fn must be a function, got {type(times_fn).__name__}")
+        spans = batch.stream.spans
+        if times_fn is not None and len(spans):
+            ones = torch.ones_like(spans.sample)
+            times = times_fn(ones.new_zeros(len(batch)).index_add(0, spans.sample, ones))
+            if times is None:
+                raise TypeError("num_modalities_to_times_fn: times must be a number or a tensor of them, got None")
+        return batch if times is None else batch.with_times(times_of_spans(times, spans, len(batch)))
+
+
+def check_probability(prob_uncond: float) -> float:
+    if not 0 <= prob_uncond <= 1:
+        raise ValueError(f"prob_uncond is a probability, got {prob_uncond}")
+    return prob_uncond

@@ -1,0 +1,1 @@
+"""What belongs to the modalities: autoencoders, shapes, adapters, and their latents in a batch."""

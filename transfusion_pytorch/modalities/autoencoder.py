@@ -1,0 +1,66 @@
+"""One half of a frozen autoencoder, run on instances of one shape.
+
+g instances.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from transfusion_pytorch.network.adapters import is_out_of_memory
+
+AT_ONCE = 64  # instances that go through together: memory does not grow with the batch beyond that
+
+
+def run_half(
+    half: nn.Module, data: Float[Tensor, "g ..."], *, batched: bool, name: str, places: Sequence[str]
+) -> Float[Tensor, "g ..."]:
+    """What an encoder or decoder makes of instances of one shape, all at once or one by one if not `batched`.
+
+    It may return a tensor, or a distribution, which is sampled (see `as_tensor`). Raises `ValueError` that names the
+    first of `places` where it does not take such data, and `TypeError` where it returns something else. It runs out of
+    memory as it would by itself.
+    """
+    dtypes = (parameter.dtype for parameter in half.parameters() if parameter.is_floating_point())
+    data = data.to(next(dtypes, data.dtype))
+    parts = [_run(half, part, batched, name, places[0]) for part in data.split(AT_ONCE)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _run(half: nn.Module, data: Tensor, batched: bool, name: str, where: str) -> Tensor:
+    try:
+        # an instance of its own, since a module may work in place
+        made = [half(data.clone())] if batched else [half(instance.clone()) for instance in data]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        shape = tuple(data.shape[1:])
+        raise ValueError(f"{where}: {name} does not take data of shape {shape}: {error}") from error
+    tensors = [as_tensor(each, name) for each in made]
+    rows = tensors[0] if batched else torch.stack(tensors)
+    if rows.ndim < 2 or len(rows) != len(data):
+        raise TypeError(
+            f"{name} must return a tensor with a row for each of {len(data)} instances, got shape {tuple(rows.shape)}"
+        )
+    return rows
+
+
+def as_tensor(made: Any, name: str) -> Tensor:
+    """A tensor as it is; of the output of an autoencoder its latents, sampled where they are a distribution.
+
+    Understood are `.latent_dist`, `.latents`, `.latent` and `.sample` (of diffusers' encoders and decoders), and
+    anything with a `sample()` method, such as `torch.distributions`.
+    """
+    for attribute in ("latent_dist", "latents", "latent", "sample"):
+        if isinstance(made, Tensor):
+            break
+        inner = getattr(made, attribute, None)
+        made = made if inner is None else inner() if attribute == "sample" and callable(inner) else inner
+    if isinstance(made, list) and made and all(isinstance(row, Tensor) for row in made):
+        return torch.stack(made)
+    if not isinstance(made, Tensor):
+        raise TypeError(f"{name} must return a tensor or a distribution of them, got {type(made).__name__}")
+    return made

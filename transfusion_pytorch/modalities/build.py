@@ -1,0 +1,159 @@
+"""The modalities of a model, from the arguments of `Transfusion`."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from transfusion_pytorch.modalities.io import ModalityIO
+from transfusion_pytorch.network.adapters import LinearAdapter, PairAdapter
+from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape
+from transfusion_pytorch.sequence.vocabulary import parse_shape
+
+
+class Modalities(nn.ModuleList):
+    """What belongs to each modality, by its type."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[ModalityIO]: ...
+
+        def __getitem__(self, modality: int) -> ModalityIO: ...
+
+
+def build_modalities(
+    *,
+    dim: int,
+    dim_latent: int | Sequence[int] | None,
+    modality_default_shape: Any,
+    modality_num_dim: Any,
+    channel_first_latent: Any,
+    modality_encoder: Any,
+    modality_decoder: Any,
+    modality_encoder_decoder_requires_batch_dim: Any,
+    pre_post_transformer_enc_dec: Any,
+    add_pos_emb: Any,
+    to_modality_shape_fn: Any,
+) -> Modalities:
+    """One `ModalityIO` for each entry of `dim_latent`; the arguments are those of `Transfusion`."""
+    dims = (dim,) if dim_latent is None else (dim_latent,) if isinstance(dim_latent, Integral) else tuple(dim_latent)
+    if not dims or not all(is_int(d) and d > 0 for d in dims):
+        raise ValueError(f"dim_latent must be the positive number of channels of each modality, got {dim_latent}")
+    dims, count = tuple(map(int, dims)), len(dims)
+    if is_int(modality_default_shape):
+        modality_default_shape = (modality_default_shape,)
+    shapes = per_modality(modality_default_shape, count, "modality_default_shape", is_one=_is_shape)
+    num_dims = per_modality(modality_num_dim, count, "modality_num_dim")
+    first = per_modality(channel_first_latent, count, "channel_first_latent")
+    encoders = per_modality(modality_encoder, count, "modality_encoder")
+    decoders = per_modality(modality_decoder, count, "modality_decoder")
+    batched = per_modality(modality_encoder_decoder_requires_batch_dim, count, "requires_batch_dim")
+    pairs = per_modality(pre_post_transformer_enc_dec, count, "pre_post_transformer_enc_dec", is_one=_is_pair)
+    positions = per_modality(add_pos_emb, count, "add_pos_emb")
+    parsers = per_modality(to_modality_shape_fn, count, "to_modality_shape_fn")
+
+    modules, seen = [], set()
+    for i in range(count):
+        for name, half in (("modality_encoder", encoders[i]), ("modality_decoder", decoders[i])):
+            if half is not None and not isinstance(half, nn.Module):
+                raise TypeError(f"modality {i}: {name} must be an nn.Module, got {type(half).__name__}")
+        num_dim = resolve_num_dim(i, num_dims[i], shapes[i])
+        default_shape = None if shapes[i] is None else tuple(map(int, shapes[i]))
+        spec = ModalitySpec(i, dims[i], num_dim, default_shape, bool(first[i]), shape_parser(parsers[i]))
+        if positions[i] and not num_dim:
+            raise ValueError(
+                f"modality {i}: add_pos_emb needs the number of axes, at least 1; set modality_num_dim or "
+                "modality_default_shape"
+            )
+        adapter: LinearAdapter | PairAdapter = LinearAdapter(dims[i], dim)
+        if pairs[i] is not None:
+            if not _is_pair(pairs[i]):
+                raise TypeError(f"modality {i}: pre_post_transformer_enc_dec must be two modules, got {pairs[i]!r}")
+            # two modalities would otherwise train one pair together, and be saved with it twice
+            pair = [copy.deepcopy(half) if id(half) in seen else half for half in pairs[i]]
+            seen |= set(map(id, pairs[i]))
+            adapter = PairAdapter(*pair, dim_latent=dims[i], dim=dim, channel_first=bool(first[i]))
+        io = ModalityIO(
+            spec,
+            adapter,
+            dim=dim,
+            encoder=encoders[i],
+            decoder=decoders[i],
+            batched=bool(batched[i]),
+            add_pos_emb=bool(num_dim) if positions[i] is None else bool(positions[i]),
+        )
+        if default_shape is not None and pairs[i] is not None:
+            io.token_shape(default_shape)  # fails now where the pair does not fit
+        modules.append(io)
+    return Modalities(modules)
+
+
+def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], bool] | None = None) -> tuple[Any, ...]:
+    """One entry for each modality: a single value is meant for all of them."""
+    if is_one(value) if is_one is not None else not is_sequence(value):
+        return (value,) * count
+    if value is None:
+        return (None,) * count
+    if len(value) != count:
+        raise ValueError(f"{name}: expected one value or {count}, one for each entry of dim_latent, got {len(value)}")
+    return tuple(value)
+
+
+def resolve_num_dim(modality: int, num_dim: Any, default_shape: Any) -> int | None:
+    """The number of axes, given or that of the default shape."""
+    if num_dim is not None and not (is_int(num_dim) and 0 <= num_dim <= MAX_AXES):
+        raise ValueError(f"modality {modality}: modality_num_dim must be 0 to {MAX_AXES}, got {num_dim}")
+    num_dim = None if num_dim is None else int(num_dim)
+    if default_shape is None:
+        return num_dim
+    if not _is_shape(default_shape) or any(size < 1 for size in default_shape) or len(default_shape) > MAX_AXES:
+        raise ValueError(
+            f"modality {modality}: a default shape is a tuple of 0 to {MAX_AXES} positive ints, got {default_shape!r}"
+        )
+    if num_dim is not None and num_dim != len(default_shape):
+        raise ValueError(
+            f"modality {modality}: modality_num_dim is {num_dim} but the default shape {default_shape} has "
+            f"{len(default_shape)} axes"
+        )
+    return len(default_shape)
+
+
+def shape_parser(parse: Callable[[str], Any] | None) -> Callable[[str], Shape | None]:
+    """A user's own parser, made safe: whatever is no shape is None."""
+    if parse is None:
+        return parse_shape
+    return _SafeParser(parse)
+
+
+class _SafeParser:
+    """A class rather than a closure, so that models can be copied and pickled."""
+
+    def __init__(self, parse: Callable[[str], Any]):
+        self.parse = parse
+
+    def __call__(self, text: str) -> Shape | None:
+        try:
+            shape = self.parse(text)
+        except (ValueError, TypeError, LookupError, AssertionError):
+            return None
+        return tuple(map(int, shape)) if _is_shape(shape) and all(size > 0 for size in shape) else None
+
+
+def is_sequence(value: Any) -> bool:
+    """A tuple, a list, or what configurations have instead (`torch.Size`, `ListConfig`)."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def is_int(value: Any) -> bool:
+    """A whole number, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_shape(value: Any) -> bool:
+    return is_sequence(value) and all(map(is_int, value))
+
+
+def _is_pair(value: Any) -> bool:
+    return is_sequence(value) and len(value) == 2 and all(isinstance(part, nn.Module) for part in value)

@@ -1,0 +1,197 @@
+"""Everything that belongs to one modality: what its latents look like, how they are made, and how the transformer
+reads them.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from transfusion_pytorch.modalities.autoencoder import run_half
+from transfusion_pytorch.network.adapters import AxialPositions, LinearAdapter, PairAdapter
+from transfusion_pytorch.sequence.batch import ModalityData, RawInstances
+from transfusion_pytorch.sequence.positions import axial_coordinates
+from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, check_finite
+from transfusion_pytorch.sequence.stream import Placement
+from transfusion_pytorch.sequence.vocabulary import Vocabulary
+
+
+class ModalityInfo(NamedTuple):
+    """What a user may want to know of a modality, from `Transfusion.get_modality_info`."""
+
+    modality_type: int
+    dim_latent: int
+    num_dim: int | None
+    default_shape: Shape | None
+    channel_first_latent: bool
+    encoder: nn.Module | None
+    decoder: nn.Module | None
+    add_pos_emb: bool
+    som_id: int
+    eom_id: int
+
+
+class ModalityIO(nn.Module):
+    """Stands between the data of one modality and the transformer.
+
+    Data is encoded to latents (by a frozen autoencoder, or not at all), latents are embedded as tokens, and what the
+    transformer makes of those is read back as latents.
+    """
+
+    def __init__(
+        self,
+        spec: ModalitySpec,
+        adapter: LinearAdapter | PairAdapter,
+        *,
+        dim: int,
+        encoder: nn.Module | None,
+        decoder: nn.Module | None,
+        batched: bool,
+        add_pos_emb: bool,
+    ):
+        super().__init__()
+        self.spec, self.adapter, self.batched = spec, adapter, batched
+        self.encoder, self.decoder = encoder, decoder
+        self.positions = AxialPositions(dim, spec.num_dim) if add_pos_emb and spec.num_dim else None
+        for module in self.frozen:
+            module.eval().requires_grad_(False)
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Encoder and decoder, as far as there are any: they are not what is trained."""
+        return [module for module in (self.encoder, self.decoder) if module is not None]
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """Adapter and positions."""
+        return [module for module in (self.adapter, self.positions) if module is not None]
+
+    def train(self, mode: bool = True) -> "ModalityIO":
+        """What is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def info(self, vocabulary: Vocabulary) -> ModalityInfo:
+        return ModalityInfo(
+            modality_type=self.spec.type,
+            dim_latent=self.spec.dim_latent,
+            num_dim=self.spec.num_dim,
+            default_shape=self.spec.default_shape,
+            channel_first_latent=self.spec.channel_first,
+            encoder=self.encoder,
+            decoder=self.decoder,
+            add_pos_emb=self.positions is not None,
+            som_id=vocabulary.som[self.spec.type],
+            eom_id=vocabulary.eom[self.spec.type],
+        )
+
+    def token_shape(self, shape: Shape) -> Shape:
+        """The axial shape of the tokens of a latent. Raises `ValueError` for one that does not get through."""
+        tokens = self.adapter.token_shape(shape)
+        if self.positions is not None and len(tokens) != self.spec.num_dim:
+            raise ValueError(
+                f"modality {self.spec.type} has positions of {self.spec.num_dim} axes, but latents of shape {shape} "
+                f"become tokens of shape {tokens}; set add_pos_emb=False"
+            )
+        return tokens
+
+    def supports(self, shape: Shape) -> bool:
+        """Whether latents of this shape get through, which a pair of a user's own modules may not allow."""
+        if self.spec.num_dim is not None and len(shape) != self.spec.num_dim:
+            return False
+        try:
+            return len(shape) <= MAX_AXES and prod(self.token_shape(shape)) > 0
+        except ValueError:
+            return False
+
+    def name_of(self, half: nn.Module) -> str:
+        """For errors: `Encoder of modality 0`."""
+        return f"{type(half).__name__} of modality {self.spec.type}"
+
+    @torch.no_grad()
+    def encode(self, data: Sequence[Float[Tensor, "..."]], places: Sequence[str]) -> list[Float[Tensor, "..."]]:
+        """Raw instances to channel-last latents; `places` say where each came from, for errors."""
+        if self.encoder is not None:
+            data = self._by_shape(self.encoder, data, places)
+        encoded = [self.spec.to_channel_last(latents, where) for latents, where in zip(data, places, strict=True)]
+        for latents, where in zip(encoded, places, strict=True):
+            try:
+                self.token_shape(tuple(latents.shape[:-1]))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        return encoded
+
+    def latents(self, data: ModalityData, placement: Placement, dtype: torch.dtype) -> Float[Tensor, "k c"]:
+        """The latents of a batch, flat and in the order of their spans; what is raw is encoded.
+
+        The encoder is frozen, but gradients go through it to data that want them, which stand in a `Condition`.
+        """
+        if not data.raw and data.latents is not None:
+            return data.latents.to(dtype)
+        parts: dict[int, Tensor] = {}
+        if data.latents is not None:
+            sizes = [placement.sizes[span] for span in data.order]
+            parts |= zip(data.order, data.latents.to(dtype).split(sizes), strict=True)
+        for group in data.raw:
+            with torch.set_grad_enabled(group.data.requires_grad and torch.is_grad_enabled()):
+                rows = self._encode_stacked(group).to(dtype)  # under autocast an encoder gives less than that
+            parts |= zip(group.order, rows.flatten(1, -2) if rows.ndim > 2 else rows[:, None], strict=True)
+        return torch.cat([parts[span] for span in range(len(placement.shapes))])
+
+    def _encode_stacked(self, group: RawInstances) -> Float[Tensor, "g ..."]:
+        assert self.encoder is not None
+        name = self.name_of(self.encoder)
+        made = run_half(self.encoder, group.data, batched=self.batched, name=name, places=group.places)
+        latents = self.spec.to_channel_last(made[0], f"{group.places[0]}, encoded")
+        check_finite(list(made), [f"{place}, encoded" for place in group.places])
+        return made.movedim(1, -1) if self.spec.channel_first and latents.ndim > 1 else made
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Float[Tensor, "..."]]) -> list[Float[Tensor, "..."]]:
+        """Channel-last latents to raw instances."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Sequence[Float[Tensor, "..."]]) -> list[Float[Tensor, "..."]]:
+        """The same, for a loss that reaches through the decoder (which is frozen) to what it decodes."""
+        data = [self.spec.from_channel_last(part) for part in latents]
+        places = [f"modality {self.spec.type}, latents of shape {tuple(part.shape)}" for part in data]
+        return data if self.decoder is None else self._by_shape(self.decoder, data, places)
+
+    def embed(
+        self, latents: Float[Tensor, "k c"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"]
+    ) -> tuple[Shaped[Tensor, "t d"], Any]:
+        """Flat latents of all spans to tokens, with their positions; and what `read` must see again."""
+        tokens, memory = self.adapter.embed(latents, shapes, condition)
+        if self.positions is None:
+            return tokens, memory
+        token_shapes = [self.token_shape(shape) for shape in shapes]
+        precise = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 cannot count beyond 256
+        embedded = {
+            shape: self.positions(axial_coordinates(shape, device=tokens.device, dtype=precise))
+            for shape in dict.fromkeys(token_shapes)
+        }
+        return tokens + torch.cat([embedded[shape] for shape in token_shapes]), memory
+
+    def read(
+        self, tokens: Shaped[Tensor, "t d"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"], memory: Any
+    ) -> Shaped[Tensor, "k c"]:
+        return self.adapter.read(tokens, shapes, condition, memory)
+
+    def _by_shape(self, half: nn.Module, data: Sequence[Tensor], places: Sequence[str]) -> list[Tensor]:
+        """Runs an autoencoder half over batches of equal shape."""
+        groups: dict[Shape, list[int]] = defaultdict(list)
+        for i, instance in enumerate(data):
+            groups[tuple(instance.shape)].append(i)
+        out: dict[int, Tensor] = {}
+        for members in groups.values():
+            stacked = torch.stack([data[i] for i in members])
+            where = [places[i] for i in members]
+            made = run_half(half, stacked, batched=self.batched, name=self.name_of(half), places=where)
+            out |= zip(members, made, strict=True)
+        return [out[i] for i in range(len(data))]

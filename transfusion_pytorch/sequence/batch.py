@@ -1,0 +1,153 @@
+"""`Batch`: everything that the host knows of a batch, as plain tensors.
+
+n tokens, b samples, m spans, t text targets, k latents of one modality, c channels, g instances of one shape.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.sequence.moving import Moving
+from transfusion_pytorch.sequence.stream import TokenStream
+
+
+@dataclass(frozen=True)
+class TextTargets(Moving):
+    """Where an id is predicted, and which. What is padded or ignored is not listed.
+
+    - `slot`: the slot of the stream whose output predicts
+    - `label`: the id
+    - `sample`: its sample
+    - `is_droppable`: it leaves when its sample's text is dropped
+    - `weight`: its sample's weight, 0 once dropped
+    """
+
+    slot: Int[Tensor, " t"]
+    label: Int[Tensor, " t"]
+    sample: Int[Tensor, " t"]
+    is_droppable: Bool[Tensor, " t"]
+    weight: Float[Tensor, " t"]
+
+    def without(self, leaves: Bool[Tensor, " t"]) -> "TextTargets":
+        """Some of them taken away: on a CPU they are gone, elsewhere they weigh nothing, because nobody waits to learn
+        how many they are.
+        """
+        if self.slot.device.type != "cpu":
+            return replace(self, weight=self.weight.masked_fill(leaves, 0))
+        kept = (~leaves).nonzero().flatten()
+        return TextTargets(*(getattr(self, field.name).index_select(0, kept) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class RawInstances(Moving):
+    """Instances of one modality and one shape that its encoder has yet to see.
+
+    `data` are stacked; `order` says which of the modality's spans each is, and `places` where it came from, for errors.
+    """
+
+    data: Float[Tensor, "g ..."]
+    order: tuple[int, ...]
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModalityData(Moving):
+    """The latents of one modality: flat where they are encoded, raw instances where they are not.
+
+    - `latents`: those of the spans `order`, one behind the other; None where all are raw
+    - `raw`: the others, stacked by shape
+    - `decoded_size`: how many numbers each span's latents decode to; zeros unless there is a reconstruction loss
+    """
+
+    latents: Float[Tensor, "k c"] | None
+    order: tuple[int, ...]
+    raw: tuple[RawInstances, ...]
+    decoded_size: Float[Tensor, " s"]
+
+
+@dataclass(frozen=True)
+class Batch(Moving):
+    """A packed batch: what `Packer` makes of samples, and `Transfusion` takes instead of them.
+
+    - `stream`: tokens, who sees whom, and the span table
+    - `data`: latents or raw instances of each modality that occurs
+    - `targets`: what the text loss predicts
+    - `times`: the time of every span, NaN where it is to be drawn; `has_times` if the caller gave them
+    - `span_weight`: the weight of every span's flow loss: its sample's, or 0 where it is not learned
+    - `is_droppable`: text that a learned modality follows, which classifier-free guidance may take away
+    - `dropout_number`: one uniform number for each sample, whose text is dropped where that is below `prob_uncond`
+    - `names`, `sources`: what the caller calls each sample, and where it comes from
+
+    Picklable, so data workers can make it; `pin_memory()` and `to(device)` return moved copies.
+    """
+
+    stream: TokenStream
+    data: Mapping[int, ModalityData]
+    targets: TextTargets
+    times: Float[Tensor, " m"]
+    span_weight: Float[Tensor, " m"]
+    is_droppable: Bool[Tensor, " n"]
+    dropout_number: Float[Tensor, " b"]
+    prob_uncond: float
+    channels: tuple[int, ...]
+    names: tuple[str | None, ...]
+    sources: tuple[str | None, ...]
+    has_times: bool = False
+
+    def __len__(self) -> int:
+        return len(self.stream.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.stream.lengths)
+
+    def with_times(self, times: Float[Tensor, " m"]) -> "Batch":
+        """The same at these times, NaN where one is to be drawn. A span that is put at 1 has nothing to learn."""
+        times = times.to(self.span_weight)
+        weight = self.span_weight.masked_fill(times == 1, 0)
+        return replace(self, times=times, span_weight=weight, has_times=True)
+
+    def drop_text(self, null: int, probability: float | None = None) -> "Batch":
+        """Text that conditions a modality becomes `null` in some samples, for classifier-free guidance (arXiv
+        2207.12598). Null is neither predicted nor predicted from.
+
+        Which samples is settled by their `dropout_number`, so the same batch drops the same text.
+        """
+        dropped = self.dropout_number < (self.prob_uncond if probability is None else probability)
+        goes = self.is_droppable & dropped[self.stream.sample]
+        leaves = self.targets.is_droppable & dropped[self.targets.sample]
+        return replace(
+            self,
+            stream=replace(self.stream, token=self.stream.token.masked_fill(goes, null)),
+            targets=self.targets.without(leaves),
+        )
+
+    @property
+    def counts(self) -> TargetCounts:
+        """The targets that training on this batch has, with the text that it drops left out."""
+        return self.drop_text(0).count_targets()
+
+    def count_targets(self) -> TargetCounts:
+        """The targets of the batch as it is. Nothing is read back from a device."""
+        weights = {kind: self.latent_weight(kind) for kind in self.data}
+        nothing = self.span_weight.new_zeros(())
+        latents = [
+            weights[kind].sum() * channels if kind in weights else nothing
+            for kind, channels in enumerate(self.channels)
+        ]
+        decoded = [
+            (self.span_weight.index_select(0, self.stream.placements[kind].spans) * self.data[kind].decoded_size).sum()
+            if kind in self.data
+            else nothing
+            for kind in range(len(self.channels))
+        ]
+        return TargetCounts(self.targets.weight.sum(), torch.stack(latents), torch.stack(decoded))
+
+    def latent_weight(self, modality: int) -> Float[Tensor, " k"]:
+        """The weight of every latent of a type: that of its span."""
+        return self.span_weight.index_select(0, self.stream.placements[modality].span_of_latent)

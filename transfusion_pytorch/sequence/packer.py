@@ -1,0 +1,325 @@
+"""From samples to a `Batch`: parsed, checked, framed by markers and laid out, on the CPU and without parameters.
+
+n tokens, b samples, m spans, s spans of one modality.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from numbers import Integral
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
+from transfusion_pytorch.sequence.samples import (
+    Modality,
+    ModalitySpec,
+    Piece,
+    Sample,
+    Shape,
+    Text,
+    check_finite,
+    check_ids,
+    mark,
+    parse_batch,
+    parse_samples,
+    split_opening,
+    strip_markers,
+)
+from transfusion_pytorch.sequence.span_times import times_of_spans
+from transfusion_pytorch.sequence.stream import TokenStream, pack, pad_stream
+from transfusion_pytorch.sequence.vocabulary import Vocabulary
+
+IGNORED = -100  # what Hugging Face and torch call a label that is no target
+TOKENS_PER_SPAN = 64  # of a padded batch: its span table is filled up to so many rows
+
+
+class ModalityShapes(Protocol):
+    """What packing must know of a modality. Found without its parameters, and picklable."""
+
+    spec: ModalitySpec
+
+    @property
+    def has_encoder(self) -> bool: ...
+    def latent_shape(self, raw: Shape, where: str) -> Shape: ...
+    def token_shape(self, shape: Shape) -> Shape: ...
+    def decoded_size(self, shape: Shape) -> int: ...
+
+
+@dataclass
+class Packer:
+    """`pack(samples)` is a `Batch`. Made by `Transfusion.packer()`; a collate function that data workers can pickle.
+
+    - `dtype`: of latents
+    - `ignore_index`: the label that is no target, beside -100
+    - `prob_uncond`: how often text that conditions a modality is dropped in training
+    - `token_budget`: batches are padded to so many tokens, for graphs of fixed shapes; more are refused
+    - `finds_blocks`: whether the tables of flex attention are made too
+    - `checks_devices`: latents on these kinds of device are searched for NaN; None for all, which waits for a GPU
+    - `calls`: how many batches it has packed
+    """
+
+    vocabulary: Vocabulary
+    modalities: tuple[ModalityShapes, ...]
+    dtype: torch.dtype = torch.float32
+    ignore_index: int = -1
+    prob_uncond: float = 0.0
+    token_budget: int | None = None
+    finds_blocks: bool = False
+    checks_devices: tuple[str, ...] | None = ("cpu",)
+    calls: int = 0
+
+    def __call__(
+        self,
+        samples: Any,
+        *,
+        modality_type: Any = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        times: Any = None,
+        sample_weights: Any = None,
+        names: Sequence[str | None] | None = None,
+        sources: Sequence[str | None] | None = None,
+        generator: torch.Generator | None = None,
+        refuses_gradients: bool = True,
+    ) -> Batch:
+        """Packs a list of samples, ids `(b, n)`, or floats `(b, ...)` of one `modality_type`.
+
+        `labels` replace ids as targets (see `Transfusion.forward`), `times` are those of the modalities, and
+        `sample_weights` `(b,)`, `names` and `sources` override those of each `Sample`. Latents with a flow loss that
+        require gradients are an error unless `refuses_gradients` is False. Raises `TypeError` or `ValueError` that
+        names the sample and part at fault.
+        """
+        with torch.device("cpu"):  # whatever the default device is
+            samples, described = _described(samples)
+            pieces = self._pieces(samples, modality_type, labels)
+            pieces, places = self._shaped(pieces, refuses_gradients and torch.is_grad_enabled())
+            if not isinstance(samples, Tensor):
+                pieces = [mark(sample, self.vocabulary) for sample in pieces]
+            stream = pack(pieces, ignore_index=self.ignore_index, token_shape=self._token_shape)
+            weights = _weights(sample_weights, [sample.weight for sample in described], len(pieces))
+            batch = self._batch(stream, pieces, places, weights, generator)
+            batch = replace(
+                batch,
+                names=_texts("names", names, [sample.name for sample in described]),
+                sources=_texts("sources", sources, [sample.source for sample in described]),
+            )
+            if times is not None:
+                batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
+            return self._padded(batch)
+
+    def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
+        """Parsed, without markers."""
+        vocabulary, count = self.vocabulary, len(self.modalities)
+        if modality_type is not None:
+            check_modality_type(samples, modality_type)
+        if labels is not None:
+            return self._labelled(samples, labels)
+        if isinstance(samples, Tensor):
+            return parse_batch(samples, int(modality_type or 0), count, vocabulary.num_text)
+        parsed = parse_samples(samples, count)
+        return [without_markers(sample, vocabulary, f"sample {i}") for i, sample in enumerate(parsed)]
+
+    def _labelled(self, samples: Any, labels: Any) -> list[list[Piece]]:
+        if not isinstance(samples, Tensor) or samples.is_floating_point():
+            raise TypeError(
+                f"labels go with a batch of ids (b, n), got {type(samples).__name__}; use Condition in lists"
+            )
+        parsed = parse_batch(samples, 0, len(self.modalities), self.vocabulary.num_text)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != samples.shape:
+            came = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels are ids of the shape of the batch, {tuple(samples.shape)}, got {came}")
+        labels = labels.detach().to("cpu", torch.long)
+        ignored = (labels == self.ignore_index) | (labels == IGNORED)
+        check_ids(labels[~ignored], self.vocabulary.num_logits, "labels")
+        rows = labels.masked_fill(ignored, self.ignore_index)
+        return [[Text(sample[0].ids, labels=row)] for sample, row in zip(parsed, rows, strict=True)]
+
+    def _shaped(self, samples: list[list[Piece]], refuses_gradients: bool) -> tuple[list[list[Piece]], list[str]]:
+        """Checks every instance, puts its channels last, and finds the axial shape of what is raw. Also says where each
+        instance came from, for errors.
+        """
+        shaped = [list(sample) for sample in samples]
+        data: list[Tensor] = []
+        places: list[str] = []
+        for i, sample in enumerate(samples):
+            for j, piece in enumerate(sample):
+                if isinstance(piece, Text):
+                    continue
+                where = f"sample {i}, part {j}"
+                shapes, tensor = self.modalities[piece.type], piece.tensor
+                if piece.is_learned and refuses_gradients and tensor.requires_grad:
+                    raise ValueError(
+                        f"{where}: modality {piece.type} has a flow loss and requires gradients: what made it would learn "
+                        "latents that are easy to denoise; detach() it, or wrap it in a Condition"
+                    )
+                if piece.is_learned and refuses_gradients:
+                    tensor = tensor.detach()
+                tensor = tensor.to(self.dtype)
+                if shapes.has_encoder and not piece.is_encoded:
+                    shaped[i][j] = piece._replace(tensor=tensor, axes=shapes.latent_shape(tuple(tensor.shape), where))
+                else:
+                    latents = shapes.spec.to_channel_last(tensor, where)
+                    _check_tokens(shapes, tuple(latents.shape[:-1]), where)
+                    shaped[i][j] = piece._replace(tensor=latents)
+                data.append(tensor)
+                places.append(where)
+        check_finite(data, places, devices=self.checks_devices)
+        return shaped, places
+
+    def _token_shape(self, modality: int, shape: Shape) -> Shape:
+        return self.modalities[modality].token_shape(shape)
+
+    def _batch(
+        self,
+        stream: TokenStream,
+        samples: Sequence[Sequence[Piece]],
+        places: Sequence[str],
+        weights: Float[Tensor, " b"],
+        generator: torch.Generator | None,
+    ) -> Batch:
+        spans = stream.spans
+        is_droppable = droppable_text(stream, self.vocabulary.num_text)
+        slot = (stream.label != self.ignore_index).nonzero().flatten()
+        sample = stream.sample[slot]
+        targets = TextTargets(
+            slot=slot,
+            label=stream.label[slot],
+            sample=sample,
+            is_droppable=is_droppable[slot] | is_droppable[slot + 1],
+            weight=weights[sample],
+        )
+        return Batch(
+            stream=stream,
+            data=self._data(stream, samples, places),
+            targets=targets,
+            times=torch.full((len(spans),), torch.nan).masked_fill(~spans.is_learned, 1.0),
+            span_weight=weights[spans.sample] * spans.is_learned,
+            is_droppable=is_droppable,
+            dropout_number=self._dropout_numbers(len(samples), generator),
+            prob_uncond=self.prob_uncond,
+            channels=tuple(shapes.spec.dim_latent for shapes in self.modalities),
+            names=(),
+            sources=(),
+        )
+
+    def _dropout_numbers(self, count: int, generator: torch.Generator | None) -> Float[Tensor, " b"]:
+        """Uniform numbers that depend on the state of a generator (torch's by default) and the number of calls.
+
+        The generator does not move: times and noise are then the same whether a batch is packed before or by the model,
+        and evaluation, which drops nothing, draws nothing.
+        """
+        state = (torch.default_generator if generator is None else generator).get_state()
+        digest = blake2b(state.numpy().tobytes(), digest_size=7, key=self.calls.to_bytes(8, "little"))
+        self.calls += 1
+        own = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
+        return torch.rand(count, generator=own)
+
+    def _data(
+        self, stream: TokenStream, samples: Sequence[Sequence[Piece]], places: Sequence[str]
+    ) -> dict[int, ModalityData]:
+        """The latents of every modality, and what is still raw, in the order of the span table."""
+        instances: dict[int, list[tuple[Modality, str]]] = defaultdict(list)
+        pieces = [piece for sample in samples for piece in sample if isinstance(piece, Modality)]
+        for piece, where in zip(pieces, places, strict=True):
+            instances[piece.type].append((piece, where))
+        return {kind: self._data_of(kind, instances[kind], at.shapes) for kind, at in stream.placements.items()}
+
+    def _data_of(self, kind: int, instances: list[tuple[Modality, str]], shapes: Sequence[Shape]) -> ModalityData:
+        is_raw = self.modalities[kind].has_encoder
+        encoded = [i for i, (piece, _) in enumerate(instances) if piece.is_encoded or not is_raw]
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, (piece, _) in enumerate(instances):
+            if is_raw and not piece.is_encoded:
+                tensor = piece.tensor
+                groups[tuple(tensor.shape), tensor.device, tensor.requires_grad].append(i)
+        raw = tuple(
+            RawInstances(
+                torch.stack([instances[i][0].tensor for i in rows]), tuple(rows), tuple(instances[i][1] for i in rows)
+            )
+            for rows in groups.values()
+        )
+        flat = [instances[i][0].tensor.reshape(-1, instances[i][0].tensor.shape[-1]) for i in encoded]
+        device = next((part.device for part in flat if part.device.type != "cpu"), None)
+        latents = torch.cat(flat if device is None else [part.to(device) for part in flat]) if flat else None
+        sizes = [self.modalities[kind].decoded_size(shape) for shape in shapes]
+        return ModalityData(latents, tuple(encoded), raw, torch.tensor(sizes, dtype=torch.float32))
+
+    def _padded(self, batch: Batch) -> Batch:
+        stream, budget = batch.stream, self.token_budget
+        if budget is not None:
+            rows = max(budget // TOKENS_PER_SPAN, 1)
+            while rows < len(stream.spans):  # an unusual batch: twice as many, so that few graphs are made
+                rows *= 2
+            stream = pad_stream(stream, budget, num_modulations=rows)
+        stream = replace(stream, layout=stream.layout.prepare(blocks=self.finds_blocks))
+        missing = stream.num_padding
+        is_droppable = torch.cat((batch.is_droppable, batch.is_droppable.new_zeros(missing)))
+        return replace(batch, stream=stream, is_droppable=is_droppable)
+
+
+def droppable_text(stream: TokenStream, num_text: int) -> Bool[Tensor, " n"]:
+    """Text that guidance may take away: only what a learned modality still follows conditions anything."""
+    last = torch.full((len(stream.lengths),), -1)
+    spans = stream.spans
+    first = torch.tensor(spans.first, dtype=torch.long)
+    last.scatter_reduce_(0, spans.sample, torch.where(spans.is_learned, first, -1), "amax")
+    where = torch.arange(len(stream.token))
+    return stream.is_text & (stream.token < num_text) & (where < last[stream.sample])
+
+
+def without_markers(sample: list[Piece], vocabulary: Vocabulary, where: str) -> list[Piece]:
+    """A bare sample. One that begins with sos has been sampled: its markers are dropped, to be placed anew. Any other
+    id beyond the text is refused.
+    """
+    first = sample[0]
+    if isinstance(first, Text) and int(first.ids[0]) == vocabulary.sos:
+        sample, _ = split_opening(strip_markers(sample, vocabulary), vocabulary)  # it may have been cut off there
+        where = f"{where} without its markers"
+    for j, piece in enumerate(sample):
+        if isinstance(piece, Text):
+            check_ids(piece.ids, vocabulary.num_text, f"{where}, part {j}")
+    return sample
+
+
+def check_modality_type(batch: Any, modality_type: Any) -> None:
+    """Raises `TypeError` unless this is the type of a float batch."""
+    if isinstance(modality_type, bool) or not isinstance(modality_type, Integral):
+        raise TypeError(f"modality_type must be an int, got {type(modality_type).__name__}")
+    if not isinstance(batch, Tensor) or not batch.is_floating_point():
+        came = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(f"modality_type goes with a float batch (b, ...), got {came}; in a list write (type, tensor)")
+
+
+def _check_tokens(shapes: ModalityShapes, axes: Shape, where: str) -> None:
+    try:
+        shapes.token_shape(axes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _described(samples: Any) -> tuple[Any, list[Sample]]:
+    """Samples as lists of parts, and what is said of each."""
+    if not isinstance(samples, (list, tuple)):
+        rows = len(samples) if isinstance(samples, Tensor) and samples.ndim else 0
+        return samples, [Sample(None)] * rows
+    described = [sample if isinstance(sample, Sample) else Sample(sample) for sample in samples]
+    return [sample.parts for sample in described], described
+
+
+def _weights(given: Any, own: Sequence[float], num_samples: int) -> Float[Tensor, " b"]:
+    weights = torch.as_tensor(own if given is None else given, dtype=torch.float32).detach().cpu()
+    if weights.shape != (num_samples,) or not weights.isfinite().all() or (weights < 0).any():
+        raise ValueError(
+            f"sample_weights are {num_samples} numbers of at least 0, one for each sample, got {weights.tolist()}"
+        )
+    return weights
+
+
+def _texts(name: str, given: Sequence[str | None] | None, own: Sequence[str | None]) -> tuple[str | None, ...]:
+    if given is not None and len(given) != len(own):
+        raise ValueError(f"{name}: expected one for each of {len(own)} samples, got {len(given)}")
+    return tuple(own if given is None else given)

@@ -1,0 +1,203 @@
+"""What a batch is trained on: the errors of text, flow, consistency and reconstruction.
+
+m spans, k latents of one modality, c channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from transfusion_pytorch.evaluating import evaluating
+from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
+from transfusion_pytorch.flow.times import CLEAN
+from transfusion_pytorch.modalities.latents import Latents, latent_times, unflatten
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.training.cross_entropy import cross_entropy_per_target, summed_cross_entropy
+from transfusion_pytorch.training.distributed import Processes, zero_gradients
+from transfusion_pytorch.training.losses import (
+    Errors,
+    ErrorSum,
+    LossBreakdown,
+    LossWeights,
+    SpanLosses,
+    combine,
+    flow_target,
+    squared_error,
+)
+
+REDUCTIONS = ("mean", "none", "span")
+
+
+class Predictions(NamedTuple):
+    """What the model made of a batch: outputs of the transformer, velocities, and what they should have been."""
+
+    tokens: Shaped[Tensor, "n d"]
+    velocities: Latents
+    flow: Mapping[int, FlowSample]
+    t: Float[Tensor, " m"]
+
+
+class Teacher(NamedTuple):
+    """Whose velocities ours are to be consistent with, and how far ahead of us on the path it stands."""
+
+    model: Any
+    ahead: float
+
+    def leave_room(self, t: Float[Tensor, " m"], batch: Batch) -> Float[Tensor, " m"]:
+        """Times from which it is that far to the end of the path; what is not learned stays where it is."""
+        return torch.where(batch.stream.spans.is_learned, t.clamp(max=CLEAN - self.ahead), t)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """All losses of a batch and their weighted sum; `of_clean` if the network predicts the clean latent."""
+
+    weights: LossWeights
+    of_clean: bool
+
+    def __call__(
+        self,
+        model: Any,
+        batch: Batch,
+        predictions: Predictions,
+        *,
+        teacher: Teacher | None = None,
+        counts: TargetCounts | None = None,
+        reduction: str = "mean",
+        processes: Processes | None = None,
+    ) -> LossBreakdown | SpanLosses:
+        """`reduction` and `counts` as in `Transfusion.forward`; means are over the batches of all `processes`."""
+        _, velocities, flow, t = predictions
+        errors = flow_errors(velocities, flow, batch, of_clean=self.of_clean)
+        if reduction == "span":
+            return span_losses(errors, batch, t)
+        rows = len(batch) if reduction == "none" else None
+        consistency = consistency_errors(velocities, flow, batch, teacher, t, of_clean=self.of_clean)
+        recon = {}
+        if self.weights.recon:
+            recon = reconstruction_errors(velocities, flow, batch, model.modalities, of_clean=self.of_clean)
+        breakdown = combine(
+            text=text_errors(predictions.tokens, batch, model.to_logits, per_sample=rows is not None),
+            flow={modality: ErrorSum.of(each, rows) for modality, each in errors.items()},
+            velocity={modality: ErrorSum.of(each, rows) for modality, each in consistency.items()},
+            recon={modality: ErrorSum.of(each, rows) for modality, each in recon.items()},
+            weights=self.weights,
+            counts=counts,
+            processes=processes if rows is None else None,
+        )
+        if processes is None:
+            return breakdown
+        absent = [module for kind, io in enumerate(model.modalities) if kind not in batch.data for module in io.trained]
+        return breakdown._replace(total=breakdown.total + zero_gradients(absent))
+
+
+def text_errors(hidden: Float[Tensor, "n d"], batch: Batch, to_logits: nn.Module, *, per_sample: bool) -> ErrorSum:
+    """Cross-entropy of the ids to predict. Logits are made only where there is one."""
+    targets = batch.targets
+    x = hidden.index_select(0, targets.slot)
+    if not per_sample:
+        total = summed_cross_entropy(x, to_logits, targets.label, targets.weight)
+        return ErrorSum(total, targets.weight.sum())
+    errors = cross_entropy_per_target(x, to_logits, targets.label)
+    return ErrorSum.of(Errors(errors, targets.weight, 1, targets.sample), len(batch))
+
+
+def flow_errors(
+    velocities: Latents, flow: Mapping[int, FlowSample], batch: Batch, *, of_clean: bool
+) -> dict[int, Errors]:
+    """Squared errors of the velocities of each modality."""
+    return {
+        modality: latent_errors(velocities[modality], flow_target(sample, of_clean=of_clean), modality, batch)
+        for modality, sample in flow.items()
+    }
+
+
+def consistency_errors(
+    velocities: Latents,
+    flow: Mapping[int, FlowSample],
+    batch: Batch,
+    teacher: Teacher | None,
+    t: Float[Tensor, " m"],
+    *,
+    of_clean: bool,
+) -> dict[int, Errors]:
+    """A straight path has one velocity: ours should be the teacher's a little later (Consistency-FM, arXiv
+    2407.02398).
+    """
+    if teacher is None or not flow:
+        return {}
+    stream, later = batch.stream, torch.where(batch.stream.spans.is_learned, t + teacher.ahead, t)
+    x_later = {
+        modality: (sample.x_t + (latent_times(stream, modality, later) - sample.t)[:, None] * sample.velocity).detach()
+        for modality, sample in flow.items()
+    }
+    with evaluating(teacher.model):
+        targets = teacher.model.velocities(teacher.model.run(stream, x_later, later), stream, x_later, later)
+    if of_clean:  # the same clean latent, seen from where we stand: damping depends on the time
+        for modality, target in targets.items():
+            times = latent_times(stream, modality, later)
+            clean = estimate_clean(x_later[modality], target, times, damped=True)
+            targets[modality] = velocity_towards(clean, flow[modality].x_t, flow[modality].t)
+    return {kind: latent_errors(velocities[kind], target, kind, batch) for kind, target in targets.items()}
+
+
+def reconstruction_errors(
+    velocities: Latents, flow: Mapping[int, FlowSample], batch: Batch, modalities: Any, *, of_clean: bool
+) -> dict[int, Errors]:
+    """What the clean estimate decodes to, against what the clean latent decodes to."""
+    errors = {}
+    for modality, sample in flow.items():
+        placement, io = batch.stream.placements[modality], modalities[modality]
+        estimate = estimate_clean(sample.x_t, velocities[modality], sample.t, damped=of_clean)
+        target = io.decode(unflatten(estimate_clean(*sample).detach(), placement.shapes))
+        made = io.decode_with_gradient(unflatten(estimate, placement.shapes))
+        pairs = zip(made, target, strict=True)
+        error = [squared_error(one.flatten()[None], other.flatten()[None]) for one, other in pairs]
+        errors[modality] = Errors(
+            torch.cat(error),
+            batch.span_weight.index_select(0, placement.spans),
+            batch.data[modality].decoded_size,
+            batch.stream.spans.sample.index_select(0, placement.spans),
+        )
+    return errors
+
+
+def latent_errors(prediction: Tensor, target: Tensor, modality: int, batch: Batch) -> Errors:
+    """Squared errors of flat latents, each with the weight and the sample of its span."""
+    of_latent = batch.stream.placements[modality].span_of_latent
+    sample = batch.stream.spans.sample.index_select(0, of_latent)
+    return Errors(squared_error(prediction, target), batch.latent_weight(modality), prediction.shape[-1], sample)
+
+
+def span_losses(errors: Mapping[int, Errors], batch: Batch, t: Float[Tensor, " m"]) -> SpanLosses:
+    """The flow loss of every span, a mean over its own latents."""
+    spans = batch.stream.spans
+    flow = batch.span_weight.new_zeros(len(spans))
+    for modality, each in errors.items():
+        placement = batch.stream.placements[modality]
+        means = each.error * (each.weight > 0) / each.size / _sizes_of_latents(placement.sizes, each.error)
+        flow = flow.to(means.dtype).index_add(0, placement.span_of_latent, means)
+    return SpanLosses(flow, spans.modality, t, spans.sample, batch.names, batch.sources)
+
+
+def _sizes_of_latents(sizes: list[int], like: Tensor) -> Tensor:
+    """For every latent, how many its span has: `[2 1] -> [2 2 1]`."""
+    return torch.cat([like.new_full((size,), size) for size in sizes])
+
+
+def as_teacher(student: Any, ema: Any, ahead: float) -> Teacher | None:
+    """The averaged model inside an `EMA`, or a model as it is."""
+    if ema is None:
+        return None
+    model = getattr(ema, "ema_model", ema)
+    dims = [io.spec.dim_latent for io in student.modalities]
+    if not isinstance(model, type(student)) or [io.spec.dim_latent for io in model.modalities] != dims:
+        raise TypeError(f"velocity_consistency_ema_model must be an EMA of this model, got {type(ema).__name__}")
+    if not 0 < ahead < 1:
+        raise ValueError(f"velocity_consistency_delta_time must lie between 0 and 1, got {ahead}")
+    return Teacher(model, ahead)
