@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from tiny import CHANNELS, NUM_TEXT, awake, noise_of, ragged_batch, tiny
+from tiny import CHANNELS, NUM_TEXT, awake, ragged_batch, tiny
 from torch import nn, tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import transfusion_pytorch
 from transfusion_pytorch import collate_fn, create_dataloader, create_ema, print_modality_sample
@@ -53,66 +50,6 @@ def test_parts_are_combined_by_their_weights():
     assert parts.velocity.tolist() == [0, 0, 1]
     assert parts.recon.tolist() == [0, 0, 0]
     assert parts.total == 0.5 * 3 + 4 + 2 * 5 + 10 * 1
-
-
-# several processes
-
-
-TIMES = tensor([[0.25, 0.5], [0.75, 0.125], [0.0, 0.0], [0.5, 0.875]]).double()
-SHARES = (slice(0, 1), slice(1, 4))  # one process has one sample with both modalities, the other three
-TEXT_SHARES = (slice(0, 3), slice(3, 4))  # ... and here one has no modality at all
-
-
-def losses_and_gradients(model: nn.Module, batch: list, times: torch.Tensor):
-    loss = model(batch, times=times)
-    loss.backward()
-    return loss.detach(), {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-
-
-def one_of_two(rank: int, folder: str) -> None:
-    """What each process does: its share of the batch, through DDP; the first one keeps the result."""
-    torch.set_num_threads(1)
-    torch.randn_like = noise_of
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = shared_model()
-    batch = ordered_batch()
-    results = []
-    for shares in (SHARES, TEXT_SHARES):
-        model.zero_grad()
-        mine = shares[rank]
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-        loss, gradients = losses_and_gradients(wrapped, batch[mine], TIMES[mine])
-        dist.all_reduce(loss)
-        results.append((loss / 2, {name: gradient.clone() for name, gradient in gradients.items()}))
-    if rank == 0:  # alone, without a gradient, nobody is waited for
-        with torch.no_grad():
-            results.append((model(batch, times=TIMES), {}))
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def shared_model() -> nn.Module:
-    torch.manual_seed(0)
-    return awake(tiny(reconstruction_loss_weight=0.5))
-
-
-def ordered_batch() -> list:
-    """Text alone last, so that a share can be without modalities."""
-    batch = ragged_batch()
-    return [batch[0], batch[1], batch[3], batch[2]]
-
-
-@pytest.mark.slow
-def test_two_processes_with_unequal_batches_average_to_one_with_all(tmp_path, monkeypatch):
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    results = torch.load(tmp_path / "results.pt")
-    monkeypatch.setattr(torch, "randn_like", noise_of)
-    loss, gradients = losses_and_gradients(shared_model(), ordered_batch(), TIMES)
-    for averaged, averaged_gradients in results:
-        torch.testing.assert_close(averaged, loss, rtol=1e-10, atol=1e-10)
-        for name, gradient in averaged_gradients.items():
-            torch.testing.assert_close(gradient, gradients[name], rtol=1e-8, atol=1e-10)
 
 
 # data

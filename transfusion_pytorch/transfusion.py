@@ -271,15 +271,16 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         return Hidden(hidden, condition, adapter_state)
 
     def _conditioning(self, stream: TokenStream, condition: Shaped[Tensor, "m d"]) -> Conditioning | None:
-        """What spans tell their tokens; None for text alone. A padded batch has rows for more spans, and with several
-        processes there is at least one, so that all parameters take part in every step.
+        """What spans tell their tokens; None for text alone. A padded batch has rows for more spans. With several
+        processes there is at least one, and text is looked up too, so that all parameters take part in every step.
         """
-        rows = stream.num_modulations or int(self._processes() is not None)
+        is_shared = self._processes() is not None
+        rows = stream.num_modulations or int(is_shared)
         if len(condition) < rows:
             condition = F.pad(condition, (0, 0, 0, rows - len(condition)))
         elif not len(condition):
             return None
-        return Conditioning(condition, None if stream.has_equal_spans else stream.modulation_index)
+        return Conditioning(condition, None if stream.has_equal_spans and not is_shared else stream.modulation_index)
 
     def logits(self, tokens: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n v"]:
         """What may come next, for every id that can be written."""

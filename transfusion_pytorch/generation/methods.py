@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transfusion_pytorch.evaluating import gathered
 from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, Sample
 from transfusion_pytorch.generation.events import Event
 from transfusion_pytorch.generation.options import (
@@ -60,9 +61,10 @@ class SamplingMethods:
         `options` are those of `SamplingOptions`. Without `cache_kv` everything is read again at every step;
         `progress` shows a bar.
         """
-        return self.create_engine(max_batch=max_batch, cache_kv=cache_kv).sample_many(
-            prompts, progress=progress, **options
-        )
+        with gathered(self):
+            return self.create_engine(max_batch=max_batch, cache_kv=cache_kv).sample_many(
+                prompts, progress=progress, **options
+            )
 
     @takes_sampling_options
     @checks_itself
@@ -70,7 +72,8 @@ class SamplingMethods:
         """Continues one prompt and tells of every step (`generation.events`): text as it is written, modalities as they
         clear. The last event has the sample. Whoever stops listening stops the work.
         """
-        return self.create_engine(max_batch=1, cache_kv=cache_kv).submit(prompt, **options).events()
+        events = self.create_engine(max_batch=1, cache_kv=cache_kv).submit(prompt, **options).events()
+        return _while_gathered(self, events)
 
     @checks_itself
     def create_engine(self, *, max_batch: int = MAX_BATCH, cache_kv: bool = True) -> Engine:
@@ -108,7 +111,8 @@ class SamplingMethods:
             logits_processors=logits_processors,
             generator=generator,
         )
-        return self.create_engine(max_batch=max_batch, cache_kv=cache_kv).write_only(prompt.long(), options)
+        with gathered(self):
+            return self.create_engine(max_batch=max_batch, cache_kv=cache_kv).write_only(prompt.long(), options)
 
     @checks_itself
     def generate_modality_only(
@@ -145,4 +149,12 @@ class SamplingMethods:
             generator=generator,
             return_unprocessed_modalities=return_unprocessed_modalities,
         )
-        return torch.stack(self.create_engine(max_batch=max_batch).draw_only(batch_size, modality_type, options))
+        with gathered(self):
+            drawn = self.create_engine(max_batch=max_batch).draw_only(batch_size, modality_type, options)
+        return torch.stack(drawn)
+
+
+def _while_gathered(model: Any, events: Iterator[Event]) -> Iterator[Event]:
+    """The same events, from a model whose parameters are whole as long as somebody listens."""
+    with gathered(model):
+        yield from events

@@ -153,8 +153,8 @@ class Packer:
                 shapes, tensor = self.modalities[piece.type], piece.tensor
                 if piece.is_learned and refuses_gradients and tensor.requires_grad:
                     raise ValueError(
-                        f"{where}: modality {piece.type} has a flow loss and requires gradients: what made it would learn "
-                        "latents that are easy to denoise; detach() it, or wrap it in a Condition"
+                        f"{where}: modality {piece.type} has a flow loss and requires gradients: what made it would "
+                        "learn latents that are easy to denoise; detach() it, or wrap it in a Condition"
                     )
                 if piece.is_learned and refuses_gradients:
                     tensor = tensor.detach()
@@ -251,7 +251,7 @@ class Packer:
     def _padded(self, batch: Batch) -> Batch:
         stream, budget = batch.stream, self.token_budget
         if budget is not None:
-            rows = max(budget // TOKENS_PER_SPAN, 1)
+            rows = max(budget // TOKENS_PER_SPAN, 8)
             while rows < len(stream.spans):  # an unusual batch: twice as many, so that few graphs are made
                 rows *= 2
             stream = pad_stream(stream, budget, num_modulations=rows)
