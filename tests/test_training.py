@@ -9,7 +9,7 @@ from tiny import CHANNELS, NUM_TEXT, awake, ragged_batch, tiny
 from torch import nn, tensor
 
 import transfusion_pytorch
-from transfusion_pytorch import collate_fn, create_dataloader, create_ema, print_modality_sample
+from transfusion_pytorch import UNetDown, UNetUp, collate_fn, create_dataloader, create_ema, print_modality_sample
 from transfusion_pytorch.display import describe_sample
 from transfusion_pytorch.training.losses import Errors, ErrorSum, LossWeights, combine, divided, squared_error
 
@@ -118,6 +118,34 @@ def test_the_default_average_remembers_a_hundred_steps():
     assert tiny().create_ema().beta == create_ema(tiny()).beta == 0.99
 
 
+def test_an_average_shares_frozen_autoencoders_and_saves_them_once():
+    encoder, decoder = nn.Linear(3, 3), nn.Linear(3, 3)
+    model = tiny(modality_encoder=(encoder, None), modality_decoder=(decoder, None))
+    ema = model.create_ema(update_after_step=0, update_every=1)
+    assert ema.ema_model.modalities[0].encoder is encoder
+    assert ema.ema_model.modalities[0].decoder is decoder
+    assert ema.ema_model.to_logits is not model.to_logits
+    saved = [name for name in ema.state_dict() if ".encoder." in name or ".decoder." in name]
+    assert len(saved) == 4
+    before = encoder.weight.clone()
+    ema.update()
+    assert torch.equal(encoder.weight, before)
+    assert any("online" in name for name in model.create_ema(include_online_model=True).state_dict())
+
+
+@pytest.mark.parametrize(("after", "every"), [(0, 1), (3, 2)])
+def test_an_average_copies_until_it_starts(after, every):
+    model = tiny()
+    ema = model.create_ema(beta=0.5, update_after_step=after, update_every=every)
+    for step in range(8):
+        model.to_logits.weight.data.fill_(step)
+        ema.update()
+        average = ema.ema_model.to_logits.weight[0, 0]
+        if step <= after:
+            assert average == step - step % every
+    assert average < 7 - 7 % every
+
+
 def test_an_average_samples_as_its_model_does():
     model = awake(tiny(modality_default_shape=(2,)))
     ema = model.create_ema()
@@ -214,10 +242,69 @@ def test_muon_is_for_the_hidden_matrices_of_the_trunk():
     muon = model.muon_parameters()
     layers = dict(model.transformer.layers.named_parameters())
     names = {name for name, parameter in layers.items() if any(parameter is chosen for chosen in muon)}
-    hidden = ("attn.to_qkv.weight", "attn.to_out.weight", "ff.to_hidden.weight", "ff.to_out.weight")
-    assert names == {f"{layer}.{name}" for layer in (0, 1) for name in hidden}
-    assert len(muon) == len(names)
+    hidden = ("attn.to_qkv", "attn.to_gates", "attn.to_out", "attn_norm.to_modulation")
+    hidden += ("ff.to_hidden", "ff.to_out", "ff_norm.to_modulation")
+    assert names == {f"{layer}.{name}.weight" for layer in (0, 1) for name in hidden} | {"1.skip.weight"}
+    assert len(muon) == len(names) + 1  # and the final norm's modulation
     assert all(parameter.ndim == 2 for parameter in muon)
+
+
+def test_muon_takes_a_trunk_of_the_users_own():
+    class Trunk(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dim, self.layer, self.norm = 16, nn.Linear(16, 16), nn.LayerNorm(16)
+
+        def forward(self, x, **kwargs):
+            return self.norm(self.layer(x))
+
+    model = tiny()
+    model.transformer = Trunk()
+    assert [id(p) for p in model.muon_parameters()] == [id(model.transformer.layer.weight)]
+
+
+def test_matrices_decay_and_the_rest_does_not():
+    model = tiny(modality_encoder=(nn.Linear(3, 3), None))
+    decays, rest = model.parameter_groups(weight_decay=0.1)
+    assert (decays["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all(parameter.ndim >= 2 for parameter in decays["params"])
+    assert all(parameter.ndim < 2 for parameter in rest["params"])
+    together = [id(parameter) for group in (decays, rest) for parameter in group["params"]]
+    assert len(together) == len(set(together))
+    assert set(together) == set(map(id, model.parameters_without_encoder_decoder()))
+    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1))
+
+
+def test_initial_values_can_be_had_again_after_meta():
+    options = dict(modality_default_shape=((4, 4), ()), modality_num_dim=(2, 0), trunk=dict(use_value_residual=True))
+    pair = lambda: (UNetDown(3, 16, dim_hidden=8), UNetUp(3, 16, dim_hidden=8))  # noqa: E731
+    expected = tiny(pre_post_transformer_enc_dec=(pair(), None), **options)
+    with torch.device("meta"):
+        model = tiny(pre_post_transformer_enc_dec=(pair(), None), **options)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor_ in (*model.parameters(), *model.buffers()):
+            tensor_.fill_(float("nan"))
+    model.reset_parameters()
+    for (name, made), (_, other) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert made.isfinite().all(), name
+        assert torch.equal(made == 0, other == 0), name
+        if other.numel() > 100 and other.std() > 0:
+            assert 0.7 < made.std() / other.std() < 1.4, name
+    assert model([[tensor([1]), torch.randn(4, 4, 3)]]).isfinite()
+
+
+def test_activations_may_be_computed_again():
+    model = tiny()
+    model.gradient_checkpointing_enable()
+    assert model.transformer.use_checkpoint
+    model(ragged_batch()).backward()
+    model.gradient_checkpointing_disable()
+    assert not model.transformer.use_checkpoint
+    model.transformer = nn.Identity()
+    with pytest.raises(TypeError, match="a Identity has no use_checkpoint"):
+        model.gradient_checkpointing_enable()
 
 
 def test_what_is_trained_leaves_out_exactly_the_autoencoders():

@@ -2,7 +2,10 @@
 
 import copy
 import io
+from collections.abc import Sequence
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from tiny import CHANNELS, NUM_TEXT, Spy, awake, latents_of, layout, noise_of, ragged_batch, tiny
@@ -350,6 +353,121 @@ def test_the_constructor_refuses(case):
 def test_the_constructor_takes_modules_where_it_needs_them(options, message):
     with pytest.raises(TypeError, match=message):
         tiny(**options)
+
+
+class Listed(Sequence):
+    """What configuration libraries have instead of lists (`ListConfig`)."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_lists_and_numbers_of_other_libraries_are_lists_and_numbers():
+    options = dict(modality_default_shape=(torch.Size([2, 2]), Listed(3)), dim_latent=Listed(numpy.int64(3), 2))
+    options |= dict(
+        channel_first_latent=Listed(True, False), flow_loss_weight=Listed(1.0, 2.0), modality_num_dim=[2, 1]
+    )
+    model = tiny(**options)
+    assert [io.spec.default_shape for io in model.modalities] == [(2, 2), (3,)]
+    assert model.loss_weights.flow == (1.0, 2.0)
+    assert tiny(dim_latent=numpy.int64(3), modality_default_shape=numpy.int32(4)).modalities[0].spec.default_shape == (
+        4,
+    )
+    image = torch.randn(3, 2, 2)
+    for part in ([0, image], (numpy.int64(0), image), [numpy.uint8(0), image]):
+        assert torch.equal(
+            model.eval()([[tensor([1]), part]], return_loss=False), model([[tensor([1]), image]], return_loss=False)
+        )
+
+
+def test_one_pair_for_several_modalities_is_copied():
+    down, up = nn.Linear(3, 16), nn.Linear(16, 3)
+    model = tiny(dim_latent=(3, 3), pre_post_transformer_enc_dec=(down, up))
+    assert model.modalities[0].adapter.down is down
+    assert model.modalities[1].adapter.down is not down
+    twice = tiny(dim_latent=(3, 3), pre_post_transformer_enc_dec=((down, up), (down, up)))
+    assert twice.modalities[1].adapter.up is not up
+
+
+def test_a_default_device_is_for_the_model_and_not_for_the_batch():
+    with torch.device("meta"):
+        model = tiny(modality_default_shape=((2, 2), ()))
+        batch = model.packer(token_budget=64)(
+            [[torch.ones(3, dtype=torch.long, device="cpu"), torch.zeros(2, 2, 3, device="cpu")]]
+        )
+        assert batch.stream.token.device.type == batch.targets.slot.device.type == "cpu"
+        loss = model(batch)
+        loss.backward()
+        assert loss.is_meta
+    model = tiny(modality_default_shape=((2, 2), ()))
+    prompt, options = tensor([1]), dict(max_length=30, force_modality_at_start=(0, (2, 2)), text_temperature=0.0)
+    expected = seeded(lambda: model.sample(prompt, **options))
+    with torch.device("meta"):
+        made = seeded(lambda: model.sample(prompt, **options))
+    assert repr(made) == repr(expected)
+
+
+def seeded(call):
+    torch.manual_seed(0)
+    return call()
+
+
+class Posterior:
+    """A distribution over latents, as diffusers' autoencoders return it."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+    def sample(self):
+        return self.mean
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Posterior,
+        lambda x: SimpleNamespace(latent_dist=Posterior(x)),
+        lambda x: SimpleNamespace(latents=x),
+        lambda x: SimpleNamespace(latent=x),
+        lambda x: torch.distributions.Normal(x, torch.full_like(x, 1e-20), validate_args=False),
+    ],
+)
+def test_an_encoder_may_return_a_distribution(wrap):
+    class Encoder(nn.Module):
+        def forward(self, x):
+            return wrap(x)
+
+    model, image = tiny(modality_encoder=(Encoder(), None)).eval(), torch.randn(2, 2, 3)
+    expected = tiny().eval()
+    expected.load_state_dict(model.state_dict())
+    samples = [[tensor([1]), image]]
+    torch.testing.assert_close(model(samples, return_loss=False), expected(samples, return_loss=False))
+    assert repr(model.sample(image, max_length=12, text_temperature=0.0)) == repr(
+        expected.sample(image, max_length=12, text_temperature=0.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_stays_what_it_is(error):
+    class Encoder(nn.Module):
+        def forward(self, x):
+            if x.is_meta:
+                return x
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        tiny(modality_encoder=(Encoder(), None))([[torch.randn(2, 2, 3)]])
+    pair = Encoder(), nn.Identity()
+    with pytest.raises(type(error), match=str(error)):
+        tiny(dim_latent=16, pre_post_transformer_enc_dec=pair)([[torch.randn(2, 2, 16)]])
 
 
 def test_one_value_serves_all_modalities():

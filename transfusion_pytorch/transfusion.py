@@ -37,6 +37,7 @@ from transfusion_pytorch.training.distributed import Processes, training_process
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, LossWeights, SpanLosses
 from transfusion_pytorch.training.objective import REDUCTIONS, Objective, Predictions, Teacher, as_teacher
+from transfusion_pytorch.training.parameters import hidden_matrices, parameter_groups, reset_parameters
 
 
 class Hidden(NamedTuple):
@@ -129,8 +130,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         self.to_logits = Linear(dim, self.vocabulary.num_logits, bias=False)
         self.time_embedding = TimeEmbedding(dim)
         self.type_embedding = nn.Embedding(len(self.modalities), dim)
-        nn.init.normal_(self.text_embedding.weight, std=0.02)
-        nn.init.zeros_(self.type_embedding.weight)
+        self._reset_embeddings()
 
         self.objective = Objective(
             LossWeights(
@@ -343,7 +343,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         self.transformer.compile(**options)
 
     def create_ema(self, beta: float = 0.99, **options: Any) -> EMA:
-        """A moving average of this model that can sample; call `.update()` after each optimizer step."""
+        """A moving average that can sample. It starts after 100 updates; `options` as in `training.ema.create_ema`."""
         return create_ema(self, beta=beta, **options)
 
     def create_dataloader(self, dataset: Any, **options: Any) -> DataLoader:
@@ -356,8 +356,36 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in frozen]
 
     def muon_parameters(self) -> list[nn.Parameter]:
-        """The hidden matrices, for the Muon optimizer; the rest goes to Adam."""
-        return self.transformer.muon_parameters()
+        """The hidden matrices, for the Muon optimizer; the rest goes to AdamW."""
+        return hidden_matrices(self.transformer)
+
+    def parameter_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
+        """Trained parameters for AdamW: what decays, and what does not (biases, gains)."""
+        return parameter_groups(self, weight_decay=weight_decay)
+
+    def gradient_checkpointing_enable(self, kind: bool | str = True) -> None:
+        """Activations are computed again in the backward pass instead of being kept (see `Transformer`).
+
+        Raises `TypeError` if the transformer is a module of the user's own that cannot do that.
+        """
+        if not hasattr(self.transformer, "use_checkpoint"):
+            raise TypeError(f"a {type(self.transformer).__name__} has no use_checkpoint; only a Transformer does")
+        self.transformer.use_checkpoint = kind
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing_enable(False)
+
+    def reset_parameters(self) -> None:
+        """Initial values for all parameters but those of the frozen autoencoders, which have none.
+
+        For a model built on the `meta` device: `model.to_empty(device=...)`, then this.
+        """
+        reset_parameters(self, but={module for io in self.modalities for module in io.frozen})
+        self._reset_embeddings()
+
+    def _reset_embeddings(self) -> None:
+        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        nn.init.zeros_(self.type_embedding.weight)
 
     # inside forward
 

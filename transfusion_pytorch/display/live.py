@@ -128,7 +128,7 @@ class Notebook:
 
     def end_text(self) -> None:
         if self.ids:
-            self.add(Part(None, torch.tensor(self.ids)))
+            self.add(Part(None, torch.tensor(self.ids, device="cpu")))
             self.ids = []
 
     def add(self, part: Part) -> None:
@@ -136,7 +136,7 @@ class Notebook:
         self.lines.append(describe_part(part))
 
     def update(self) -> None:
-        current = self.writer.text(torch.tensor(self.ids)) if self.ids else ""
+        current = self.writer.text(torch.tensor(self.ids, device="cpu")) if self.ids else ""
         # Made here rather than by an object with _repr_html_, of which IPython would swallow the errors.
         data = {
             "text/html": column([*self.blocks, current, self.footer]),
@@ -223,12 +223,12 @@ class GrowingText:
     def add(self, id: int) -> str:
         """What is new; half a character waits for its other half."""
         self.ids.append(id)
-        text = decode(torch.tensor(self.ids), self.decode_text)
+        text = decode(torch.tensor(self.ids, device="cpu"), self.decode_text)
         return "" if text.endswith(INCOMPLETE) else self._new(text)
 
     def end(self) -> str | None:
         """What was not shown yet, None if there is no text at all; the next id starts another text."""
-        rest = self._new(decode(torch.tensor(self.ids), self.decode_text)) if self.ids else None
+        rest = self._new(decode(torch.tensor(self.ids, device="cpu"), self.decode_text)) if self.ids else None
         self.ids, self.shown = [], 0
         return rest
 

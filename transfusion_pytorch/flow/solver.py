@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchdiffeq import odeint
@@ -50,5 +51,7 @@ def _within(grid: Float[Tensor, " steps"], options: Mapping[str, Any]) -> dict[s
     options = {"method": "dopri5", **options}
     if options["method"] in ADAPTIVE_METHODS:
         bounds = {"first_step": grid[1] - grid[0], "step_t": grid[-1:], "max_num_steps": MOST_STEPS}
+        if grid.device.type == "mps":
+            bounds["dtype"] = torch.float32  # of times; torchdiffeq's double precision is not to be had there
         options["options"] = bounds | dict(options.get("options") or {})
     return options

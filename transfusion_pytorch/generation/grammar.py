@@ -62,7 +62,7 @@ class Grammar:
         return None
 
     def _mask(self, ids: list[int]) -> Bool[Tensor, " v"]:
-        mask = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool)
+        mask = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
         mask[ids] = True
         return mask
 

@@ -46,11 +46,11 @@ class JointSolver:
         """
         like = drawings[0].x
         ends = torch.tensor(
-            [drawing.times[drawing.step : drawing.step + 2] for drawing in drawings], dtype=torch.float64
+            [drawing.times[drawing.step : drawing.step + 2] for drawing in drawings], dtype=torch.float64, device="cpu"
         )
         start, rate = (part.to(like) for part in (ends[:, 0], ends[:, 1] - ends[:, 0]))
         try:
-            self._integrate(drawings, torch.tensor([0.0, 1.0]).to(like), start, rate)
+            self._integrate(drawings, torch.tensor([0.0, 1.0], device="cpu").to(like), start, rate)
         except SOLVER_ERRORS as error:
             if len(drawings) == 1:
                 return [(drawings[0], error)]
@@ -60,7 +60,7 @@ class JointSolver:
         return []
 
     def _solve_alone(self, drawing: Drawing) -> Exception | None:
-        times = torch.tensor(drawing.times, dtype=torch.float64).to(drawing.x)
+        times = torch.tensor(drawing.times, dtype=torch.float64, device="cpu").to(drawing.x)
         try:
             # over what is not finite, methods that choose their own steps may never come to an end
             zero, one = torch.zeros_like(times[:1]), torch.ones_like(times[:1])

@@ -100,7 +100,7 @@ class Rules:
 
     def times(self, kept: Kept | None) -> list[float]:
         """The ends of all intervals, from where the flow starts to 1."""
-        uniform = torch.linspace(0, 1, self.options.modality_steps + 1, dtype=torch.float64)
+        uniform = torch.linspace(0, 1, self.options.modality_steps + 1, dtype=torch.float64, device="cpu")
         start = 0.0 if kept is None else 1 - self.options.strength
         return (start + (1 - start) * shift_times(uniform, self.options.time_shift)).tolist()
 
@@ -192,7 +192,9 @@ class Rules:
     def _check_times(self) -> None:
         """Times so close that the solver could not tell them apart."""
         for kept in (None, self.kept):
-            if not (torch.tensor(self.times(kept), dtype=torch.float64).to(self.model.precision).diff() > 0).all():
+            if not (
+                torch.tensor(self.times(kept), dtype=torch.float64, device="cpu").to(self.model.precision).diff() > 0
+            ).all():
                 options = self.options
                 raise ValueError(
                     f"modality_steps={options.modality_steps}, time_shift={options.time_shift} and strength="

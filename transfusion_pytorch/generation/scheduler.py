@@ -140,7 +140,7 @@ class Scheduler:
         """The ids that are to be penalised, in any row."""
         if all(state.seen is None for state in states):
             return None
-        none = torch.zeros(like.shape[-1], dtype=torch.bool)
+        none = torch.zeros(like.shape[-1], dtype=torch.bool, device="cpu")
         return torch.stack([none if state.seen is None else state.seen for state in states]).to(like.device)
 
     # drawing

@@ -114,7 +114,8 @@ class SampleState:
     def uniform(self) -> float:
         """Its next random number in [0, 1)."""
         device = self.generator.device
-        return float(torch.rand((), generator=self.generator, device=device, dtype=torch.float64))
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which that device has not
+        return float(torch.rand((), generator=self.generator, device=device, dtype=dtype))
 
     def process(self, logits: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """The logits as its processors want them. Raises `ValueError` for what are no logits."""
@@ -137,7 +138,7 @@ class SampleState:
         its rules leave no room for.
         """
         if self.rules.options.text_repetition_penalty != 1:
-            self.seen = torch.zeros(self.rules.vocabulary.num_logits, dtype=torch.bool)
+            self.seen = torch.zeros(self.rules.vocabulary.num_logits, dtype=torch.bool, device="cpu")
         for piece in prompt:
             self._append(piece)
         self.events.clear()  # that is no news

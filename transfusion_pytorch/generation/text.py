@@ -80,7 +80,7 @@ def sample_tokens(
 
 def _column(logits: Float[Tensor, "r v"], values: Sequence[float]) -> Float[Tensor, "r 1"]:
     """A number for each row, as precise as the logits, and finite."""
-    column = torch.tensor(values, dtype=torch.float64)[:, None].clamp(max=torch.finfo(logits.dtype).max)
+    column = torch.tensor(values, dtype=torch.float64, device="cpu")[:, None].clamp(max=torch.finfo(logits.dtype).max)
     return column.to(logits)
 
 
@@ -88,5 +88,5 @@ def _draw(logits: Float[Tensor, "r v"], uniform: Sequence[float]) -> Int[Tensor,
     """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which that device has not
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
-    at = torch.tensor(uniform, dtype=torch.float64).clamp(max=1 - 1e-7)[:, None].to(cumulative)
+    at = torch.tensor(uniform, dtype=torch.float64, device="cpu").clamp(max=1 - 1e-7)[:, None].to(cumulative)
     return torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True).flatten()

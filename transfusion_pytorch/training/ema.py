@@ -1,9 +1,11 @@
 """An exponential moving average of a model that can do what the model can."""
 
+import copy
 from typing import Any, cast
 
 from ema_pytorch import EMA
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 SAMPLING_METHODS = (
     "sample",
@@ -16,8 +18,39 @@ SAMPLING_METHODS = (
 )
 
 
-def create_ema(model: nn.Module, *, beta: float = 0.99, **options: Any) -> EMA:
-    """An `ema_pytorch.EMA` of `model` with its sampling methods. `options` are those of `EMA` (`update_every` and
-    others).
+def create_ema(
+    model: nn.Module, *, beta: float = 0.99, update_every: int = 10, update_after_step: int = 100, **options: Any
+) -> EMA:
+    """An `ema_pytorch.EMA` of `model` with its sampling methods; call `.update()` after each optimizer step.
+
+    It starts late: for the first `update_after_step` updates it is a copy of the model, made anew every `update_every`
+    of them. From then on every `update_every`-th update moves it: `beta` old and `1 - beta` new (less at the
+    beginning, see `EMA`). Shorter runs than that want smaller numbers.
+
+    Frozen autoencoders are shared with the model, not copied. Its `state_dict` has the average without the model
+    (`include_online_model=True` adds it). `options` are those of `EMA`.
+
+    Raises `TypeError` for a model that `fully_shard` has split already: create the average first, then shard both.
     """
-    return cast(EMA, EMA(model, beta=beta, forward_method_names=SAMPLING_METHODS, **options))
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise TypeError("a sharded model cannot be copied: call create_ema before fully_shard, then shard both")
+    frozen = {name: module for name, module in model.named_modules() if name.endswith((".encoder", ".decoder"))}
+    frozen = {name: module for name, module in frozen.items() if _is_frozen(module)}
+    average = copy.deepcopy(model, {id(module): module for module in frozen.values()})
+    options = dict(include_online_model=False) | options
+    ignored = {f"{name}." for name in frozen} | set(options.pop("ignore_startswith_names", ()))
+    ema = EMA(
+        model,
+        ema_model=average,
+        beta=beta,
+        update_every=update_every,
+        update_after_step=update_after_step,
+        forward_method_names=SAMPLING_METHODS,
+        ignore_startswith_names=ignored,
+        **options,
+    )
+    return cast(EMA, ema)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
