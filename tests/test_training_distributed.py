@@ -113,11 +113,19 @@ def accumulated(rank):
     return total, gradients_of(model)
 
 
-def sharded(rank):
-    model = shared_model()
+def shard(model) -> None:
     for layer in model.transformer.layers:
         fully_shard(layer)
     fully_shard(model)
+
+
+def sharded(rank):
+    model = shared_model()
+    ema = model.create_ema(beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
+    shard(model)
+    shard(ema.ema_model)
+    with pytest.raises(TypeError, match="call create_ema before fully_shard"):
+        model.create_ema()
     results = {}
     for name, shares in SHARES.items():
         model.zero_grad()
@@ -129,6 +137,12 @@ def sharded(rank):
     prompt = tensor([1, 2][: 1 + rank])  # other lengths, so other numbers of steps
     results["sample"] = repr(model.sample(prompt, max_length=12 + 8 * rank, text_temperature=0.0))
     model(ordered_batch(), times=TIMES).backward()  # and it trains on
+    ema.update()
+    for parameter in model.parameters():
+        parameter.data.mul_(0)
+    ema.update()  # half of what was
+    results["ema"] = {name: p.full_tensor() for name, p in ema.ema_model.named_parameters() if p.requires_grad is False}
+    results["average"] = repr(ema.sample(prompt, max_length=12 + 8 * rank, text_temperature=0.0))
     return results
 
 
@@ -165,3 +179,9 @@ def test_a_sharded_model_trains_and_samples(tmp_path, monkeypatch):
             assert_gradients(made[name][1], gradients)
         sample = shared_model().sample(tensor([1, 2][: 1 + rank]), max_length=12 + 8 * rank, text_temperature=0.0)
         assert made["sample"] == repr(sample)
+        half = shared_model()
+        for name, parameter in half.named_parameters():
+            parameter.data.mul_(0.5)
+            torch.testing.assert_close(made["ema"][name], parameter.data, **EXACT)
+        sample = half.sample(tensor([1, 2][: 1 + rank]), max_length=12 + 8 * rank, text_temperature=0.0)
+        assert made["average"] == repr(sample)
