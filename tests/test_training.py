@@ -9,7 +9,15 @@ from tiny import CHANNELS, NUM_TEXT, awake, ragged_batch, tiny
 from torch import nn, tensor
 
 import transfusion_pytorch
-from transfusion_pytorch import UNetDown, UNetUp, collate_fn, create_dataloader, create_ema, print_modality_sample
+from transfusion_pytorch import (
+    Sample,
+    UNetDown,
+    UNetUp,
+    collate_fn,
+    create_dataloader,
+    create_ema,
+    print_modality_sample,
+)
 from transfusion_pytorch.display import describe_sample
 from transfusion_pytorch.training.losses import Errors, ErrorSum, LossWeights, combine, divided, squared_error
 
@@ -95,6 +103,8 @@ def test_a_sample_is_a_list_of_parts_however_a_dataset_gives_it():
     batch = collate_fn(samples)
     assert [len(sample) for sample in batch] == [2, 2, 3, 1, 1, 1]
     assert batch[3] == [(0, image)]
+    (described,) = collate_fn([Sample((text, image), name="a", weight=2.0)])
+    assert (described.parts, described.name, described.weight) == ([text, image], "a", 2.0)
     assert tiny()(batch).isfinite()
 
 

@@ -1,11 +1,18 @@
-"""Frozen dataclasses of tensors that move between devices as one."""
+"""Frozen dataclasses of tensors that move between devices as one, and where they are made."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+
+def on_cpu() -> AbstractContextManager:
+    """New tensors are on the CPU, whatever the default device is. Costs nothing where that is the CPU anyway."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
 
 Self = TypeVar("Self", bound="Moving")
 

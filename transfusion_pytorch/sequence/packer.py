@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
+from transfusion_pytorch.sequence.moving import on_cpu
 from transfusion_pytorch.sequence.samples import (
     Modality,
     ModalitySpec,
@@ -93,7 +94,7 @@ class Packer:
         require gradients are an error unless `refuses_gradients` is False. Raises `TypeError` or `ValueError` that
         names the sample and part at fault.
         """
-        with torch.device("cpu"):  # whatever the default device is
+        with on_cpu():
             samples, described = _described(samples)
             pieces = self._pieces(samples, modality_type, labels)
             pieces, places = self._shaped(pieces, refuses_gradients and torch.is_grad_enabled())

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transfusion_pytorch.sequence.masks import Layout
-from transfusion_pytorch.sequence.moving import Moving
+from transfusion_pytorch.sequence.moving import Moving, on_cpu
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text
 
 
@@ -184,7 +184,7 @@ def pack(
     token_shape: Callable[[int, Shape], Shape] = same_shape,
 ) -> TokenStream:
     """Lays out marked samples as one stream, each continuing after its `past`."""
-    with torch.device("cpu"):  # whatever the default device is
+    with on_cpu():
         return _pack(samples, past, ignore_index, token_shape)
 
 
