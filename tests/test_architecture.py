@@ -17,10 +17,10 @@ ALLOWED = {
     "sequence": [],
     "flow": [],
     "latents": ["sequence", "flow"],
-    "network": ["sequence.masks", "sequence.positions"],
+    "network": ["sequence.masks", "sequence.blocks", "sequence.positions"],
     "generation": ["sequence", "flow"],
     "display": ["generation.events", "generation.progress"],
-    "training": ["sequence", "flow", "network.upcast"],
+    "training": ["sequence", "flow", "network.precision", "network.shortcuts", "network.linear", "network.cpu.products"],
     "modality": ["sequence", "network"],
     "preparation": ["sequence", "modality"],
 }

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transfusion_pytorch.network import attend
 from transfusion_pytorch.network.attend import plan_attention
 from transfusion_pytorch.network.norms import AdaptiveNorm
-from transfusion_pytorch.network.transformer import FeedForward, Transformer
+from transfusion_pytorch.network.layer import FeedForward
+from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.sequence import masks
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 DIM = 12
@@ -78,7 +80,7 @@ def test_a_slot_depends_on_exactly_the_slots_it_sees(options):
     spans_seen = torch.stack([(MADE.sees & (MADE.span == span)).any(dim=1) for span in range(NUM_SPANS)], dim=1)
     for slot in range(len(x)):
         of_x, of_condition = torch.autograd.grad(out[slot] @ weight[slot], (x, condition), retain_graph=True)
-        assert torch.equal(of_x.abs().sum(dim=1) > 0, MADE.layout.dense()[slot])
+        assert torch.equal(of_x.abs().sum(dim=1) > 0, MADE.sees[slot])
         assert torch.equal(of_condition.abs().sum(dim=1) > 0, spans_seen[slot])
 
 
@@ -203,9 +205,9 @@ def test_a_layer_is_two_branches_each_behind_a_norm_and_in_front_of_a_gate():
     for layer, (out, _) in zip(model.layers, results, strict=True):
         modulation = layer.attn_norm.modulation(MADE.conditioning(condition))
         attended, _ = layer.attn(layer.attn_norm(x, modulation), phases=phases, plan=plan_attention(MADE.layout))
-        x = x + modulation.gate[modulation.row] * attended
+        x = x + modulation.gate[modulation.index] * attended
         modulation = layer.ff_norm.modulation(MADE.conditioning(condition))
-        x = x + modulation.gate[modulation.row] * layer.ff(layer.ff_norm(x, modulation))
+        x = x + modulation.gate[modulation.index] * layer.ff(layer.ff_norm(x, modulation))
         torch.testing.assert_close(out, x, rtol=0, atol=1e-10)
 
 
@@ -297,7 +299,7 @@ def test_residual_connections_are_learned_and_used(streams, fracs):
     arguments = MADE.arguments(condition)
     if fracs == 1:  # all streams start equal, so that nothing changes but the size, which the last norm takes away
         torch.testing.assert_close(connected(x, **arguments), plain(x, **arguments), rtol=0, atol=1e-4)
-    added = [parameter for name, parameter in connected.named_parameters() if "residual" in name]
+    added = [parameter for name, parameter in connected.named_parameters() if "connection" in name]
     assert count(connected) - count(plain) == sum(parameter.numel() for parameter in added)
     before = connected(x, **arguments)
     with torch.no_grad():
@@ -434,7 +436,7 @@ def test_bfloat16_is_close_to_single_precision_forward_and_backward(options, how
 @torch.no_grad()
 def test_flex_serves_under_autocast(monkeypatch):
     model, (x, condition) = make(use_flex_attn=True, depth=1).float(), inputs(dtype=torch.float32)
-    monkeypatch.setattr(attend, "attend_runs", None)  # which must not be called
+    monkeypatch.setattr(attend, "RaggedAttention", None)  # which must not be called
     exact = model(x, **MADE.arguments(condition))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, **MADE.arguments(condition))
@@ -442,10 +444,12 @@ def test_flex_serves_under_autocast(monkeypatch):
 
 
 @torch.no_grad()
-def test_layers_share_one_block_mask(monkeypatch):
-    calls, real = [], attend.create_block_mask
-    monkeypatch.setattr(attend, "create_block_mask", lambda *args, **options: calls.append(1) or real(*args, **options))
-    model, (x, condition) = make(use_flex_attn=True).float(), inputs(dtype=torch.float32)
+@pytest.mark.parametrize(("kind", "made"), [("flex", "block_tables"), ("dense", "visible")])
+def test_layers_share_one_plan(kind, made, monkeypatch):
+    calls, real = [], getattr(masks, made)
+    monkeypatch.setattr(masks, made, lambda *args, **options: calls.append(1) or real(*args, **options))
+    model, (x, condition) = make().float(), inputs(dtype=torch.float32)
+    model.attention = kind
     model(x, **MADE.arguments(condition))
     assert len(calls) == 1
 
@@ -465,12 +469,15 @@ def test_gradients_of_inputs_need_no_flex_attention_of_a_frozen_model():
 # what holds the model
 
 
-def test_muon_gets_the_hidden_matrices_once_each():
+def test_muon_gets_the_matrices_of_all_linear_layers_once_each():
     model = make(**EVERYTHING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [names[id(parameter)] for parameter in model.muon_parameters()]
-    hidden = ("attn.to_qkv", "attn.to_out", "ff.to_hidden", "ff.to_out")
-    assert sorted(found) == sorted(f"layers.{i}.{name}.weight" for i in range(3) for name in hidden)
+    linear = ["attn.to_qkv", "attn.to_gates", "attn.to_out", "attn_norm.to_modulation", "ff.to_hidden", "ff.to_out"]
+    linear += ["ff_norm.to_modulation"]
+    expected = [f"layers.{i}.{name}.weight" for i in range(3) for name in linear]
+    expected += [f"layers.{i}.attn.to_value_mix.weight" for i in (1, 2)] + ["layers.2.skip.weight"]
+    assert sorted(found) == sorted(expected)
     assert all(parameter.ndim == 2 for parameter in model.muon_parameters())
 
 

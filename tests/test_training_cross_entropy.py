@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfusion_pytorch import Transfusion
-from transfusion_pytorch.network import upcast
+from transfusion_pytorch.network.cpu import products
 from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
 
 WORDS, DIM = 50, 6
@@ -61,7 +61,7 @@ def test_no_tensor_of_all_logits_is_made():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("emulated", [True, False])
 def test_autocast_rounds_the_logits_at_most(dtype, emulated, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", [dtype] if emulated else [])
+    monkeypatch.setattr(products, "EMULATED", [dtype] if emulated else [])
     x, to_logits, labels = inputs(64, torch.float32)
     with torch.autocast("cpu", dtype):
         whole = F.cross_entropy(to_logits(x).float(), labels, reduction="sum")

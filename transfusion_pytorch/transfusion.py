@@ -24,7 +24,7 @@ from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_mod
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
-from transfusion_pytorch.network.upcast import Linear
+from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.preparation import as_times, check_probability
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
-from transfusion_pytorch.network.upcast import precise
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
 
 

@@ -1,0 +1,122 @@
+"""Elementwise formulas of a layer. Each is a few lines of PyTorch, for which a CPU has a function of its own.
+
+n tokens, m rows of a table, d model, f features or frequencies, h query heads, k key/value heads, e channels of a head,
+s segments.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from transfusion_pytorch.network.cpu import elementwise as cpu
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise
+from transfusion_pytorch.network.shortcuts import forces_plain_formulas, uses_cpu_kernels
+from transfusion_pytorch.sequence import positions
+
+ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
+SEGMENT = 64  # tokens: one thread of a GPU adds up so many numbers
+
+
+def gated_activation(hidden: Shaped[Tensor, "n two_f"], activation: str) -> Shaped[Tensor, "n f"]:
+    """`value activate(gate)`, where `hidden = [value gate]` (GLU variants, arXiv 2002.05202)."""
+    if uses_cpu_kernels(hidden):
+        return cpu.GatedActivation.apply(hidden, activation)  # type: ignore[return-value]
+    value, gate = hidden.chunk(2, dim=-1)
+    return value * ACTIVATIONS[activation](gate)
+
+
+def inverse_rms(x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... 1"]:
+    return (x.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
+
+
+def rotate(x: Shaped[Tensor, "n h e"], phases: Float[Tensor, "n f 2"]) -> Shaped[Tensor, "n h e"]:
+    """Rotary positions (RoFormer, arXiv 2104.09864)."""
+    return cpu.rotate(x, phases) if uses_cpu_kernels(x) else positions.rotate(x, phases)
+
+
+class Segments(NamedTuple):
+    """A stream cut into at most `SEGMENT` neighbouring tokens of one index each; segment i is `edges[i] <= slot <
+    edges[i + 1]`.
+
+    `belongs` says which index a segment has, and is a matrix, so that the segments of each index add up as a product.
+    """
+
+    edges: Int[Tensor, " s_plus_1"]
+    belongs: Bool[Tensor, "m s"]
+
+    @classmethod
+    def of(cls, index: Int[Tensor, " n"], count: int) -> "Segments":
+        """Found without reading from the device. Their number depends on n and on the `count` of indices only: every
+        span is one stretch, and m of them have at most m + 1 stretches of text around them. What is left over is empty.
+        """
+        n = len(index)
+        slot = torch.arange(n, device=index.device)
+        starts = (slot % SEGMENT == 0) | (index != index.roll(1))
+        segment_of = starts.cumsum(0) - 1
+        most = n // SEGMENT + 2 * count
+        edges = torch.searchsorted(segment_of, torch.arange(most + 1, device=index.device))
+        owner = index.index_select(0, edges[:-1].clamp(max=n - 1))
+        return cls(edges, owner == torch.arange(count, device=index.device)[:, None])
+
+
+def look_up(
+    table: Shaped[Tensor, "m d"], index: Int[Tensor, " n"], segments: Segments | None
+) -> Shaped[Tensor, "n d"]:
+    """`table[index]`.
+
+    Its gradient adds up all tokens of an index. With `segments` that is done in a fixed order and without locks, which
+    a GPU would need for every number: most tokens are text, whose index is 0.
+    """
+    if forces_plain_formulas() or segments is None:
+        return table.index_select(0, index)
+    return LookUp.apply(table, index, *segments)  # type: ignore[return-value]
+
+
+class LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, edges: Tensor, belongs: Tensor) -> Tensor:
+        ctx.save_for_backward(edges, belongs)
+        ctx.dtype = table.dtype
+        return table.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_segments(grad, Segments(*ctx.saved_tensors)).to(ctx.dtype), None, None, None
+
+
+def sum_segments(values: Shaped[Tensor, "n d"], segments: Segments) -> Shaped[Tensor, "m d"]:
+    """What the tokens of each index add up to, in single precision at least."""
+    exact = values.to(precise(values.dtype))
+    sums = torch.segment_reduce(exact, "sum", offsets=segments.edges, axis=0, unsafe=True)
+    with torch.autocast(values.device.type, enabled=False):
+        return segments.belongs.to(sums.dtype) @ sums
+
+
+def modulated_norm(
+    x: Shaped[Tensor, "n d"],
+    scale: Shaped[Tensor, "m d"],
+    shift: Shaped[Tensor, "m d"],
+    index: Int[Tensor, " n"],
+    segments: Segments | None = None,
+) -> Shaped[Tensor, "n d"]:
+    """`norm(x) scale[index] + shift[index]`, with a layer norm."""
+    if uses_cpu_kernels(x):
+        return cpu.ModulatedNorm.apply(x, scale, shift, index)  # type: ignore[return-value]
+    normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    return torch.addcmul(look_up(shift, index, segments), normed, look_up(scale, index, segments))
+
+
+def gated_add(
+    x: Shaped[Tensor, "n d"],
+    out: Shaped[Tensor, "n d"],
+    gate: Shaped[Tensor, "m d"],
+    index: Int[Tensor, " n"],
+    segments: Segments | None = None,
+) -> Shaped[Tensor, "n d"]:
+    """`x + out gate[index]`."""
+    if uses_cpu_kernels(x):
+        return cpu.GatedAdd.apply(x, out, gate, index)  # type: ignore[return-value]
+    return torch.addcmul(x, out, look_up(gate, index, segments))
