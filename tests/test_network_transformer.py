@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from network_streams import Stream, cuts, perturb, stream
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_pytorch.network import attend
 from transfusion_pytorch.network.attend import plan_attention
-from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.layer import FeedForward
+from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.sequence import masks
 from transfusion_pytorch.sequence.positions import rotary_phases
@@ -368,10 +369,11 @@ def test_dropout_of_everything_leaves_the_residual():
 # checkpoints
 
 
+@pytest.mark.parametrize("how", [True, "selective"])
 @pytest.mark.parametrize("options", [dict(), dict(dropout=0.3), dict(EVERYTHING, dropout=0.3)])
-def test_computing_layers_again_gives_the_same_loss_and_gradients(options):
+def test_computing_layers_again_gives_the_same_loss_and_gradients(options, how):
     gradients = []
-    for use_checkpoint in (False, True):
+    for use_checkpoint in (False, how):
         model, leaves = make(**options | dict(use_checkpoint=use_checkpoint)), inputs()
         torch.manual_seed(3)
         loss = model(leaves[0], **MADE.arguments(leaves[1])).square().sum()
@@ -383,6 +385,39 @@ def test_computing_layers_again_saves_memory():
     every_layer, again = (numbers_saved(make(depth=8, use_checkpoint=flag)) for flag in (False, True))
     between = 8 * MADE.span.numel() * DIM  # what goes into each layer is kept as well, but not by a hook
     assert again + between < every_layer / 5
+
+
+def test_selective_checkpoints_keep_products_and_attention_and_make_nothing_else_again():
+    """Of attention and feedforward: one forward and one backward of each kernel, as without checkpoints."""
+    counts = []
+    for how in (False, "selective", True):
+        model, (x, condition) = make(depth=4, use_checkpoint=how), inputs()
+        with Products() as products:
+            model(x, **MADE.arguments(condition)).sum().backward()
+        counts.append(products.count)
+    assert counts[0] == counts[1] < counts[2]
+
+
+class Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kernels = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+        self.count += function.name() in kernels
+        return function(*args, **(kwargs or {}))
+
+
+def test_checkpoints_are_turned_on_and_off_as_in_other_libraries():
+    model = make()
+    assert model.use_checkpoint is False
+    model.gradient_checkpointing_enable()
+    assert model.use_checkpoint is True
+    model.gradient_checkpointing_enable("selective")
+    assert model.use_checkpoint == "selective"
+    model.gradient_checkpointing_disable()
+    assert model.use_checkpoint is False
 
 
 def numbers_saved(model: Transformer) -> int:
@@ -530,6 +565,7 @@ def test_no_option_is_ignored(name):
         (dict(ff_kwargs=dict(activation="relu")), "activation must be one of geglu, swiglu, got 'relu'"),
         (dict(ff_expansion_factor=0), "expansion_factor"),
         (dict(dropout=1.5), "dropout"),
+        (dict(use_checkpoint="all"), "use_checkpoint must be True, False or 'selective', got 'all'"),
         (dict(attn_kwargs=dict(softcap_value=-1)), "softcap_value must be positive, got -1"),
         (dict(attn_kwargs=dict(kv_heads=2)), "attn_kwargs takes gate_values, softcap_value, got kv_heads"),
         (dict(attn_kwargs=dict(laser=True)), "attn_kwargs takes gate_values, softcap_value, got laser"),

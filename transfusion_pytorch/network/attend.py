@@ -39,7 +39,9 @@ class RaggedAttention(NamedTuple):
 
     runs: Sequence[Run]
 
-    def attend(self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None) -> Heads:
+    def attend(
+        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
+    ) -> Heads:
         """What the queries gather; `layer` is that of the cache, if there is one."""
         if softcap is None:
             k, v = (one_for_each_head(q, part) for part in (k, v))
@@ -58,8 +60,12 @@ class FlexAttention(NamedTuple):
 
     intervals: Intervals
 
-    def attend(self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None) -> Heads:
+    def attend(
+        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
+    ) -> Heads:
         heads_first = (rearrange(part, "n h e -> 1 h n e") for part in (q, k, v))
+        if q.device.type == "cpu":  # whose generated code does not know views
+            heads_first = (part.contiguous() for part in heads_first)
         out = _flex_kernel(q.device.type)(
             *heads_first,
             block_mask=self._block_mask(),
@@ -72,9 +78,7 @@ class FlexAttention(NamedTuple):
         n, blocks = len(self.intervals.end), self.intervals.blocks
         assert blocks is not None
         tables = {name: table[None, None] for name, table in zip(blocks._fields, blocks, strict=True)}
-        return BlockMask(
-            seq_lengths=(n, n), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod(), **tables
-        )
+        return BlockMask(seq_lengths=(n, n), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod(), **tables)
 
 
 class DenseAttention(NamedTuple):
@@ -86,7 +90,9 @@ class DenseAttention(NamedTuple):
     mask: Bool[Tensor, "n n"]
     differentiable: bool = False
 
-    def attend(self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None) -> Heads:
+    def attend(
+        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
+    ) -> Heads:
         q, k, v = (rearrange(part, "n h e -> 1 h n e") for part in (q, k, v))
         with sdpa_kernel(SDPBackend.MATH) if self.differentiable else nullcontext():
             out = attend_masked(q, k, v, mask=self.mask, softcap=softcap)
@@ -98,7 +104,9 @@ class CachedAttention(NamedTuple):
 
     cache: CacheView
 
-    def attend(self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None) -> Heads:
+    def attend(
+        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
+    ) -> Heads:
         outs = []
         for index, run in enumerate(self.cache.runs):
             q_run, k_run, v_run = (batched(part[run.tokens], run) for part in (q, k, v))

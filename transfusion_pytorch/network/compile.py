@@ -18,7 +18,9 @@ from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, Fl
 
 Checkpointing = bool | Literal["selective"]
 LayerCall = Callable[..., tuple[Tensor, Tensor | None]]
-MOST_GRAPHS = 256  # of one function for all models: with and without gradients, skips, spans, ... torch's own limit is 8
+MOST_GRAPHS = (
+    256  # of one function for all models: with and without gradients, skips, spans, ... torch's own limit is 8
+)
 
 aten = torch.ops.aten
 # what selective checkpoints keep: products, and what attention gives back

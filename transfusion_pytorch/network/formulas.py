@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.network.cpu import elementwise as cpu
-from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise
-from transfusion_pytorch.network.shortcuts import forces_plain_formulas, uses_cpu_kernels
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise, without_autocast
+from transfusion_pytorch.network.shortcuts import uses_cpu_kernels
 from transfusion_pytorch.sequence import positions
 
 ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
@@ -62,15 +62,13 @@ class Segments(NamedTuple):
         return cls(edges, owner == torch.arange(count, device=index.device)[:, None])
 
 
-def look_up(
-    table: Shaped[Tensor, "m d"], index: Int[Tensor, " n"], segments: Segments | None
-) -> Shaped[Tensor, "n d"]:
+def look_up(table: Shaped[Tensor, "m d"], index: Int[Tensor, " n"], segments: Segments | None) -> Shaped[Tensor, "n d"]:
     """`table[index]`.
 
     Its gradient adds up all tokens of an index. With `segments` that is done in a fixed order and without locks, which
     a GPU would need for every number: most tokens are text, whose index is 0.
     """
-    if forces_plain_formulas() or segments is None:
+    if segments is None:
         return table.index_select(0, index)
     return LookUp.apply(table, index, *segments)  # type: ignore[return-value]
 
@@ -91,7 +89,7 @@ def sum_segments(values: Shaped[Tensor, "n d"], segments: Segments) -> Shaped[Te
     """What the tokens of each index add up to, in single precision at least."""
     exact = values.to(precise(values.dtype))
     sums = torch.segment_reduce(exact, "sum", offsets=segments.edges, axis=0, unsafe=True)
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device.type):
         return segments.belongs.to(sums.dtype) @ sums
 
 

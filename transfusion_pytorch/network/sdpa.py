@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from transfusion_pytorch.network.cpu.products import product_dtype
-from transfusion_pytorch.network.precision import precise
+from transfusion_pytorch.network.precision import precise, without_autocast
 from transfusion_pytorch.sequence.masks import Run
 
 
@@ -27,7 +27,7 @@ def attend_masked(
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     dtype, kind = q.dtype, q.device.type
     q, k, v = (part.to(product_dtype(dtype, kind)) for part in (q, k, v))
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(kind):
         logits = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
         logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
         return (logits.softmax(dim=-1, dtype=precise(dtype)).to(v.dtype) @ v).to(dtype)
@@ -36,9 +36,7 @@ def attend_masked(
 def attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
     """`(g, h, t, e)` each, the keys and values of a cache included, to `(n, h, e)`."""
     outs = [
-        attend_masked(
-            q[:, :, queries], k[:, :, :keys], v[:, :, :keys], mask=mask, is_causal=is_causal, softcap=softcap
-        )
+        attend_masked(q[:, :, queries], k[:, :, :keys], v[:, :, :keys], mask=mask, is_causal=is_causal, softcap=softcap)
         for queries, keys, is_causal, mask in run.chunks
     ]
     return rearrange(torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], "g h t e -> (g t) h e")

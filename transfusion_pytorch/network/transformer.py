@@ -13,7 +13,13 @@ from hyper_connections import get_init_and_expand_reduce_stream_functions
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.attend import AttentionKind, AttentionPlan, choose_attention, plan_attention
+from transfusion_pytorch.network.attend import (
+    AttentionKind,
+    AttentionPlan,
+    RaggedAttention,
+    choose_attention,
+    plan_attention,
+)
 from transfusion_pytorch.network.cache import CacheView, KVCache
 from transfusion_pytorch.network.compile import Checkpointing, LayerCall, compiles, layer_call
 from transfusion_pytorch.network.layer import Layer, residual_connection
@@ -121,7 +127,7 @@ class Transformer(nn.Module):
         plan = plan_attention(layout.to(x.device), cache, kind=kind)
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
         call_layer = self._layer_call(plan)
-        if conditioning is not None and (x.device.type in ("cuda", "meta") or compiles(plan)):
+        if conditioning is not None and not forces_plain_formulas() and not isinstance(plan, RaggedAttention):
             conditioning = conditioning.with_segments()
 
         x = self.expand_streams(x)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.linear import is_plain_linear
-from transfusion_pytorch.network.precision import precise, working_dtype
+from transfusion_pytorch.network.precision import precise, without_autocast, working_dtype
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 FEWEST_ROWS = 16  # of a chunk
@@ -57,7 +57,11 @@ def cross_entropy_per_target(
     rows = _rows_at_once(x, to_logits, chunk)
     if rows >= len(labels):
         return _losses(to_logits, x, labels)
-    loss = partial(checkpoint, _losses, to_logits, use_reentrant=False) if torch.is_grad_enabled() else partial(_losses, to_logits)
+    loss = (
+        partial(checkpoint, _losses, to_logits, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else partial(_losses, to_logits)
+    )
     return torch.cat([loss(*part) for part in zip(x.split(rows), labels.split(rows), strict=True)])
 
 
@@ -94,7 +98,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x, dtype=precise(x.dtype)) if wants_x else None
         grad_weight = torch.zeros_like(weight, dtype=precise(weight.dtype)) if wants_weight else None
         total = torch.zeros((), dtype=precise(dtype), device=x.device)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             table = weight.to(dtype)
             # on a CPU products of many rows and few columns are a third faster than the other way round
             room = x.new_empty((len(table), rows) if kind == "cpu" else (rows, len(table)), dtype=dtype)
