@@ -20,7 +20,11 @@ ALLOWED = {
     "network": ["sequence.masks", "sequence.blocks", "sequence.positions"],
     "generation": ["sequence", "flow"],
     "display": ["generation.events", "generation.progress"],
-    "training": ["sequence", "flow", "network.precision", "network.shortcuts", "network.linear", "network.cpu.products"],
+    "training": [
+        "sequence",
+        "flow",
+        *(f"network.{name}" for name in ("precision", "shortcuts", "linear", "cpu.products")),
+    ],
     "modality": ["sequence", "network"],
     "preparation": ["sequence", "modality"],
 }

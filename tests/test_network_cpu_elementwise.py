@@ -11,15 +11,27 @@ from torch.nn.utils.parametrize import register_parametrization
 from transfusion_pytorch.network.attention import Attention
 from transfusion_pytorch.network.cpu import elementwise, products
 from transfusion_pytorch.network.cpu.elementwise import sum_by_index
-from transfusion_pytorch.network.formulas import gated_activation, gated_add, modulated_norm
 from transfusion_pytorch.network.layer import FeedForward
 from transfusion_pytorch.network.linear import Linear
+from transfusion_pytorch.network.modulation import IndexedModulation
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 ROW = torch.tensor([2, 0, 2, 4, 0, 2, 4])  # in no order; there are rows 1 and 3 that no token has
 N, D, ROWS = len(ROW), 6, 5
 POSITION = torch.tensor([0, 1, 2, 2, 2, 3, 90])
+
+
+def modulated_norm(x, scale, shift, index):
+    return IndexedModulation(scale, shift, None, index).normed(x)
+
+
+def gated_add(x, out, gate, index):
+    return IndexedModulation(gate, gate, gate, index).add_gated(x, out)
+
+
+def gated_activation(hidden, activation):
+    return FeedForward(D, activation=activation)._activate(hidden)
 
 
 def modulate(x, scale, shift):

@@ -16,7 +16,7 @@ from transfusion_pytorch.network.attend import (
     plan_attention,
 )
 from transfusion_pytorch.network.cache import KVCache
-from transfusion_pytorch.network.formulas import SEGMENT, Segments, look_up, sum_segments
+from transfusion_pytorch.network.lookup import SEGMENT, Segments, look_up, sum_segments
 from transfusion_pytorch.network.modulation import Conditioning, IndexedModulation, SpanModulation, TextModulation
 from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.shortcuts import plain_formulas
@@ -109,11 +109,11 @@ def test_a_looked_up_table_has_the_gradient_of_its_tokens(dtype):
 def test_attention_is_chosen_by_the_device(device, auto, flex, ragged):
     expected = dict(auto=auto, flex=flex, ragged=ragged, dense="dense")
     for kind, made in expected.items():
-        assert choose_attention(kind, device, trains=lambda: False) == made
+        assert choose_attention(kind, device, trains=False) == made
         if (kind, device) != ("flex", "cpu"):
-            assert choose_attention(kind, device, trains=lambda: True) == made
+            assert choose_attention(kind, device, trains=True) == made
         with plain_formulas():
-            assert choose_attention(kind, device, trains=lambda: True) == "dense"
+            assert choose_attention(kind, device, trains=True) == "dense"
 
 
 def test_plans_are_types():

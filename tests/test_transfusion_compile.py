@@ -1,5 +1,5 @@
-"""Compiled layers against the same layers uncompiled: numbers, gradients, samples, and that one graph serves all batches of
-one number of tokens and of spans.
+"""Compiled layers against the same layers uncompiled: numbers, gradients, samples, and that one graph serves all
+batches of one number of tokens and of spans.
 
 Most tests stop before code is generated (`aot_eager`): graphs and guards are what they are about.
 """
@@ -42,8 +42,8 @@ def pair(backend="aot_eager", attention="dense", **transformer):
     return plain, compiled
 
 
-# Lengths of text, axial shape and text: one number of tokens and two spans in each batch, and another layout. A shape is
-# written in three characters, and a span has three markers, so that all that differs is listed here.
+# Lengths of text, axial shape and text: one number of tokens and two spans in each batch, and another layout. A shape
+# is written in three characters, and a span has three markers, so that all that differs is listed here.
 PADDED = [
     [((5,), (2, 3), (1,)), ((4,), (1, 4), (7,))],
     [((1,), (3, 2), (2,)), ((3,), (2, 2), (11,))],
@@ -121,7 +121,7 @@ def test_training_is_the_same_and_one_graph_serves_all_batches_of_one_size(optio
 def test_all_layers_of_a_kind_share_a_graph():
     """The first half, the layer whose skip is what it reads anyway, and the other layers with a skip."""
     torch._dynamo.utils.counters.clear()
-    plain, compiled = pair(backend="eager", depth=6)
+    _, compiled = pair(backend="eager", depth=6)
     loss_of(compiled, batch_of(0))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
@@ -215,10 +215,9 @@ def test_nothing_of_dynamo_is_changed_for_others():
 
 
 def test_one_function_is_compiled_for_all_models_and_options():
-    assert layer_call(False, None) is not layer_call(True, None)
     options = dict(backend="eager", fullgraph=True)
-    assert layer_call(False, options) is layer_call(False, dict(reversed(options.items())))
-    assert layer_call(False, options) is not layer_call("selective", options)
+    assert layer_call(options) is layer_call(dict(reversed(options.items())))
+    assert layer_call(options) is not layer_call(options | dict(dynamic=False))
 
 
 def test_a_transformer_of_the_users_own_is_refused():

@@ -22,9 +22,9 @@ from transfusion_pytorch.generation.methods import SamplingMethods
 from transfusion_pytorch.latents import Latents, add_noise, latent_times, latents_by_type, unflatten, x_t_of
 from transfusion_pytorch.modality import ModalityInfo, build_modalities, per_modality
 from transfusion_pytorch.network.cache import CacheView
+from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
-from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.preparation import as_times, check_probability
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack

@@ -166,8 +166,8 @@ def _slices(sizes: Iterable[int]) -> list[slice]:
 class AxialPositions(nn.Module):
     """A continuous embedding of coordinates: sines and cosines of every axis, mixed by a small network.
 
-    It knows no largest size: any coordinate has its features, so any shape has its positions. The highest frequency is a
-    quarter turn a step: at half a turn, `sin(pi k)` would be zero at every integer.
+    It knows no largest size: any coordinate has its features, so any shape has its positions. The highest frequency is
+    a quarter turn a step: at half a turn, `sin(pi k)` would be zero at every integer.
     """
 
     def __init__(self, dim: int, num_axes: int, *, num_frequencies: int = 16):

@@ -7,7 +7,7 @@
 | `DenseAttention` | any other device, and wherever flex attention or the kernel of CPUs cannot: a mask of `n * n` |
 | `CachedAttention` | decoding: what a cache has of the samples is seen as well |
 
-n tokens, h query heads, k key/value heads, e channels of a head.
+n tokens, h query heads, k key/value heads, e channels of a head, g samples of one length t.
 """
 
 import warnings
@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Shaped
 from torch import Tensor
@@ -25,13 +26,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.cpu.attention import PackedAttention
-from transfusion_pytorch.network.sdpa import attend_masked, attend_run, batched, one_for_each_head
+from transfusion_pytorch.network.cpu.products import product_dtype
+from transfusion_pytorch.network.precision import precise, without_autocast
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.sequence.blocks import BLOCK
 from transfusion_pytorch.sequence.masks import Intervals, Layout, Run
 
-Heads = Shaped[Tensor, "n h e"]
-SharedHeads = Shaped[Tensor, "n k e"]
+Q = Shaped[Tensor, "n h e"]
+KV = Shaped[Tensor, "n k e"]
 
 
 class RaggedAttention(NamedTuple):
@@ -39,9 +41,7 @@ class RaggedAttention(NamedTuple):
 
     runs: Sequence[Run]
 
-    def attend(
-        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
-    ) -> Heads:
+    def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         """What the queries gather; `layer` is that of the cache, if there is one."""
         if softcap is None:
             k, v = (one_for_each_head(q, part) for part in (k, v))
@@ -49,7 +49,7 @@ class RaggedAttention(NamedTuple):
         lengths = [run.tokens.stop - run.tokens.start for run in self.runs]
         split = (part.split(lengths) for part in (q, k, v))
         outs = [
-            attend_run(run, *(batched(part, run) for part in parts), softcap)
+            attend_run(run, *(run.batched(part) for part in parts), softcap)
             for run, *parts in zip(self.runs, *split, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -60,13 +60,11 @@ class FlexAttention(NamedTuple):
 
     intervals: Intervals
 
-    def attend(
-        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
-    ) -> Heads:
+    def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         heads_first = (rearrange(part, "n h e -> 1 h n e") for part in (q, k, v))
-        if q.device.type == "cpu":  # whose generated code does not know views
+        if not q.is_cuda:  # the code that is generated for CPUs does not know views
             heads_first = (part.contiguous() for part in heads_first)
-        out = _flex_kernel(q.device.type)(
+        out = _flex_kernel(q.is_cuda)(
             *heads_first,
             block_mask=self._block_mask(),
             score_mod=None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap),
@@ -90,9 +88,7 @@ class DenseAttention(NamedTuple):
     mask: Bool[Tensor, "n n"]
     differentiable: bool = False
 
-    def attend(
-        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
-    ) -> Heads:
+    def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         q, k, v = (rearrange(part, "n h e -> 1 h n e") for part in (q, k, v))
         with sdpa_kernel(SDPBackend.MATH) if self.differentiable else nullcontext():
             out = attend_masked(q, k, v, mask=self.mask, softcap=softcap)
@@ -104,12 +100,10 @@ class CachedAttention(NamedTuple):
 
     cache: CacheView
 
-    def attend(
-        self, q: Heads, k: SharedHeads, v: SharedHeads, *, layer: int = 0, softcap: float | None = None
-    ) -> Heads:
+    def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         outs = []
         for index, run in enumerate(self.cache.runs):
-            q_run, k_run, v_run = (batched(part[run.tokens], run) for part in (q, k, v))
+            q_run, k_run, v_run = (run.batched(part[run.tokens]) for part in (q, k, v))
             outs.append(attend_run(run, q_run, *self.cache.update(layer, index, k_run, v_run), softcap))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -124,17 +118,16 @@ def plan_attention(
     """The plan for a stream that continues the rows of a `cache`, or stands alone, on the device of the layout."""
     if cache is not None:
         return CachedAttention(cache)
-    kind = choose_attention(kind, torch.device(layout.device).type, trains=lambda: trains)
+    kind = choose_attention(kind, torch.device(layout.device).type, trains)
     if kind == "ragged":
         return RaggedAttention(layout.runs)
     intervals = layout.prepare(blocks=kind == "flex").intervals
     assert intervals is not None
-    if kind == "flex":
-        return FlexAttention(intervals)
-    return DenseAttention(intervals.dense(), differentiable=forces_plain_formulas())
+    plain = forces_plain_formulas()
+    return FlexAttention(intervals) if kind == "flex" else DenseAttention(intervals.dense(), differentiable=plain)
 
 
-def choose_attention(kind: AttentionKind, device_type: str, *, trains: Callable[[], bool]) -> AttentionKind:
+def choose_attention(kind: AttentionKind, device_type: str, trains: bool) -> AttentionKind:
     """Where "auto" leads on a device, and what stands in for what it does not have.
 
     | device | "auto" | "flex" | "ragged" | inside of `plain_formulas()` |
@@ -143,15 +136,13 @@ def choose_attention(kind: AttentionKind, device_type: str, *, trains: Callable[
     | CUDA | flex | flex | dense | dense |
     | others | dense | dense | dense | dense |
     """
-    if forces_plain_formulas() or kind == "dense":
+    if forces_plain_formulas() or kind == "dense" or device_type not in ("cpu", "cuda"):
         return "dense"
     if device_type == "cuda":
         return "dense" if kind == "ragged" else "flex"
-    if device_type != "cpu":
-        return "dense"
-    if kind == "flex" and trains():
+    if kind == "flex" and trains:
         _say_flex_fallback()
-    return "flex" if kind == "flex" and not trains() else "ragged"
+    return "flex" if kind == "flex" and not trains else "ragged"
 
 
 @lru_cache(maxsize=1)
@@ -162,21 +153,52 @@ def _say_flex_fallback() -> None:
     )
 
 
-@lru_cache(maxsize=1)
-def _compiled_kernel() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=True)
+def _flex_kernel(is_cuda: bool) -> Callable[..., Tensor]:
+    """A compiled layer takes it in. By itself it is compiled on a GPU only: on a CPU it is there to compare with."""
+    return flex_attention if torch.compiler.is_compiling() else _eager_kernel(is_cuda)
 
 
-def _flex_kernel(device_type: str) -> Callable[..., Tensor]:
-    """A compiled layer takes it in; by itself it is compiled on a GPU. On a CPU the eager form is there to compare
-    with, and would be compiled anew for every shape.
-    """
-    if torch.compiler.is_compiling():
-        return flex_attention
-    return _compiled_kernel() if device_type == "cuda" else _eager_flex
+@lru_cache(maxsize=2)
+def _eager_kernel(is_cuda: bool) -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=True) if is_cuda else _uncompiled_flex
 
 
-def _eager_flex(*args, **options) -> Tensor:
+def _uncompiled_flex(*args, **options) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return flex_attention(*args, **options)
+
+
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool = False, softcap: float | None = None
+) -> Tensor:
+    """`(g, h, t, e)` each. `mask` says which keys a query sees.
+
+    `softcap` bounds the logits at `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118).
+    """
+    k, v = (one_for_each_head(q, part.to(q.dtype)) for part in (k, v))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if is_causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    dtype, kind = q.dtype, q.device.type
+    q, k, v = (part.to(product_dtype(dtype, kind)) for part in (q, k, v))
+    with without_autocast(kind):
+        logits = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
+        logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+        return (logits.softmax(dim=-1, dtype=precise(dtype)).to(v.dtype) @ v).to(dtype)
+
+
+def attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
+    """`(g, h, t, e)` each, the keys and values of a cache included, to `(n, h, e)`."""
+    outs = [
+        attend_masked(q[:, :, queries], k[:, :, :keys], v[:, :, :keys], mask=mask, is_causal=is_causal, softcap=softcap)
+        for queries, keys, is_causal, mask in run.chunks
+    ]
+    return rearrange(torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], "g h t e -> (g t) h e")
+
+
+def one_for_each_head(q: Tensor, shared: Tensor) -> Tensor:
+    """Keys or values that several query heads share, repeated for each of them."""
+    groups = q.shape[1] // shared.shape[1]
+    return shared.repeat_interleave(groups, dim=1) if groups > 1 else shared

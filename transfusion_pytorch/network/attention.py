@@ -9,11 +9,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.attend import AttentionPlan
-from transfusion_pytorch.network.cpu.elementwise import NormedHeads
-from transfusion_pytorch.network.formulas import rotate
+from transfusion_pytorch.network.cpu import elementwise as cpu
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import RMSNorm
 from transfusion_pytorch.network.shortcuts import is_plain, is_untouched, uses_cpu_kernels
+from transfusion_pytorch.sequence.positions import rotate
 
 LASER_LIMIT = 10.0  # values are squashed to +-10 before the exponential, which float16 still holds
 
@@ -86,14 +86,11 @@ class Attention(nn.Module):
 
     def _rotated(self, qkv: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and rotated, and values as they are."""
-        q_norm, k_norm = self.q_norm, self.k_norm
-        if q_norm is not None and k_norm is not None and uses_cpu_kernels(qkv) and _are_untouched(q_norm, k_norm):
-            gains = q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.kv_heads, -1)
-            return NormedHeads.apply(qkv, 1 + torch.cat(gains), phases, self.heads)  # type: ignore[return-value]
+        norms, on_cpu = (self.q_norm, self.k_norm), uses_cpu_kernels(qkv)
+        if on_cpu and all(norm and is_untouched(norm, RMSNorm) and is_plain(norm.weight) for norm in norms):
+            gains = [norm.weight.expand(h, -1) for norm, h in zip(norms, (self.heads, self.kv_heads), strict=True)]
+            return cpu.NormedHeads.apply(qkv, 1 + torch.cat(gains), phases, self.heads)  # type: ignore[return-value]
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = (part if norm is None else norm(part.to(phases.dtype)) for part, norm in ((q, q_norm), (k, k_norm)))
-        return rotate(q, phases).to(qkv.dtype), rotate(k, phases).to(qkv.dtype), v
-
-
-def _are_untouched(*norms: nn.Module) -> bool:
-    return all(is_untouched(norm, RMSNorm) and is_plain(norm.weight) for norm in norms)
+        q, k = (part if norm is None else norm(part.to(phases.dtype)) for part, norm in zip((q, k), norms, strict=True))
+        q, k = (cpu.rotate(part, phases) if on_cpu else rotate(part, phases) for part in (q, k))
+        return q.to(qkv.dtype), k.to(qkv.dtype), v

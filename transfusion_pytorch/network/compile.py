@@ -11,27 +11,24 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
 
 Checkpointing = bool | Literal["selective"]
-LayerCall = Callable[..., tuple[Tensor, Tensor | None]]
 MOST_GRAPHS = (
     256  # of one function for all models: with and without gradients, skips, spans, ... torch's own limit is 8
 )
 
 aten = torch.ops.aten
+ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 # what selective checkpoints keep: products, and what attention gives back
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
+    *(getattr(aten, f"_scaled_dot_product_{name}").default for name in ATTENTION),
 }
 
 
@@ -43,23 +40,11 @@ def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy)
 
 
-def call(layer: torch.nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-    return layer(*inputs)
-
-
-def call_with_checkpoint(layer: torch.nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-    return checkpoint(layer, *inputs, use_reentrant=False)
-
-
-def call_with_selective_checkpoint(layer: torch.nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=_selective_contexts)
-
-
-CALLS: dict[Checkpointing, LayerCall] = {
-    False: call,
-    True: call_with_checkpoint,
-    "selective": call_with_selective_checkpoint,
-}
+def call(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    if not checkpointing:
+        return layer(*inputs)
+    contexts = dict(context_fn=_selective_contexts) if checkpointing == "selective" else {}
+    return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
 
 
 def compiles(plan: AttentionPlan) -> bool:
@@ -67,16 +52,15 @@ def compiles(plan: AttentionPlan) -> bool:
     return isinstance(plan, FlexAttention | DenseAttention)
 
 
-def layer_call(checkpointing: Checkpointing, compile_options: Mapping[str, Any] | None) -> LayerCall:
+def layer_call(compile_options: Mapping[str, Any] | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What calls a layer; `compile_options` are those of `torch.compile`, None not to compile."""
-    function = CALLS[checkpointing]
     if compile_options is None:
-        return function
-    key = checkpointing, repr(sorted(compile_options.items()))
+        return call
+    key = repr(sorted(compile_options.items()))
     if key not in _COMPILED:
         limit = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in signature(torch.compile).parameters else {}
-        _COMPILED[key] = torch.compile(function, **limit | dict(compile_options))
+        _COMPILED[key] = torch.compile(call, **limit | dict(compile_options))
     return _COMPILED[key]
 
 
-_COMPILED: dict[tuple[Checkpointing, str], LayerCall] = {}
+_COMPILED: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}

@@ -1,7 +1,6 @@
 """One layer of the trunk: attention and feedforward, each behind an adaptive norm and in front of a gated residual.
 
-n tokens, d model, f features or frequencies, k key/value heads, e channels of a head, r rows of the residual streams
-(n times their number).
+n tokens, d model, f frequencies, k key/value heads, e channels of a head, r = n times the number of residual streams.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,19 +8,20 @@ from math import ceil
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.attend import AttentionPlan
 from transfusion_pytorch.network.attention import Attention
-from transfusion_pytorch.network.cpu.elementwise import GatedLinear
+from transfusion_pytorch.network.cpu.elementwise import GatedActivation, GatedLinear
 from transfusion_pytorch.network.cpu.products import linear
-from transfusion_pytorch.network.formulas import ACTIVATIONS, gated_activation
 from transfusion_pytorch.network.linear import Linear, is_plain_linear
 from transfusion_pytorch.network.modulation import Conditioning, Modulation
 from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.shortcuts import is_untouched, uses_cpu_kernels
 
+ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
 HIDDEN_MULTIPLE = 16  # products of rows that end where vector registers do are up to a quarter faster
 
 
@@ -47,7 +47,14 @@ class FeedForward(nn.Module):
         hidden = self.to_hidden(x)
         if uses_cpu_kernels(hidden) and self._has_no_dropout() and is_plain_linear(self.to_out):
             return GatedLinear.apply(hidden, self.to_out.weight, self.to_out.bias, self.activation)
-        return self.to_out(self.dropout(gated_activation(hidden, self.activation)))
+        return self.to_out(self.dropout(self._activate(hidden)))
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        """`value activation(gate)`, where `hidden = [value gate]`."""
+        if uses_cpu_kernels(hidden):
+            return GatedActivation.apply(hidden, self.activation)  # type: ignore[return-value]
+        value, gate = hidden.chunk(2, dim=-1)
+        return value * ACTIVATIONS[self.activation](gate)
 
     def _has_no_dropout(self) -> bool:
         return is_untouched(self.dropout, nn.Dropout) and not (self.dropout.training and self.dropout.p > 0)
@@ -56,9 +63,9 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Attention and feedforward.
 
-    `connect(layer_index=...)` makes a residual connection: a module that takes the residual streams to the input of a
-    branch, and to a function that merges the output of the branch into them. `has_skip` layers also read what an earlier
-    layer wrote. `keeps_values` of the layer whose values later ones mix with theirs.
+    `connect(layer_index=...)` makes a residual connection: from the residual streams to the input of a branch, and a
+    function that merges the output of the branch into them. A layer that `has_skip` also reads what an earlier one
+    wrote; one that `keeps_values` hands them on for the value residual.
     """
 
     def __init__(
@@ -75,8 +82,8 @@ class Layer(nn.Module):
         ff: Mapping[str, Any],
     ):
         super().__init__()
-        self.index, self.has_one_stream, self.keeps_values = index, has_one_stream, keeps_values
-        self.connect = connect
+        self.index, self.connect = index, connect
+        self.has_one_stream, self.keeps_values = has_one_stream, keeps_values
         self.skip = Linear(2 * dim, dim, bias=False) if has_skip else None
         self.attn_norm, self.ff_norm = AdaptiveNorm(dim, dim), AdaptiveNorm(dim, dim)
         self.attn, self.ff = Attention(dim, **attn), FeedForward(dim, dropout=dropout, **ff)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.network.formulas import Segments, gated_add, look_up, modulated_norm
+from transfusion_pytorch.network.cpu.elementwise import GatedAdd, ModulatedNorm
+from transfusion_pytorch.network.lookup import Segments, look_up
 from transfusion_pytorch.network.precision import LAYER_NORM_EPS
+from transfusion_pytorch.network.shortcuts import uses_cpu_kernels
 
 
 class Conditioning(NamedTuple):
@@ -90,15 +92,22 @@ class IndexedModulation(NamedTuple):
     segments: Segments | None = None
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        return modulated_norm(x, self.scale, self.shift, self.index, self.segments)
+        if uses_cpu_kernels(x):
+            return ModulatedNorm.apply(x, self.scale, self.shift, self.index)  # type: ignore[return-value]
+        normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        return torch.addcmul(self._of_tokens(self.shift), normed, self._of_tokens(self.scale))
 
     def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        assert self.gate is not None
-        return out * look_up(self.gate, self.index, self.segments)
+        return out * self._of_tokens(self.gate)
 
     def add_gated(self, x: Shaped[Tensor, "n d"], out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        assert self.gate is not None
-        return gated_add(x, out, self.gate, self.index, self.segments)
+        if uses_cpu_kernels(x):
+            return GatedAdd.apply(x, out, self.gate, self.index)  # type: ignore[return-value]
+        return torch.addcmul(x, out, self._of_tokens(self.gate))
+
+    def _of_tokens(self, table: Tensor | None) -> Tensor:
+        assert table is not None
+        return look_up(table, self.index, self.segments)
 
 
 Modulation = TextModulation | SpanModulation | IndexedModulation

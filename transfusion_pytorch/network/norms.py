@@ -8,7 +8,6 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.formulas import inverse_rms
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.modulation import (
     Conditioning,
@@ -17,7 +16,7 @@ from transfusion_pytorch.network.modulation import (
     SpanModulation,
     TextModulation,
 )
-from transfusion_pytorch.network.precision import precise
+from transfusion_pytorch.network.precision import RMS_NORM_EPS, precise
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +31,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
         exact = x.to(precise(x.dtype))
-        return (exact * inverse_rms(exact) * (1 + self.weight)).to(x.dtype)
+        inverse = (exact.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
+        return (exact * inverse * (1 + self.weight)).to(x.dtype)
 
 
 class AdaptiveNorm(nn.Module):

@@ -1,8 +1,8 @@
 """When something faster may stand in for a plain formula.
 
-Every formula of the network is written down once in a few lines of plain PyTorch, and that is what runs on a GPU, in
-compiled graphs and inside of `plain_formulas()`. On a CPU that computes eagerly, the functions of the folder `cpu` stand
-in for it. They use the weights of a module without calling it, which is right only for a module that is what it seems.
+Every formula of the network is written down in a few lines of plain PyTorch, and that is what runs on a GPU, in
+compiled graphs and inside of `plain_formulas()`. On a CPU, the functions of the folder `cpu` stand in otherwise. They
+use the weights of a module without calling it, which is right only for a module that is what it seems.
 """
 
 from collections.abc import Iterator

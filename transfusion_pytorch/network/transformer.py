@@ -4,7 +4,7 @@ n tokens, d model, c condition.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,10 @@ from transfusion_pytorch.network.attend import (
     AttentionKind,
     AttentionPlan,
     RaggedAttention,
-    choose_attention,
     plan_attention,
 )
 from transfusion_pytorch.network.cache import CacheView, KVCache
-from transfusion_pytorch.network.compile import Checkpointing, LayerCall, compiles, layer_call
+from transfusion_pytorch.network.compile import Checkpointing, compiles, layer_call
 from transfusion_pytorch.network.layer import Layer, residual_connection
 from transfusion_pytorch.network.modulation import Conditioning
 from transfusion_pytorch.network.norms import AdaptiveNorm
@@ -120,13 +119,13 @@ class Transformer(nn.Module):
     ) -> Shaped[Tensor, "n d"]:
         """Runs a packed stream; with a `cache` its samples continue the rows of that.
 
-        `position` are rotary positions, `conditioning` is that of the spans (None for text alone). Nothing is read from the
-        device that computes.
+        `position` are rotary positions, `conditioning` is that of the spans (None for text alone). Nothing is read from
+        the device that computes.
         """
-        kind = choose_attention(self.attention, x.device.type, trains=partial(self._trains, x, conditioning))
-        plan = plan_attention(layout.to(x.device), cache, kind=kind)
+        trains = self.attention == "flex" and self._trains(x, conditioning)
+        plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
-        call_layer = self._layer_call(plan)
+        call = self._layer_call(plan)
         if conditioning is not None and not forces_plain_formulas() and not isinstance(plan, RaggedAttention):
             conditioning = conditioning.with_segments()
 
@@ -135,7 +134,7 @@ class Transformer(nn.Module):
         first_values = None
         for index, layer in enumerate(self.layers):
             skipped = None if layer.skip is None else skips.pop()
-            x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan)
+            x, values = call(layer, x, skipped, first_values, conditioning, phases, plan)
             first_values = values if first_values is None else first_values
             if index < self.depth // 2:
                 skips.append(x)
@@ -145,37 +144,35 @@ class Transformer(nn.Module):
         inputs = (x, *self.parameters(), *(() if conditioning is None else (conditioning.spans,)))
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
-    def _layer_call(self, plan: AttentionPlan) -> LayerCall:
+    def _layer_call(self, plan: AttentionPlan) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """How this pass calls its layers."""
-        if forces_plain_formulas():
-            return layer_call(False, None)
-        checkpointing = self.use_checkpoint if torch.is_grad_enabled() else False
-        return layer_call(checkpointing, self.compile_options if compiles(plan) else None)
+        plain = forces_plain_formulas()
+        checkpointing = torch.is_grad_enabled() and not plain and self.use_checkpoint
+        return partial(layer_call(self.compile_options if compiles(plan) and not plain else None), checkpointing)
 
     def compile(self, **options: Any) -> None:
         """From now on layers run compiled, with flex or dense attention inside: one graph for each kind of layer.
 
-        Graphs are made when they are first needed, and serve all batches of one number of tokens and of spans; pad
-        batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and saved models
-        keep them. Steps of decoding are not compiled.
+        Graphs are made when they are first needed, and serve all batches of one number of tokens and of spans: pad
+        batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and saved
+        models keep them. Steps of decoding are not compiled. Raises `RuntimeError` under `TYPECHECK=1`, whose checks no
+        graph can hold.
 
-        On a CPU attention goes sample by sample and cannot be compiled, and what lies between gained 0 to 9%: layers stay
+        On a CPU attention goes sample by sample and cannot be compiled; what lies between gained 0 to 9%. Layers stay
         as they are there, and a warning says so, unless `attention` is "flex" or "dense".
-
-        Raises `RuntimeError` under `TYPECHECK=1`, whose checks no graph can hold.
         """
         if hasattr(Layer.forward, "__wrapped__"):
             raise RuntimeError("a compiled graph cannot check types at run time; compile without TYPECHECK=1")
         self.compile_options = dict(fullgraph=True) | options
         if self.final_norm.text_scale.device.type == "cpu" and self.attention in ("auto", "ragged"):
             warnings.warn(
-                "compile() changes nothing on a CPU, where attention goes sample by sample (compiled layers gained 0 to "
-                "9%). To compile there as well, set `transformer.attention` to 'dense', or to 'flex' for inference",
+                "compile() changes nothing on a CPU, where attention goes sample by sample; to compile there as well, "
+                "set `transformer.attention` to 'dense', or to 'flex' for inference",
                 stacklevel=2,
             )
 
     def gradient_checkpointing_enable(self, mode: Checkpointing = True) -> None:
-        """Layers are computed again in the backward pass; see `use_checkpoint`."""
+        """See `use_checkpoint`."""
         if mode not in (True, False, "selective"):
             raise ValueError(f"use_checkpoint must be True, False or 'selective', got {mode!r}")
         self.use_checkpoint = mode

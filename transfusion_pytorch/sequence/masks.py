@@ -13,7 +13,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.sequence.blocks import BlockTables, block_tables
@@ -43,6 +43,10 @@ class Run(NamedTuple):
     rows: slice
     tokens: slice
     chunks: list[Chunk]
+
+    def batched(self, part: Shaped[Tensor, "g_t ..."]) -> Shaped[Tensor, "g ..."]:
+        """The tokens of this run, one sample behind the other, as `(g, h, t, ...)`."""
+        return part.unflatten(0, (self.rows.stop - self.rows.start, -1)).transpose(1, 2)
 
 
 class Intervals(NamedTuple):

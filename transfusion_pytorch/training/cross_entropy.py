@@ -3,7 +3,6 @@
 n targets, d model, v vocabulary.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,12 +56,10 @@ def cross_entropy_per_target(
     rows = _rows_at_once(x, to_logits, chunk)
     if rows >= len(labels):
         return _losses(to_logits, x, labels)
-    loss = (
-        partial(checkpoint, _losses, to_logits, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else partial(_losses, to_logits)
-    )
-    return torch.cat([loss(*part) for part in zip(x.split(rows), labels.split(rows), strict=True)])
+    parts = zip(x.split(rows), labels.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([_losses(to_logits, *part) for part in parts])
+    return torch.cat([checkpoint(_losses, to_logits, *part, use_reentrant=False) for part in parts])
 
 
 def _losses(to_logits: nn.Module, x: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.precision import precise
-from transfusion_pytorch.network.sdpa import batched
 from transfusion_pytorch.sequence.masks import Run
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -45,7 +44,7 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
     out = q.new_empty(q.shape)
     logsumexp = q.new_empty(q.shape[:2], dtype=precise(q.dtype))
     for run in runs:
-        q_run, k_run, v_run, out_run, sum_run = (batched(part[run.tokens], run) for part in (q, k, v, out, logsumexp))
+        q_run, k_run, v_run, out_run, sum_run = (run.batched(part[run.tokens]) for part in (q, k, v, out, logsumexp))
         for queries, num_keys, is_causal, mask in run.chunks:
             seen = k_run[:, :, :num_keys], v_run[:, :, :num_keys]
             made = flash(q_run[:, :, queries], *seen, 0.0, is_causal, attn_mask=_bias(mask, q.dtype))
@@ -63,9 +62,9 @@ def flash_gradients(
     grads = [q.new_empty(q.shape), *(part.new_zeros(part.shape, dtype=precise(q.dtype)) for part in (k, v))]
     for run in runs:
         grad_run, q_run, out_run, k_run, v_run = (
-            batched(part[run.tokens].to(dtype), run) for part in (grad, q, out, k, v)
+            run.batched(part[run.tokens].to(dtype)) for part in (grad, q, out, k, v)
         )
-        sum_run, *grads_run = (batched(part[run.tokens], run) for part in (logsumexp, *grads))
+        sum_run, *grads_run = (run.batched(part[run.tokens]) for part in (logsumexp, *grads))
         of_queries = grad_run, q_run, out_run, sum_run, grads_run[0]
         of_keys = k_run, v_run, *grads_run[1:]
         for queries, num_keys, is_causal, mask in run.chunks:

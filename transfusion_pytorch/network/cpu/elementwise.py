@@ -2,8 +2,8 @@
 
 Between two matrix products a step of training is bound by memory. Autograd would keep every intermediate and write
 every gradient of a slice into zeros of its own; these keep little but their inputs, take what they need from them once
-more, and write each gradient where it belongs. The plain formulas are in `formulas.py`; these have no second
-derivatives.
+more, and write each gradient where it belongs. They have no second derivatives. The plain formulas stand where these
+are called: in `layer.py`, `modulation.py` and `attention.py`.
 
 n tokens, m rows of a table, d model, f features, h query heads, k key/value heads, e channels of a head.
 """
@@ -23,10 +23,9 @@ ACTIVATIONS = {"geglu": (F.gelu, torch.ops.aten.gelu_backward), "swiglu": (F.sil
 BLOCK = 2**20  # numbers that are worked on at a time, so that they stay in the processor's cache
 
 
-# Each class stands in for the function of the same name in `formulas.py`.
-
-
 class GatedActivation(torch.autograd.Function):
+    """`value activate(gate)`, where `hidden = [value gate]`."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(hidden)
@@ -89,6 +88,8 @@ def blocks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class ModulatedNorm(torch.autograd.Function):
+    """`norm(x) scale[index] + shift[index]`, with a layer norm."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, index: Tensor) -> Tensor:
         normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
@@ -110,6 +111,8 @@ class ModulatedNorm(torch.autograd.Function):
 
 
 class GatedAdd(torch.autograd.Function):
+    """`x + out gate[index]`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, out: Tensor, gate: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(out, gate, index)
@@ -126,7 +129,9 @@ class GatedAdd(torch.autograd.Function):
 
 
 class NormedHeads(torch.autograd.Function):
-    """One complex product rotates several times faster than moving halves of the channels around."""
+    """Queries and keys divided by their root mean square, times a gain, and rotated; values as they are. One complex
+    product rotates several times faster than
+    moving halves of the channels around."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, gain: Tensor, phases: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,40 +1,17 @@
-"""Elementwise formulas of a layer. Each is a few lines of PyTorch, for which a CPU has a function of its own.
+"""Looking up a row of a table for every token, with a gradient that a GPU can add up.
 
-n tokens, m rows of a table, d model, f features or frequencies, h query heads, k key/value heads, e channels of a head,
-s segments.
+n tokens, m rows of a table, d model, s segments.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.network.cpu import elementwise as cpu
-from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise, without_autocast
-from transfusion_pytorch.network.shortcuts import uses_cpu_kernels
-from transfusion_pytorch.sequence import positions
+from transfusion_pytorch.network.precision import precise, without_autocast
 
-ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
 SEGMENT = 64  # tokens: one thread of a GPU adds up so many numbers
-
-
-def gated_activation(hidden: Shaped[Tensor, "n two_f"], activation: str) -> Shaped[Tensor, "n f"]:
-    """`value activate(gate)`, where `hidden = [value gate]` (GLU variants, arXiv 2002.05202)."""
-    if uses_cpu_kernels(hidden):
-        return cpu.GatedActivation.apply(hidden, activation)  # type: ignore[return-value]
-    value, gate = hidden.chunk(2, dim=-1)
-    return value * ACTIVATIONS[activation](gate)
-
-
-def inverse_rms(x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... 1"]:
-    return (x.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
-
-
-def rotate(x: Shaped[Tensor, "n h e"], phases: Float[Tensor, "n f 2"]) -> Shaped[Tensor, "n h e"]:
-    """Rotary positions (RoFormer, arXiv 2104.09864)."""
-    return cpu.rotate(x, phases) if uses_cpu_kernels(x) else positions.rotate(x, phases)
 
 
 class Segments(NamedTuple):
@@ -91,30 +68,3 @@ def sum_segments(values: Shaped[Tensor, "n d"], segments: Segments) -> Shaped[Te
     sums = torch.segment_reduce(exact, "sum", offsets=segments.edges, axis=0, unsafe=True)
     with without_autocast(values.device.type):
         return segments.belongs.to(sums.dtype) @ sums
-
-
-def modulated_norm(
-    x: Shaped[Tensor, "n d"],
-    scale: Shaped[Tensor, "m d"],
-    shift: Shaped[Tensor, "m d"],
-    index: Int[Tensor, " n"],
-    segments: Segments | None = None,
-) -> Shaped[Tensor, "n d"]:
-    """`norm(x) scale[index] + shift[index]`, with a layer norm."""
-    if uses_cpu_kernels(x):
-        return cpu.ModulatedNorm.apply(x, scale, shift, index)  # type: ignore[return-value]
-    normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-    return torch.addcmul(look_up(shift, index, segments), normed, look_up(scale, index, segments))
-
-
-def gated_add(
-    x: Shaped[Tensor, "n d"],
-    out: Shaped[Tensor, "n d"],
-    gate: Shaped[Tensor, "m d"],
-    index: Int[Tensor, " n"],
-    segments: Segments | None = None,
-) -> Shaped[Tensor, "n d"]:
-    """`x + out gate[index]`."""
-    if uses_cpu_kernels(x):
-        return cpu.GatedAdd.apply(x, out, gate, index)  # type: ignore[return-value]
-    return torch.addcmul(x, out, look_up(gate, index, segments))
