@@ -12,7 +12,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.norms import Conditioning
+from transfusion_pytorch.network.modulation import Conditioning
 from transfusion_pytorch.sequence.masks import Layout
 
 LONG = "t" * 230 + "A" * 200 + "t" * 90  # more than 512, taken in chunks of queries; the span crosses their edges
@@ -48,6 +48,11 @@ class Stream(NamedTuple):
         same_sample = self.sample[:, None] == self.sample
         same_span = (self.span[:, None] == self.span) & ~self.is_text
         return same_sample & ((index <= index[:, None]) | same_span)
+
+    @property
+    def dense(self) -> Tensor:
+        """The mask of the package."""
+        return self.layout.prepare().intervals.dense()
 
     def conditioning(self, condition: Tensor) -> Conditioning:
         return Conditioning(condition, self.span + 1)
@@ -90,16 +95,6 @@ def perturb(module: nn.Module, scale: float = 0.3) -> nn.Module:
         for parameter in module.parameters():
             parameter += scale * torch.randn_like(parameter)
     return module
-
-
-def assert_same_runs(made, runs):
-    """But for the samples, for which the rows stand."""
-    assert [(run.samples, run.rows, run.tokens) for run in made] == [(run.rows, run.rows, run.tokens) for run in runs]
-    for ours, theirs in zip(made, runs, strict=True):
-        assert [chunk[:3] for chunk in ours.chunks] == [chunk[:3] for chunk in theirs.chunks]
-        for chunk, expected in zip(ours.chunks, theirs.chunks, strict=True):
-            assert (chunk.mask is None) == (expected.mask is None)
-            assert chunk.mask is None or torch.equal(chunk.mask, expected.mask)
 
 
 def projections(n, *, heads=4, kv_heads=4, dim_head=6, dtype=torch.float64, requires_grad=False):

@@ -17,7 +17,7 @@ ALLOWED = {
     "sequence": [],
     "flow": [],
     "evaluating": [],
-    "network": ["sequence.masks", "sequence.positions", "sequence.blocks", "sequence.moving"],
+    "network": ["sequence.masks", "sequence.positions", "sequence.blocks"],
     "modalities": ["sequence", "flow", "network"],
     "generation": ["sequence", "flow", "evaluating"],
     "display": ["generation.events", "generation.progress"],

@@ -356,3 +356,12 @@ def test_positions_are_not_rounded_with_the_parameters():
     rounded = copy.deepcopy(positions).bfloat16()(coordinates)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exactly, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_no_feature_of_a_position_is_the_same_at_all_coordinates(size):
+    seen = []
+    positions = AxialPositions(8, 2)
+    positions.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    positions(torch.cartesian_prod(torch.arange(size), torch.arange(size)).float())
+    assert (seen[0].std(dim=0) > 1e-6).all()

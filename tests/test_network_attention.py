@@ -1,13 +1,15 @@
 """Attention against its definition, option by option, and the cache against no cache."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+from checks import no_typecheck
 from einops import rearrange
 from network_streams import LONG, STREAMS, naive_attention, perturb, projections, stream
 
 from transfusion_pytorch.network import attend as backends
-from transfusion_pytorch.network import attention as room
-from transfusion_pytorch.network.attend import attend, plan_attention
+from transfusion_pytorch.network.attend import plan_attention
 from transfusion_pytorch.network.attention import LASER_LIMIT, Attention
 from transfusion_pytorch.sequence.positions import rotary_phases, rotate
 
@@ -17,16 +19,17 @@ from transfusion_pytorch.sequence.positions import rotary_phases, rotate
 @pytest.mark.parametrize("samples", STREAMS.values(), ids=STREAMS)
 def test_the_intervals_are_causal_or_of_one_span(samples):
     made = stream(*samples)
-    assert torch.equal(made.layout.dense(), made.sees)
+    assert torch.equal(made.dense, made.sees)
 
 
 @pytest.mark.parametrize(("kv_heads", "softcap"), [(4, None), (2, None), (1, 3.0)])
 @pytest.mark.parametrize("samples", STREAMS.values(), ids=STREAMS)
 def test_sdpa_is_naive_attention_forward_and_backward(samples, kv_heads, softcap):
-    layout = stream(*samples).layout
+    made = stream(*samples)
+    layout = made.layout
     inputs = projections(len(layout.end), kv_heads=kv_heads, requires_grad=True)
-    ours = attend(*inputs, plan_attention(layout), softcap=softcap)
-    theirs = naive_attention(*inputs, layout.dense(), softcap)
+    ours = plan_attention(layout).attend(*inputs, softcap=softcap)
+    theirs = naive_attention(*inputs, made.sees, softcap)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     weight = torch.randn_like(ours)
     gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, theirs)]
@@ -64,7 +67,7 @@ def test_flex_is_sdpa(samples, kv_heads, softcap, monkeypatch):
     monkeypatch.setattr(backends, "flex_attention", lambda *args, **options: calls.append(1) or real(*args, **options))
     layout = stream(*samples).layout
     inputs = projections(len(layout.end), kv_heads=kv_heads, dim_head=16, dtype=torch.float32)
-    flex, sdpa = (attend(*inputs, plan_attention(layout, flex=flex), softcap=softcap) for flex in (True, False))
+    flex, sdpa = (plan_attention(layout, kind=kind).attend(*inputs, softcap=softcap) for kind in ("flex", "ragged"))
     assert len(calls) == 1
     torch.testing.assert_close(flex, sdpa, rtol=0, atol=1e-5)
 
@@ -74,24 +77,24 @@ def test_flex_trains_through_sdpa_on_a_cpu_and_says_so_once():
     layout = stream("ttAAt", "tA").layout
     inputs = projections(7, requires_grad=True)
     with pytest.warns(UserWarning, match="torch has no backward of flex attention on this device") as said:
-        flex = plan_attention(layout, flex=True, trains=True)
+        flex = plan_attention(layout, kind="flex", trains=True)
     assert len(said) == 1
-    again = plan_attention(layout, flex=True, trains=True)  # a second warning would be an error
-    outs = [attend(*inputs, plan) for plan in (flex, again, plan_attention(layout))]
+    again = plan_attention(layout, kind="flex", trains=True)  # a second warning would be an error
+    outs = [plan.attend(*inputs) for plan in (flex, again, plan_attention(layout))]
     gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
     torch.testing.assert_close(gradients[0], gradients[2], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[2], rtol=0, atol=0)
 
 
 def test_softcap_bounds_the_logits():
-    layout = stream("tAAAt").layout
-    plan, (q, k, v) = plan_attention(layout), projections(5)
-    plain = attend(q, k, v, plan)
-    assert not torch.allclose(attend(q, k, v, plan, softcap=0.5), plain, atol=1e-3)
-    torch.testing.assert_close(attend(q, k, v, plan, softcap=1e6), plain, rtol=0, atol=1e-8)
+    made = stream("tAAAt")
+    plan, (q, k, v) = plan_attention(made.layout), projections(5)
+    plain = plan.attend(q, k, v)
+    assert not torch.allclose(plan.attend(q, k, v, softcap=0.5), plain, atol=1e-3)
+    torch.testing.assert_close(plan.attend(q, k, v, softcap=1e6), plain, rtol=0, atol=1e-8)
     # capped to nothing, a token takes the mean of what it sees
-    mean = torch.stack([v[seen].mean(dim=0) for seen in layout.dense()])
-    torch.testing.assert_close(attend(q, k, v, plan, softcap=1e-12), mean, rtol=0, atol=1e-10)
+    mean = torch.stack([v[seen].mean(dim=0) for seen in made.sees])
+    torch.testing.assert_close(plan.attend(q, k, v, softcap=1e-12), mean, rtol=0, atol=1e-10)
 
 
 # the module
@@ -215,14 +218,26 @@ def test_laser_gives_back_the_value_of_a_key_that_is_alone():
     torch.testing.assert_close(run(attn, x, made), alone, rtol=0, atol=1e-10)
 
 
+class Seen(NamedTuple):
+    """A plan that notes the types it is called with."""
+
+    plan: Any
+    dtypes: list
+
+    def attend(self, *parts, **options):
+        self.dtypes.extend(part.dtype for part in parts)
+        return self.plan.attend(*parts, **options)
+
+
+@no_typecheck
 def test_kernels_get_one_type_whatever_autocast_makes_of_norms(monkeypatch):
     """As on a GPU, where it takes them to single precision; here double stands for that."""
-    attn, seen, norms, exp = make(laser=True).float(), [], room.normed_heads, torch.exp
-    monkeypatch.setattr(room, "normed_heads", lambda *args: tuple(part.double() for part in norms(*args)))
+    attn, seen, exp = make(laser=True).float(), Seen(plan_attention(MADE.layout), []), torch.exp
+    rotated = attn._rotated
+    monkeypatch.setattr(attn, "_rotated", lambda *args: tuple(part.double() for part in rotated(*args)))
     monkeypatch.setattr(torch, "exp", lambda x: exp(x).double())
-    monkeypatch.setattr(room, "attend", lambda *args, **options: seen.extend(args[:3]) or attend(*args, **options))
-    run(attn, torch.randn(12, 12), MADE)
-    assert [part.dtype for part in seen] == [torch.float32] * 3
+    attn(torch.randn(12, 12), phases=rotary_phases(MADE.position, 6), plan=seen)
+    assert seen.dtypes == [torch.float32] * 3
 
 
 def test_normalised_queries_and_keys_have_no_scale():

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from einops import rearrange
-from network_streams import assert_same_runs, cuts, naive_attention, projections, stream
+from network_streams import cuts, naive_attention, projections, stream
 
-from transfusion_pytorch.network.attend import attend, plan_attention
+from transfusion_pytorch.network.attend import plan_attention
 from transfusion_pytorch.network.cache import KVCache
 
 
@@ -47,7 +47,7 @@ class Reader:
         index = torch.cat([torch.arange(first + a, first + b) for first, a, b in ranges])
         q, k, v = (x[index] for x in self.qkv)
         plan = plan_attention(part.layout, self.cache.view(self.rows, part.layout), **self.backend)
-        out = attend(q, k + noise, v + noise, plan, softcap=self.softcap)
+        out = plan.attend(q, k + noise, v + noise, softcap=self.softcap)
         if commit:
             self.cache.commit(self.rows, part.layout.lengths)
         return out.split(part.layout.lengths)
@@ -55,7 +55,7 @@ class Reader:
 
 RAGGED = ["ttAAAtBBt", "AAtt", "tB", "ttttttAAA"]
 PLACES = {"in order": [0, 1, 2, 3], "reversed": [3, 2, 1, 0], "scattered": [5, 1, 4, 0]}
-BACKENDS = {"eager": dict(), "flex": dict(flex=True), "compiled": dict(compiled=True)}
+BACKENDS = {kind: dict(kind=kind) for kind in ("auto", "flex", "dense")}
 each_place = pytest.mark.parametrize("rows", PLACES.values(), ids=PLACES)
 each_head = pytest.mark.parametrize("options", [dict(), dict(kv_heads=2), dict(softcap=2.0, kv_heads=1)], ids=str)
 
@@ -77,32 +77,6 @@ def test_reading_in_two_parts_is_reading_at_once(rows, options, backend):
         second = reader.read(cut, [len(sample) for sample in RAGGED])
         for whole, *parts in zip(reader.whole(), first, second, strict=True):
             torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-10)
-
-
-@each_place
-@each_head
-@torch.no_grad()
-def test_what_compiled_graphs_call_reads_and_writes_the_same(rows, options):
-    for cut in ragged_cuts():
-        eager, compiled = (
-            Reader(RAGGED, rows=rows, num_rows=6, backend=BACKENDS[name], **options) for name in ("eager", "compiled")
-        )
-        for start, stop in (([0] * 4, cut), (cut, [len(sample) for sample in RAGGED])):
-            assert all(map(torch.equal, eager.read(start, stop), compiled.read(start, stop)))
-            written = [reader.cache.keys + reader.cache.values for reader in (eager, compiled)]
-            assert all(map(torch.equal, *written))
-
-
-@each_place
-def test_runs_of_a_cache_come_back_from_their_tensors(rows):
-    cache = make_cache(6)
-    for cut in ragged_cuts():
-        for start, stop in (([0] * 4, cut), (cut, [len(sample) for sample in RAGGED])):
-            cache.lengths = [0] * 6
-            cache.commit(rows, start)
-            layout = stream(*RAGGED, start=start, stop=stop).layout
-            view = cache.view(rows, layout)
-            assert_same_runs(plan_attention(layout, view, compiled=True).table.runs(), view.runs)
 
 
 @torch.no_grad()
@@ -179,10 +153,9 @@ def test_a_view_from_before_the_cache_grew_still_serves():
     cache = make_cache(2, slots=4)
     view = cache.view([0], stream("AAA").layout)
     cache.view([1], stream("A" * 9).layout)
-    inputs, layout = projections(3), stream("AAA").layout
-    for compiled in (False, True):
-        ours = attend(*inputs, plan_attention(layout, view, compiled=compiled))
-        torch.testing.assert_close(ours, naive_attention(*inputs, layout.dense()), rtol=0, atol=1e-10)
+    inputs, made = projections(3), stream("AAA")
+    ours = plan_attention(made.layout, view).attend(*inputs)
+    torch.testing.assert_close(ours, naive_attention(*inputs, made.sees), rtol=0, atol=1e-10)
 
 
 def test_neighbouring_rows_are_read_without_a_copy():

@@ -24,8 +24,8 @@ def test_rms_norm_has_a_gain_of_one_plus_its_weight():
     assert torch.equal(RMSNorm(DIM).weight, torch.zeros(DIM))
 
 
-def adaptive(*, gated=True) -> AdaptiveNorm:
-    return perturb(AdaptiveNorm(DIM, DIM, gated=gated)).double()
+def adaptive(*, has_gate=True) -> AdaptiveNorm:
+    return perturb(AdaptiveNorm(DIM, DIM, has_gate=has_gate)).double()
 
 
 def test_adaptive_norm_is_its_formula():
@@ -52,7 +52,7 @@ def test_text_has_one_norm_whether_spans_are_about_or_not():
 
 
 def test_a_norm_without_a_branch_has_no_gate():
-    norm = adaptive(gated=False)
+    norm = adaptive(has_gate=False)
     assert norm.modulation(None).gate is None
     assert norm.text_gate is None
     assert norm.to_modulation.out_features == 2 * DIM

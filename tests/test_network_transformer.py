@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from network_streams import Stream, cuts, perturb, stream
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_pytorch.network import attend
 from transfusion_pytorch.network.attend import plan_attention
+from transfusion_pytorch.network.layer import FeedForward
 from transfusion_pytorch.network.norms import AdaptiveNorm
-from transfusion_pytorch.network.transformer import FeedForward, Transformer
+from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.sequence import masks
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 DIM = 12
@@ -78,7 +81,7 @@ def test_a_slot_depends_on_exactly_the_slots_it_sees(options):
     spans_seen = torch.stack([(MADE.sees & (MADE.span == span)).any(dim=1) for span in range(NUM_SPANS)], dim=1)
     for slot in range(len(x)):
         of_x, of_condition = torch.autograd.grad(out[slot] @ weight[slot], (x, condition), retain_graph=True)
-        assert torch.equal(of_x.abs().sum(dim=1) > 0, MADE.layout.dense()[slot])
+        assert torch.equal(of_x.abs().sum(dim=1) > 0, MADE.sees[slot])
         assert torch.equal(of_condition.abs().sum(dim=1) > 0, spans_seen[slot])
 
 
@@ -203,9 +206,9 @@ def test_a_layer_is_two_branches_each_behind_a_norm_and_in_front_of_a_gate():
     for layer, (out, _) in zip(model.layers, results, strict=True):
         modulation = layer.attn_norm.modulation(MADE.conditioning(condition))
         attended, _ = layer.attn(layer.attn_norm(x, modulation), phases=phases, plan=plan_attention(MADE.layout))
-        x = x + modulation.gate[modulation.row] * attended
+        x = x + modulation.gate[modulation.index] * attended
         modulation = layer.ff_norm.modulation(MADE.conditioning(condition))
-        x = x + modulation.gate[modulation.row] * layer.ff(layer.ff_norm(x, modulation))
+        x = x + modulation.gate[modulation.index] * layer.ff(layer.ff_norm(x, modulation))
         torch.testing.assert_close(out, x, rtol=0, atol=1e-10)
 
 
@@ -297,7 +300,7 @@ def test_residual_connections_are_learned_and_used(streams, fracs):
     arguments = MADE.arguments(condition)
     if fracs == 1:  # all streams start equal, so that nothing changes but the size, which the last norm takes away
         torch.testing.assert_close(connected(x, **arguments), plain(x, **arguments), rtol=0, atol=1e-4)
-    added = [parameter for name, parameter in connected.named_parameters() if "residual" in name]
+    added = [parameter for name, parameter in connected.named_parameters() if "connection" in name]
     assert count(connected) - count(plain) == sum(parameter.numel() for parameter in added)
     before = connected(x, **arguments)
     with torch.no_grad():
@@ -366,10 +369,11 @@ def test_dropout_of_everything_leaves_the_residual():
 # checkpoints
 
 
+@pytest.mark.parametrize("how", [True, "selective"])
 @pytest.mark.parametrize("options", [dict(), dict(dropout=0.3), dict(EVERYTHING, dropout=0.3)])
-def test_computing_layers_again_gives_the_same_loss_and_gradients(options):
+def test_computing_layers_again_gives_the_same_loss_and_gradients(options, how):
     gradients = []
-    for use_checkpoint in (False, True):
+    for use_checkpoint in (False, how):
         model, leaves = make(**options | dict(use_checkpoint=use_checkpoint)), inputs()
         torch.manual_seed(3)
         loss = model(leaves[0], **MADE.arguments(leaves[1])).square().sum()
@@ -381,6 +385,39 @@ def test_computing_layers_again_saves_memory():
     every_layer, again = (numbers_saved(make(depth=8, use_checkpoint=flag)) for flag in (False, True))
     between = 8 * MADE.span.numel() * DIM  # what goes into each layer is kept as well, but not by a hook
     assert again + between < every_layer / 5
+
+
+def test_selective_checkpoints_keep_products_and_attention_and_make_nothing_else_again():
+    """Of attention and feedforward: one forward and one backward of each kernel, as without checkpoints."""
+    counts = []
+    for how in (False, "selective", True):
+        model, (x, condition) = make(depth=4, use_checkpoint=how), inputs()
+        with Products() as products:
+            model(x, **MADE.arguments(condition)).sum().backward()
+        counts.append(products.count)
+    assert counts[0] == counts[1] < counts[2]
+
+
+class Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kernels = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+        self.count += function.name() in kernels
+        return function(*args, **(kwargs or {}))
+
+
+def test_checkpoints_are_turned_on_and_off_as_in_other_libraries():
+    model = make()
+    assert model.use_checkpoint is False
+    model.gradient_checkpointing_enable()
+    assert model.use_checkpoint is True
+    model.gradient_checkpointing_enable("selective")
+    assert model.use_checkpoint == "selective"
+    model.gradient_checkpointing_disable()
+    assert model.use_checkpoint is False
 
 
 def numbers_saved(model: Transformer) -> int:
@@ -434,7 +471,7 @@ def test_bfloat16_is_close_to_single_precision_forward_and_backward(options, how
 @torch.no_grad()
 def test_flex_serves_under_autocast(monkeypatch):
     model, (x, condition) = make(use_flex_attn=True, depth=1).float(), inputs(dtype=torch.float32)
-    monkeypatch.setattr(attend, "attend_runs", None)  # which must not be called
+    monkeypatch.setattr(attend, "RaggedAttention", None)  # which must not be called
     exact = model(x, **MADE.arguments(condition))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, **MADE.arguments(condition))
@@ -442,10 +479,12 @@ def test_flex_serves_under_autocast(monkeypatch):
 
 
 @torch.no_grad()
-def test_layers_share_one_block_mask(monkeypatch):
-    calls, real = [], attend.create_block_mask
-    monkeypatch.setattr(attend, "create_block_mask", lambda *args, **options: calls.append(1) or real(*args, **options))
-    model, (x, condition) = make(use_flex_attn=True).float(), inputs(dtype=torch.float32)
+@pytest.mark.parametrize(("kind", "made"), [("flex", "block_tables"), ("dense", "visible")])
+def test_layers_share_one_plan(kind, made, monkeypatch):
+    calls, real = [], getattr(masks, made)
+    monkeypatch.setattr(masks, made, lambda *args, **options: calls.append(1) or real(*args, **options))
+    model, (x, condition) = make().float(), inputs(dtype=torch.float32)
+    model.attention = kind
     model(x, **MADE.arguments(condition))
     assert len(calls) == 1
 
@@ -465,12 +504,15 @@ def test_gradients_of_inputs_need_no_flex_attention_of_a_frozen_model():
 # what holds the model
 
 
-def test_muon_gets_the_hidden_matrices_once_each():
+def test_muon_gets_the_matrices_of_all_linear_layers_once_each():
     model = make(**EVERYTHING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [names[id(parameter)] for parameter in model.muon_parameters()]
-    hidden = ("attn.to_qkv", "attn.to_out", "ff.to_hidden", "ff.to_out")
-    assert sorted(found) == sorted(f"layers.{i}.{name}.weight" for i in range(3) for name in hidden)
+    linear = ["attn.to_qkv", "attn.to_gates", "attn.to_out", "attn_norm.to_modulation", "ff.to_hidden", "ff.to_out"]
+    linear += ["ff_norm.to_modulation"]
+    expected = [f"layers.{i}.{name}.weight" for i in range(3) for name in linear]
+    expected += [f"layers.{i}.attn.to_value_mix.weight" for i in (1, 2)] + ["layers.2.skip.weight"]
+    assert sorted(found) == sorted(expected)
     assert all(parameter.ndim == 2 for parameter in model.muon_parameters())
 
 
@@ -523,6 +565,7 @@ def test_no_option_is_ignored(name):
         (dict(ff_kwargs=dict(activation="relu")), "activation must be one of geglu, swiglu, got 'relu'"),
         (dict(ff_expansion_factor=0), "expansion_factor"),
         (dict(dropout=1.5), "dropout"),
+        (dict(use_checkpoint="all"), "use_checkpoint must be True, False or 'selective', got 'all'"),
         (dict(attn_kwargs=dict(softcap_value=-1)), "softcap_value must be positive, got -1"),
         (dict(attn_kwargs=dict(kv_heads=2)), "attn_kwargs takes gate_values, softcap_value, got kv_heads"),
         (dict(attn_kwargs=dict(laser=True)), "attn_kwargs takes gate_values, softcap_value, got laser"),

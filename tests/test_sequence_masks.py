@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from network_streams import assert_same_runs
 from torch.nn.attention.flex_attention import create_mask
 
 from transfusion_pytorch.sequence import masks
-from transfusion_pytorch.sequence.masks import Layout, RunTable
+from transfusion_pytorch.sequence.masks import Layout
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=40)
 SAMPLE = st.lists(st.integers(1, 4), min_size=1, max_size=6)  # sizes of what sees itself as a whole: text is of size 1
@@ -81,9 +80,10 @@ def test_the_documented_interval():
 def test_a_whole_stream_is_blocks_of_the_definition(batch):
     layout = check(batch)
     dense = torch.block_diag(*map(by_definition, batch)).bool()
-    assert torch.equal(layout.dense(), dense)
+    intervals = layout.prepare().intervals
+    assert torch.equal(intervals.dense(), dense)
     n = len(layout.end)
-    assert torch.equal(create_mask(layout.mask_mod(), None, None, n, n, device="cpu")[0, 0], dense)
+    assert torch.equal(create_mask(intervals.mask_mod(), None, None, n, n, device="cpu")[0, 0], dense)
 
 
 @QUICK
@@ -106,20 +106,6 @@ def test_chunks_of_long_rows_cover_the_same_mask(batch, data, long_row, query_ch
         assert queries == list(range(length))
         assert len(run.chunks) == 1 or length > long_row
         assert length <= long_row or run.chunks[0].is_causal or len(run.chunks) == -(-length // query_chunk)
-
-
-@QUICK
-@given(batch=BATCH, data=st.data(), long_row=st.integers(1, 8), query_chunk=st.integers(1, 5))
-def test_runs_come_back_from_their_tensors(batch, data, long_row, query_chunk):
-    """Those of any rows of a cache, and with any past."""
-    past = [data.draw(st.integers(0, 3)) for _ in batch]
-    rows = tuple(data.draw(st.permutations(range(6)))[: len(batch)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "LONG_ROW", long_row)
-        patch.setattr(masks, "QUERY_CHUNK", query_chunk)
-        runs = layout_of(batch, past).runs_in(rows)
-    assert [run.rows.start for run in runs] == [rows[run.samples.start] for run in runs]
-    assert_same_runs(RunTable.of(runs, "cpu").runs(), runs)
 
 
 def test_keys_of_a_long_row_are_cut_at_the_furthest_that_a_chunk_sees():

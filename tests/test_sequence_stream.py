@@ -212,8 +212,8 @@ def test_padding_are_tokens_of_no_sample_that_see_themselves(samples, missing):
     assert not padded.modulation_index[length:].any()
     assert (padded.label[length:] == -1).all()
     expected = torch.eye(length + missing, dtype=torch.bool)
-    expected[:length, :length] = stream.layout.dense()
-    assert torch.equal(padded.layout.dense(), expected)
+    expected[:length, :length] = stream.layout.prepare().intervals.dense()
+    assert torch.equal(padded.layout.prepare().intervals.dense(), expected)
 
 
 def test_more_than_the_budget_is_refused():

@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfusion_pytorch import Transfusion
-from transfusion_pytorch.network import upcast
-from transfusion_pytorch.training.cross_entropy import summed_cross_entropy
+from transfusion_pytorch.network.cpu import products
+from transfusion_pytorch.training.cross_entropy import (
+    cross_entropy_per_target,
+    logits_at_once,
+    summed_cross_entropy,
+)
 
 WORDS, DIM = 50, 6
 
@@ -28,6 +32,55 @@ def test_chunks_are_the_whole(n, chunk):
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-11)
     expected, got = (torch.autograd.grad(2.5 * loss, (x, to_logits.weight)) for loss in (whole, parts))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("chunk", [1, 30 * WORDS, 999 * WORDS])
+def test_each_target_has_its_weight(chunk):
+    x, to_logits, labels = inputs(100)
+    weights = torch.rand(100, dtype=torch.float64)
+    whole = (F.cross_entropy(to_logits(x), labels, reduction="none") * weights).sum()
+    ours = summed_cross_entropy(x, to_logits, labels, weights, chunk=chunk)
+    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-11)
+    expected, got = (torch.autograd.grad(2.5 * loss, (x, to_logits.weight)) for loss in (whole, ours))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk", [1, 30 * WORDS, 999 * WORDS])
+def test_the_loss_of_each_target(chunk, bias):
+    x, _, labels = inputs(100)
+    to_logits = nn.Linear(DIM, WORDS, bias=bias).double()
+    ours = cross_entropy_per_target(x, to_logits, labels, chunk=chunk)
+    whole = F.cross_entropy(to_logits(x), labels, reduction="none")
+    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-11)
+    grad, leaves = torch.randn(100, dtype=torch.float64), (x, *to_logits.parameters())
+    expected, got = (torch.autograd.grad(losses, leaves, grad) for losses in (whole, ours))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("loss", [summed_cross_entropy, cross_entropy_per_target])
+def test_memory_is_bounded_and_evaluation_makes_no_gradients(loss, bias):
+    x, _, labels = inputs(200)
+    to_logits, sizes, products = nn.Linear(DIM, WORDS, bias=bias).double(), [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(made.numel() for made in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(made))
+            products.append(function.name() in ("aten::mm", "aten::mm.out", "aten::addmm"))
+            return out
+
+    with Watch(), torch.no_grad():
+        loss(x, to_logits, labels, chunk=20 * WORDS)
+    assert sum(products) == 10
+    with Watch():
+        loss(x, to_logits, labels, chunk=20 * WORDS).sum().backward()
+    assert max(sizes) <= max(20 * WORDS, 200 * DIM)
+
+
+def test_chunks_are_larger_on_a_gpu():
+    assert logits_at_once("cpu") == 2**23 < logits_at_once("cuda") == logits_at_once("mps")
 
 
 def test_only_the_gradients_that_are_wanted_are_made():
@@ -61,7 +114,7 @@ def test_no_tensor_of_all_logits_is_made():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("emulated", [True, False])
 def test_autocast_rounds_the_logits_at_most(dtype, emulated, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", [dtype] if emulated else [])
+    monkeypatch.setattr(products, "EMULATED", [dtype] if emulated else [])
     x, to_logits, labels = inputs(64, torch.float32)
     with torch.autocast("cpu", dtype):
         whole = F.cross_entropy(to_logits(x).float(), labels, reduction="sum")

@@ -1,11 +1,12 @@
-"""Compiled layers against the same layers uncompiled: numbers, gradients, samples, and that one graph serves all sizes.
+"""Compiled layers against the same layers uncompiled: numbers, gradients, samples, and that one graph serves all
+batches of one number of tokens and of spans.
 
-Most tests stop before code is generated (`aot_eager`): graphs, operators and guards are what they are about.
+Most tests stop before code is generated (`aot_eager`): graphs and guards are what they are about.
 """
 
 import copy
 import io
-import threading
+import warnings
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from checks import TYPECHECK, compiles
 from network_streams import perturb
 from torch import nn
 
-from transfusion_pytorch import Transformer, Transfusion
-from transfusion_pytorch.network.transformer import MOST_GRAPHS
+from transfusion_pytorch import Transfusion
+from transfusion_pytorch.network.compile import layer_call
 
 # torch's own, while it traces
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated"),
 ]
+no_other_graph = torch._dynamo.config.patch(error_on_recompile=True)
 
 
 @pytest.fixture(autouse=True)
@@ -28,28 +30,33 @@ def graphs_of_each_test_alone():
     torch.compiler.reset()
 
 
-def pair(backend="aot_eager", **transformer):
+def pair(backend="aot_eager", attention="dense", **transformer):
     """A model, and a copy of it that is compiled."""
     torch.manual_seed(0)
     width = dict(dim=16, depth=2, heads=2, dim_head=8) | transformer
     plain = Transfusion(num_text_tokens=16, dim_latent=4, modality_default_shape=(2, 2), transformer=width)
     perturb(plain, 0.1)
     compiled = copy.deepcopy(plain)
+    compiled.transformer.attention = attention
     compiled.compile(backend=backend)
     return plain, compiled
 
 
-def mixed(seed):
-    """One to four samples of text, a picture and text, all of different lengths; never the same twice."""
+# Lengths of text, axial shape and text: one number of tokens and two spans in each batch, and another layout. A shape
+# is written in three characters, and a span has three markers, so that all that differs is listed here.
+PADDED = [
+    [((5,), (2, 3), (1,)), ((4,), (1, 4), (7,))],
+    [((1,), (3, 2), (2,)), ((3,), (2, 2), (11,))],
+    [((9,), (2, 2), (3,)), ((2,), (3, 2), (3,))],
+]
+
+
+def batch_of(which, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    size = lambda high: int(torch.randint(1, high, (), generator=generator))  # noqa: E731
+    text = lambda size: torch.randint(0, 16, size, generator=generator)  # noqa: E731
     return [
-        [
-            torch.randint(0, 16, (size(9),), generator=generator),
-            torch.randn(size(4), size(4), 4, generator=generator),
-            torch.randint(0, 16, (size(9),), generator=generator),
-        ]
-        for _ in range(size(5))
+        [text(before), torch.randn(*shape, 4, generator=generator), text(after)]
+        for before, shape, after in PADDED[which]
     ]
 
 
@@ -77,16 +84,21 @@ def check_training(plain, compiled, batch, **options):
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
-OPTIONS = {
-    "default": {},
-    "grouped": dict(kv_heads=1, use_value_residual=True, attn_laser=True),
-    "softcap": dict(
-        kv_heads=1, attn_kwargs=dict(softcap_value=3.0, gate_values=False), ff_kwargs=dict(activation="swiglu")
-    ),
+EVERYTHING = dict(
+    kv_heads=1,
+    use_value_residual=True,
+    attn_laser=True,
+    attn_kwargs=dict(softcap_value=3.0, gate_values=False),
+    ff_kwargs=dict(activation="swiglu"),
+)
+OPTIONS = {"default": {}, "everything": EVERYTHING, "selective": dict(use_checkpoint="selective")}
+SLOW_OPTIONS = {
     "plain heads": dict(qk_rmsnorm=False, unet_skips=False),
-    "checkpoint": dict(use_checkpoint=True),
+    "checkpoint": dict(use_checkpoint=True, dropout=0.0),
+    "streams": dict(num_residual_streams=2),
+    "fractions": dict(num_residual_fracs=2),
+    "everything and selective": dict(EVERYTHING, use_checkpoint="selective", num_residual_streams=2),
 }
-SLOW_OPTIONS = {"streams": dict(num_residual_streams=2), "fractions": dict(num_residual_fracs=2)}
 
 
 @compiles
@@ -97,122 +109,118 @@ SLOW_OPTIONS = {"streams": dict(num_residual_streams=2), "fractions": dict(num_r
         *(pytest.param(options, id=name, marks=pytest.mark.slow) for name, options in SLOW_OPTIONS.items()),
     ],
 )
-def test_training_is_the_same_and_one_graph_serves_all_sizes(options):
+def test_training_is_the_same_and_one_graph_serves_all_batches_of_one_size(options):
     plain, compiled = pair(**options)
-    check_training(plain, compiled, mixed(0))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for seed in range(1, 5):
-            check_training(plain, compiled, mixed(seed))
+    check_training(plain, compiled, batch_of(0))
+    with no_other_graph:
+        for which in (1, 2):
+            check_training(plain, compiled, batch_of(which, seed=which))
+
+
+@compiles
+def test_all_layers_of_a_kind_share_a_graph():
+    """The first half, the layer whose skip is what it reads anyway, and the other layers with a skip."""
+    torch._dynamo.utils.counters.clear()
+    _, compiled = pair(backend="eager", depth=6)
+    loss_of(compiled, batch_of(0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @compiles
 def test_text_alone_and_spans_alone_have_a_graph_each():
-    plain, compiled = pair()
-    check_training(plain, compiled, torch.randint(0, 16, (2, 7)))
-    check_training(plain, compiled, torch.randn(2, 3, 3, 4), modality_type=0)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for shape in ((3, 9), (1, 5), (4, 16), (16, 4)):
-            check_training(plain, compiled, torch.randint(0, 16, shape))
-        for shape in ((4, 2, 3, 4), (8, 4, 2, 4), (2, 1, 9, 4)):
-            check_training(plain, compiled, torch.randn(shape), modality_type=0)
+    plain, compiled = pair(backend="aot_eager", unet_skips=False, depth=1)
+    check_training(plain, compiled, torch.randint(0, 16, (2, 6)))
+    check_training(plain, compiled, torch.randn(2, 3, 4, 4), modality_type=0)
+    with no_other_graph:
+        check_training(plain, compiled, torch.randint(0, 16, (3, 4)))
+        check_training(plain, compiled, torch.randn(2, 2, 6, 4), modality_type=0)
 
 
 @compiles
-def test_samples_are_the_same_while_rows_and_cache_grow():
-    plain, compiled = pair()
-    prompts = [[torch.arange(1 + i % 4)] for i in range(9)]
+@torch.no_grad()
+def test_flex_attention_in_a_graph_serves_all_batches_of_one_size():
+    """In inference: on a CPU torch has no backward of it."""
+    plain, compiled = pair("eager", "flex", attn_kwargs=dict(softcap_value=3.0), kv_heads=1, depth=1)
+    torch.testing.assert_close(loss_of(compiled, batch_of(0)), loss_of(plain, batch_of(0)))
+    with no_other_graph:
+        for which in (1, 2):
+            torch.testing.assert_close(loss_of(compiled, batch_of(which)), loss_of(plain, batch_of(which)))
 
-    def both(prompts, **options):
-        for model in (plain, compiled):
-            torch.manual_seed(2)
-            yield model.sample_many(prompts, modality_steps=2, cache_kv=True, cfg_scale=2.0, **options)
 
-    first = list(both(prompts[:3], max_length=20))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        second = list(both(prompts, max_length=90))
-    for expected, got in (first, second):
-        for sample, other in zip(expected, got, strict=True):
-            assert len(sample) == len(other)
-            for part, part_of_other in zip(sample, other, strict=True):
-                torch.testing.assert_close(part_of_other, part, rtol=1e-4, atol=1e-4)
+@compiles
+def test_steps_of_decoding_are_not_compiled():
+    plain, compiled = pair(attention="flex")
+    prompts = [[torch.arange(1 + i % 4)] for i in range(3)]
+    torch._dynamo.utils.counters.clear()
+    samples = []
+    for model in (plain, compiled):
+        torch.manual_seed(2)
+        samples.append(model.sample_many(prompts, modality_steps=2, cache_kv=True, max_length=20))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    for sample, other in zip(*samples, strict=True):
+        for part, part_of_other in zip(sample, other, strict=True):
+            torch.testing.assert_close(part_of_other, part, rtol=1e-4, atol=1e-4)
 
 
 @compiles
 def test_autocast_reaches_into_the_graph():
     plain, compiled = pair()
     with torch.autocast("cpu", torch.bfloat16):
-        (expected, _), (got, _) = (loss_and_gradients(model, mixed(2)) for model in (plain, compiled))
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-    full, _ = loss_and_gradients(compiled, mixed(2))
+        (expected, _), (got, _) = (loss_and_gradients(model, batch_of(2)) for model in (plain, compiled))
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+    full, _ = loss_and_gradients(compiled, batch_of(2))
     assert not torch.equal(full, got)
 
 
 @compiles
 def test_copies_and_saved_models_stay_compiled_and_run_their_own_layers():
-    plain, compiled = pair()
+    plain, compiled = pair("eager")
     ema = compiled.create_ema()
     with torch.no_grad():
         for parameter in compiled.parameters():
             parameter += 0.1
     average = ema.ema_model
     assert average.transformer.compile_options == compiled.transformer.compile_options
-    torch.testing.assert_close(loss_of(average, mixed(1)), loss_of(plain, mixed(1)))
+    torch.testing.assert_close(loss_of(average, batch_of(1)), loss_of(plain, batch_of(1)))
     file = io.BytesIO()
     torch.save(compiled, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert loaded.transformer.compile_options == compiled.transformer.compile_options
-    torch.testing.assert_close(loss_of(loaded, mixed(1)), loss_of(compiled, mixed(1)))
+    torch.testing.assert_close(loss_of(loaded, batch_of(1)), loss_of(compiled, batch_of(1)))
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
-class Doubled(Transformer):
-    def run_layers(self, *inputs):
-        return 2 * super().run_layers(*inputs)
+@compiles
+@pytest.mark.parametrize("attention", ["auto", "ragged"])
+def test_on_a_cpu_it_says_that_there_is_nothing_to_gain_and_computes_as_before(attention):
+    width = dict(dim=16, depth=1, heads=2, dim_head=8)
+    model = Transfusion(num_text_tokens=16, dim_latent=4, transformer=width)
+    model.transformer.attention = attention
+    before = loss_of(model, batch_of(0))
+    with pytest.warns(UserWarning, match="compile.. changes nothing on a CPU") as said:
+        model.compile(backend="eager")
+    assert len(said) == 1
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(loss_of(model, batch_of(0)), before)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
 @compiles
-def test_layers_of_a_subclass_and_options_of_torch_arrive():
-    torch.manual_seed(0)
-    trunk = Doubled(16, depth=1, heads=2, dim_head=8)
-    plain = Transfusion(num_text_tokens=16, transformer=trunk)
-    compiled = copy.deepcopy(plain)
-    compiled.compile(backend="aot_eager", options={})
-    batch = torch.randint(0, 16, (2, 5))
-    expected, got, single = (model(batch, return_loss=False) for model in (plain, compiled, undoubled(plain)))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got, 2 * single, rtol=1e-5, atol=1e-5)
+def test_nothing_of_dynamo_is_changed_for_others():
+    config = torch._dynamo.config.get_config_copy()
+    _, compiled = pair("eager", depth=1)
+    loss_of(compiled, batch_of(0))
+    assert torch._dynamo.config.get_config_copy() == config
 
 
-def undoubled(model):
-    model = copy.deepcopy(model)
-    model.transformer.__class__ = Transformer
-    return model
+def test_one_function_is_compiled_for_all_models_and_options():
+    options = dict(backend="eager", fullgraph=True)
+    assert layer_call(options) is layer_call(dict(reversed(options.items())))
+    assert layer_call(options) is not layer_call(options | dict(dynamic=False))
 
 
-@compiles
-def test_other_threads_have_room_for_as_many_graphs():
-    _, compiled = pair()
-    limits = []
-
-    def sample():
-        compiled(torch.randint(0, 16, (1, 4)))
-        limits.append(torch._dynamo.config.cache_size_limit)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    thread.join()
-    assert limits
-    assert limits[0] >= MOST_GRAPHS
-
-
-def test_what_cannot_be_compiled_is_refused():
-    width = dict(dim=16, depth=1, heads=2, dim_head=16)
-    with pytest.raises(ValueError, match="one or the other"):
-        Transfusion(num_text_tokens=4, transformer=width | dict(use_flex_attn=True)).compile()
-    for mode in ("reduce-overhead", "max-autotune"):
-        with pytest.raises(ValueError, match="replays the work of an earlier batch"):
-            Transfusion(num_text_tokens=4, transformer=width).compile(mode=mode)
+def test_a_transformer_of_the_users_own_is_refused():
     own = nn.Linear(4, 4)
     own.dim = 4
     with pytest.raises(TypeError, match="this is a Linear"):
@@ -228,9 +236,21 @@ def test_compiling_what_checks_types_is_refused():
 @compiles
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside of the code generator
-def test_generated_code_computes_the_same():
-    plain, compiled = pair("inductor")
-    check_training(plain, compiled, mixed(0))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for seed in range(1, 4):
-            check_training(plain, compiled, mixed(seed))
+@pytest.mark.parametrize("options", [{}, dict(EVERYTHING, use_checkpoint="selective")], ids=["default", "everything"])
+def test_generated_code_computes_the_same(options):
+    plain, compiled = pair("inductor", **options)
+    check_training(plain, compiled, batch_of(0))
+    with no_other_graph:
+        for which in (1, 2):
+            check_training(plain, compiled, batch_of(which, seed=which))
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_generated_flex_attention_computes_the_same():
+    plain, compiled = pair("inductor", "flex", heads=2, dim_head=16)
+    for which in range(3):
+        with no_other_graph if which else warnings.catch_warnings():
+            torch.testing.assert_close(loss_of(compiled, batch_of(which)), loss_of(plain, batch_of(which)))

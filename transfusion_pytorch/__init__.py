@@ -26,6 +26,7 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.network.unet import UNetDown, UNetUp
 from transfusion_pytorch.sequence.batch import Batch
@@ -66,6 +67,7 @@ __all__ = [
     "collate_fn",
     "create_dataloader",
     "create_ema",
+    "plain_formulas",
     "print_modality_sample",
     "render_image",
     "show_sample",

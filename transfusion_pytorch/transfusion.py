@@ -24,9 +24,9 @@ from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import Latents, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.network.cache import CacheView
+from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
-from transfusion_pytorch.network.upcast import Linear
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.samples import Piece, Shape

@@ -13,9 +13,9 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import sinusoids
 from transfusion_pytorch.network.unet import UNetDown, UNetUp
-from transfusion_pytorch.network.upcast import Linear
 
 Shape = tuple[int, ...]
 
@@ -181,7 +181,8 @@ def _slices(sizes: Iterable[int]) -> list[slice]:
 class AxialPositions(nn.Module):
     """A continuous embedding of coordinates: sines and cosines of every axis, mixed by a small network.
 
-    It knows no largest size: any coordinate has its features, so any shape has its positions.
+    It knows no largest size: any coordinate has its features, so any shape has its positions. The highest frequency is
+    a quarter turn a step: at half a turn, `sin(pi k)` would be zero at every integer.
     """
 
     def __init__(self, dim: int, num_axes: int, *, num_frequencies: int = 16):
@@ -190,5 +191,5 @@ class AxialPositions(nn.Module):
         self.layers = nn.Sequential(Linear(2 * num_frequencies * num_axes, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, coordinates: Float[Tensor, "n a"]) -> Shaped[Tensor, "n d"]:
-        features = sinusoids(coordinates, count=self.num_frequencies, highest=torch.pi, ratio=1024.0)
+        features = sinusoids(coordinates, count=self.num_frequencies, highest=torch.pi / 2, ratio=512.0)
         return self.layers(features.to(next(self.parameters()).dtype))

@@ -8,10 +8,11 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.attend import AttentionPlan, attend
-from transfusion_pytorch.network.fused import normed_heads
+from transfusion_pytorch.network.attend import AttentionPlan
+from transfusion_pytorch.network.cpu import elementwise as cpu
+from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import RMSNorm
-from transfusion_pytorch.network.upcast import Linear
+from transfusion_pytorch.network.shortcuts import is_plain, is_untouched, uses_cpu_kernels
 from transfusion_pytorch.sequence.positions import rotate
 
 LASER_LIMIT = 10.0  # values are squashed to +-10 before the exponential, which float16 still holds
@@ -20,7 +21,7 @@ LASER_LIMIT = 10.0  # values are squashed to +-10 before the exponential, which 
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, grouped key/value heads, and options.
 
-    - `qk_rmsnorm`: queries and keys are normalised before they are turned (arXiv 2302.05442)
+    - `qk_rmsnorm`: queries and keys are normalised before they are rotated (arXiv 2302.05442)
     - `gate_values`: each head's output is scaled by a sigmoid of the token (arXiv 2505.06708)
     - `value_residual`: values are mixed with those of the first layer (arXiv 2410.17897)
     - `laser`: values attend as exponentials, and the logarithm is taken after (arXiv 2411.03493)
@@ -68,12 +69,7 @@ class Attention(nn.Module):
     ) -> tuple[Shaped[Tensor, "n d"], Shaped[Tensor, "n k e"]]:
         """The output, and the values of this layer for the value residual of later ones."""
         qkv = rearrange(self.to_qkv(x), "n (h e) -> n h e", e=self.dim_head)
-        if self.q_norm is not None and self.k_norm is not None:
-            gains = self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)
-            q, k, v = normed_heads(qkv, 1 + torch.cat(gains), phases, self.heads)
-        else:
-            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            q, k = rotate(q, phases), rotate(k, phases)
+        q, k, v = self._rotated(qkv, phases)
         own_values = v
         if self.to_value_mix is not None and first_values is not None:
             v = torch.lerp(v, first_values, self.to_value_mix(x).sigmoid()[..., None].to(v.dtype))
@@ -81,9 +77,20 @@ class Attention(nn.Module):
             v = torch.exp(LASER_LIMIT * torch.tanh(v / LASER_LIMIT))
         # autocast on a GPU gives norms and exponentials back in single precision, and kernels want one type
         q, k, v = (part.to(qkv.dtype) for part in (q, k, v))
-        out = attend(q, k, v, plan, layer=layer, softcap=self.softcap)
+        out = plan.attend(q, k, v, layer=layer, softcap=self.softcap)
         if self.laser:
             out = out.clamp(min=torch.finfo(out.dtype).tiny).log()
         if self.to_gates is not None:
             out = out * self.to_gates(x).sigmoid()[..., None]
         return self.to_out(rearrange(out, "n h e -> n (h e)")), own_values
+
+    def _rotated(self, qkv: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated, and values as they are."""
+        norms, on_cpu = (self.q_norm, self.k_norm), uses_cpu_kernels(qkv)
+        if on_cpu and all(norm and is_untouched(norm, RMSNorm) and is_plain(norm.weight) for norm in norms):
+            gains = [norm.weight.expand(h, -1) for norm, h in zip(norms, (self.heads, self.kv_heads), strict=True)]
+            return cpu.NormedHeads.apply(qkv, 1 + torch.cat(gains), phases, self.heads)  # type: ignore[return-value]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = (part if norm is None else norm(part.to(phases.dtype)) for part, norm in zip((q, k), norms, strict=True))
+        q, k = (cpu.rotate(part, phases) if on_cpu else rotate(part, phases) for part in (q, k))
+        return q.to(qkv.dtype), k.to(qkv.dtype), v

@@ -6,13 +6,12 @@ r rows, h key/value heads, s slots in a row, d channels of a head, g samples of 
 import heapq
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.sequence.masks import Layout, Run, RunTable
+from transfusion_pytorch.sequence.masks import Layout, Run
 
 
 class KVCache:
@@ -114,15 +113,6 @@ class KVCache:
         self._written += [0] * (rows - count)
 
 
-class CacheTable(NamedTuple):
-    """A cache as tensors, for a compiled graph: keys and values of each layer, and where each token of a pass goes."""
-
-    keys: Sequence[Shaped[Tensor, "r h s d"]]
-    values: Sequence[Shaped[Tensor, "r h s d"]]
-    row_of: Int[Tensor, " n"]
-    slot_of: Int[Tensor, " n"]
-
-
 class CacheView:
     """The rows of a cache that take part in one forward pass, and the slots where its tokens go."""
 
@@ -132,30 +122,18 @@ class CacheView:
         self.runs = layout.runs_in(self.rows)
 
     @cached_property
-    def places(self) -> list[slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]]:
+    def locations(self) -> list[slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]]:
         """Where each run writes: to the same slots of its rows, or to some of each."""
-        return [self._place(run) for run in self.runs]
+        return [self._locate(run) for run in self.runs]
 
-    def _place(self, run: Run) -> slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]:
+    def _locate(self, run: Run) -> slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]:
         past, length = self.past[run.samples], self.layout.lengths[run.samples.start]
         if len(set(past)) == 1:
             return slice(past[0], past[0] + length)
-        row_of = torch.arange(run.rows.start, run.rows.stop)[:, None]
-        slot_of = torch.tensor(past)[:, None] + torch.arange(length)
+        row_of = torch.arange(run.rows.start, run.rows.stop, device="cpu")[:, None]
+        slot_of = torch.tensor(past, device="cpu")[:, None] + torch.arange(length, device="cpu")
         device = self.cache.keys[0].device
         return row_of.to(device, non_blocking=True), slot_of.to(device, non_blocking=True)
-
-    @cached_property
-    def table(self) -> RunTable:
-        return RunTable.of(self.runs, self.layout.device)
-
-    @cached_property
-    def tensors(self) -> CacheTable:
-        lengths, device = torch.tensor(self.layout.lengths), self.cache.keys[0].device
-        row_of, past = (torch.tensor(each).repeat_interleave(lengths) for each in (self.rows, self.past))
-        slot_of = past + torch.arange(len(past)) - self.layout.start
-        places = (index.to(device, non_blocking=True) for index in (row_of, slot_of))
-        return CacheTable(self.cache.keys, self.cache.values, *places)
 
     def update(
         self, layer: int, run: int, keys: Shaped[Tensor, "g h t d"], values: Shaped[Tensor, "g h t d"]
@@ -168,10 +146,10 @@ class CacheView:
         )
 
     def _update(self, stored: Tensor, run: int, new: Tensor) -> Tensor:
-        rows, place = self.runs[run].rows, self.places[run]
-        if isinstance(place, slice):
-            stored[rows, :, place] = new
+        rows, location = self.runs[run].rows, self.locations[run]
+        if isinstance(location, slice):
+            stored[rows, :, location] = new
         else:
-            row_of, slot_of = place
+            row_of, slot_of = location
             stored[row_of, :, slot_of] = new.transpose(1, 2).to(stored.dtype)
         return stored[rows]

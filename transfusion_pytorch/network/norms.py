@@ -1,18 +1,22 @@
-"""Norms, and the modulation that tells a span its time.
+"""Norms, and the embedding of times.
 
 n tokens, m spans, d model, c condition, a axes, f features.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.fused import LAYER_NORM_EPS, gated_add, inverse_rms, modulated_norm
-from transfusion_pytorch.network.upcast import Linear, precise
+from transfusion_pytorch.network.linear import Linear
+from transfusion_pytorch.network.modulation import (
+    Conditioning,
+    IndexedModulation,
+    Modulation,
+    SpanModulation,
+    TextModulation,
+)
+from transfusion_pytorch.network.precision import RMS_NORM_EPS, precise
 
 
 class RMSNorm(nn.Module):
@@ -22,59 +26,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
     def forward(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
         exact = x.to(precise(x.dtype))
-        return (exact * inverse_rms(exact) * (1 + self.weight)).to(x.dtype)
-
-
-class Conditioning(NamedTuple):
-    """The condition of every span, and the span of every token counted from 1 (0 is text).
-
-    There is no `row` where there is nothing but spans of one length, one behind the other.
-    """
-
-    spans: Float[Tensor, "m c"]
-    row: Int[Tensor, " n"] | None
-
-
-class Modulation(NamedTuple):
-    """What an adaptive norm does to each token.
-
-    Tables `(m + 1, d)` in which tokens look up their `row`. Where there is nothing but text they are `(d)`, without a
-    shift; where there is nothing but spans of one length `(m, 1, d)`; and there is no row.
-    """
-
-    scale: Shaped[Tensor, "..."]
-    shift: Shaped[Tensor, "..."] | None
-    gate: Shaped[Tensor, "..."] | None
-    row: Int[Tensor, " n"] | None = None
-
-    def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        """The layer norm of `x`, scaled and shifted."""
-        dim = x.shape[-1:]
-        if self.shift is None:
-            return F.layer_norm(x, dim, weight=self.scale, eps=LAYER_NORM_EPS)
-        if self.row is not None:
-            return modulated_norm(x, self.scale, self.shift, self.row)
-        normed = F.layer_norm(_stretches(x, self.scale), dim, eps=LAYER_NORM_EPS)
-        return torch.addcmul(self.shift, normed, self.scale).view_as(x)
-
-    def add_gated(self, x: Shaped[Tensor, "n d"], out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        """The residual stream `x` and what a branch adds to it."""
-        assert self.gate is not None
-        if self.row is not None:
-            return gated_add(x, out, self.gate, self.row)
-        return torch.addcmul(_stretches(x, self.gate), _stretches(out, self.gate), self.gate).view_as(x)
-
-    def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        assert self.gate is not None
-        gate = self.gate if self.row is None else self.gate.index_select(0, self.row)
-        return (_stretches(out, gate) * gate).view_as(out)
-
-
-def _stretches(x: Tensor, modulation: Tensor) -> Tensor:
-    """`(n, d)` as `(m, t, d)` where every stretch of t tokens is modulated alike."""
-    return x.unflatten(0, (len(modulation), -1)) if modulation.ndim == 3 else x
+        inverse = (exact.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
+        return (exact * inverse * (1 + self.weight)).to(x.dtype)
 
 
 class AdaptiveNorm(nn.Module):
@@ -82,33 +40,39 @@ class AdaptiveNorm(nn.Module):
 
     Spans: `norm(x) (1 + scale) + shift`, and the branch's output times `gate`; all three are projected from the
     span's condition and start at zero, so that a new block leaves latents as they are. Text: `norm(x) (1 +
-    text_scale)`, and the output times `1 + text_gate`. A norm without a branch behind it is not `gated`.
+    text_scale)`, and the output times `1 + text_gate`. A norm without a branch behind it has no gate.
 
-    The projection is made once for each span and looked up by its tokens.
+    The projection is made once for each span, and its tokens look it up.
     """
 
-    def __init__(self, dim: int, dim_condition: int, *, gated: bool = True):
+    def __init__(self, dim: int, dim_condition: int, *, has_gate: bool = True):
         super().__init__()
         self.dim = dim
         self.text_scale = nn.Parameter(torch.zeros(dim))
-        self.text_gate = nn.Parameter(torch.zeros(dim)) if gated else None
-        self.to_modulation = Linear(dim_condition, (3 if gated else 2) * dim)
-        nn.init.zeros_(self.to_modulation.weight)
-        nn.init.zeros_(self.to_modulation.bias)
+        self.text_gate = nn.Parameter(torch.zeros(dim)) if has_gate else None
+        self.to_modulation = Linear(dim_condition, (3 if has_gate else 2) * dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in (self.text_scale, self.text_gate, self.to_modulation.weight, self.to_modulation.bias):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def modulation(self, conditioning: Conditioning | None) -> Modulation:
+        """What this norm, and the gate of the branch behind it, do to the tokens of a batch."""
         gate = None if self.text_gate is None else 1 + self.text_gate
         if conditioning is None:
-            return Modulation(1 + self.text_scale, None, gate)
+            return TextModulation(1 + self.text_scale, gate)
         projected = self.to_modulation(conditioning.spans)
         table = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
-        if conditioning.row is None:
-            table = table[:, None]
-        else:
-            text = [1 + self.text_scale, torch.zeros_like(self.text_scale), *([] if gate is None else [gate])]
-            table = torch.cat((torch.cat(text)[None].to(table.dtype), table))
+        if conditioning.modulation_index is None:
+            scale, shift, *gates = table[:, None].split(self.dim, dim=-1)
+            return SpanModulation(scale, shift, gates[0] if gates else None)
+        text = [1 + self.text_scale, torch.zeros_like(self.text_scale), *([] if gate is None else [gate])]
+        table = torch.cat((torch.cat(text)[None].to(table.dtype), table))
         scale, shift, *gates = table.split(self.dim, dim=-1)
-        return Modulation(scale, shift, gates[0] if gates else None, conditioning.row)
+        gates = gates[0] if gates else None
+        return IndexedModulation(scale, shift, gates, conditioning.modulation_index, conditioning.segments)
 
     def forward(self, x: Shaped[Tensor, "n d"], modulation: Modulation) -> Shaped[Tensor, "n d"]:
         return modulation.normed(x)

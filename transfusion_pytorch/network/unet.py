@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.upcast import Conv1d, Conv2d, Conv3d, Linear
+from transfusion_pytorch.network.linear import Conv1d, Conv2d, Conv3d, Linear
 
 CONVOLUTIONS = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 

@@ -6,16 +6,18 @@ for text. The masks of every attention backend come from that.
 n tokens, g samples of one length t, k keys.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
-from math import prod
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+
+from transfusion_pytorch.sequence.blocks import BlockTables, block_tables
+from transfusion_pytorch.sequence.moving import on_cpu
 
 # Rows longer than this are attended in chunks of queries that see the keys up to their furthest `end` only. From about
 # 1,000 tokens on that is faster than one masked call, and the mask stays small.
@@ -43,65 +45,81 @@ class Run(NamedTuple):
     tokens: slice
     chunks: list[Chunk]
 
+    def batched(self, part: Shaped[Tensor, "g_t ..."]) -> Shaped[Tensor, "g ..."]:
+        """The tokens of this run, one sample behind the other, as `(g, h, t, ...)`."""
+        return part.unflatten(0, (self.rows.stop - self.rows.start, -1)).transpose(1, 2)
 
-class RunTable(NamedTuple):
-    """Runs as two tensors, which a compiled graph takes without being compiled for each batch anew.
 
-    `numbers` has a line for each chunk (see `of`), on the CPU; `bits` are all masks behind each other. Both begin
-    with a filling, a line of zeros and two bits: a graph would take a size of 0 or 1 for a constant.
+class Intervals(NamedTuple):
+    """The same as plain tensors on the device of the model: token q sees the slots `start[q] <= k < end[q]` of the
+    stream. `blocks` are the tables of flex attention, where it is used.
     """
 
-    numbers: Int[Tensor, "chunks 10"]
-    bits: Bool[Tensor, " bits"]
+    start: Int[Tensor, " n"]
+    end: Int[Tensor, " n"]
+    blocks: BlockTables | None = None
 
-    @classmethod
-    def of(cls, runs: Iterable[Run], device: torch.device | str) -> "RunTable":
-        bits = [torch.zeros(2, dtype=torch.bool, device=device)]
-        numbers, offset = [(0,) * 10], len(bits[0])
-        for run in runs:
-            for queries, num_keys, is_causal, mask in run.chunks:
-                where = (run.rows.start, run.rows.stop, run.tokens.start, run.tokens.stop, queries.start, queries.stop)
-                masked_samples = 0 if mask is None else len(mask)
-                numbers.append((*where, num_keys, is_causal, masked_samples, offset))
-                if mask is not None:
-                    bits.append(mask.flatten())
-                    offset += mask.numel()
-        return cls(torch.tensor(numbers), torch.cat(bits))
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "Intervals":
+        """Moves or pins all tensors."""
+        blocks = None if self.blocks is None else BlockTables(*map(change, self.blocks))
+        return Intervals(change(self.start), change(self.end), blocks)
 
-    def runs(self) -> list[Run]:
-        """The runs again. Their samples are not known any more: they are the rows."""
-        runs: list[Run] = []
-        for first, last, start, stop, begin, end, num_keys, is_causal, masked, offset in self.numbers[1:].tolist():
-            if not runs or runs[-1].tokens.start != start:
-                runs.append(Run(slice(first, last), slice(first, last), slice(start, stop), []))
-            shape = (masked, 1, end - begin, num_keys)
-            mask = self.bits[offset : offset + prod(shape)].view(shape) if masked else None
-            runs[-1].chunks.append(Chunk(slice(begin, end), num_keys, bool(is_causal), mask))
-        return runs
+    def mask_mod(self) -> Callable[..., Tensor]:
+        """As flex attention wants them."""
+        return visible(self.start, self.end)
+
+    def dense(self) -> Bool[Tensor, "n n"]:
+        """The whole mask, from the same definition that flex attention gets."""
+        slot = torch.arange(len(self.end), device=self.end.device)
+        return self.mask_mod()(None, None, slot[:, None], slot[None, :])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The intervals of a stream, and what the backends make of them.
+    """Who sees whom in a stream, and how its samples lie in it.
 
-    `end` counts keys in the sample, those in the cache (`past`) included. It stays on the CPU, where batches are laid
-    out without waiting for a device; masks are made for the `device` that attends.
+    - `end` counts keys in the sample, those in the cache (`past`) included: `[t t i i i t] -> [1 2 5 5 5 6]`
+    - `lengths` and `past` have an entry for each sample. A stream that is padded to a budget ends in samples of one
+      token each, which see only themselves
+    - `device` is the one that attends
+
+    These three stay on the CPU. `intervals` are what attention on another device needs. Packing may make them in a data
+    worker (`prepare`), pin them and move them; otherwise they are made here when they are asked for.
     """
 
     end: Int[Tensor, " n"]
     lengths: tuple[int, ...]
     past: tuple[int, ...]
     device: torch.device | str = "cpu"
+    intervals: Intervals | None = None
+
+    def prepare(self, blocks: bool = False) -> "Layout":
+        """The same with its intervals, and with the `blocks` of flex attention if wanted. Nothing is made twice."""
+        if self.intervals is not None and (self.intervals.blocks is not None or not blocks):
+            return self
+        if any(self.past):
+            raise ValueError("a stream that continues a cache has no intervals of its own slots")
+        start, end = self.start, self.start + self.end
+        with on_cpu():
+            tables = block_tables(start, end) if blocks else None
+        intervals = Intervals(start.int(), end.int(), tables).apply(partial(_move, device=self.device))
+        return replace(self, intervals=intervals)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Layout":
+        """For attention on that device."""
+        if _is_same(torch.device(self.device), torch.device(device)):
+            return self
+        move = partial(_move, device=device, non_blocking=non_blocking)
+        return replace(self, device=device, intervals=self.intervals and self.intervals.apply(move))
+
+    def pin_memory(self) -> "Layout":
+        """With intervals in memory that a GPU reads without waiting."""
+        return replace(self, intervals=self.intervals and self.intervals.apply(Tensor.pin_memory))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The stream as plain batches, in order."""
         return self.runs_in(tuple(range(len(self.lengths))))
-
-    @cached_property
-    def table(self) -> RunTable:
-        """The runs for a compiled graph."""
-        return RunTable.of(self.runs, self.device)
 
     def runs_in(self, rows: tuple[int, ...]) -> tuple[Run, ...]:
         """The same where the samples stand in these rows of a cache: those of a batch are of one length, in
@@ -117,29 +135,11 @@ class Layout:
             sample, token = samples.stop, tokens.stop
         return tuple(runs)
 
-    def prepare(self, blocks: bool = False) -> "Layout":
-        return self
-
-    def to(self, device, non_blocking: bool = True) -> "Layout":
-        return self if torch.device(device) == torch.device(self.device) else replace(self, device=device)
-
-    def pin_memory(self) -> "Layout":
-        return self
-
     @cached_property
     def start(self) -> Int[Tensor, " n"]:
         """The slot where each token's sample starts in the stream."""
-        lengths = torch.tensor(self.lengths)
+        lengths = torch.tensor(self.lengths, device="cpu")
         return (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-
-    def mask_mod(self) -> Callable[..., Tensor]:
-        """The intervals as flex attention wants them, over the whole packed stream (without a cache)."""
-        return visible(self.start.to(self.device), (self.start + self.end).to(self.device))
-
-    def dense(self) -> Bool[Tensor, "n n"]:
-        """The whole stream's mask, made from the same definition that flex attention gets."""
-        slot = torch.arange(len(self.end), device=self.device)
-        return self.mask_mod()(None, None, slot[:, None], slot[None, :])
 
 
 def visible(start: Int[Tensor, " n"], end: Int[Tensor, " n"]) -> Callable[..., Tensor]:
@@ -148,9 +148,18 @@ def visible(start: Int[Tensor, " n"], end: Int[Tensor, " n"]) -> Callable[..., T
     return lambda batch, head, query, key: (key >= start[query]) & (key < end[query])
 
 
+def _move(tensor: Tensor, *, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+    return tensor.to(device, non_blocking=non_blocking)
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """Where `cuda` is any of them."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
+
+
 def _chunks(end: Int[Tensor, "g t"], device: torch.device | str) -> Iterator[Chunk]:
     length = end.shape[1]
-    if torch.equal(end, torch.arange(1, length + 1).expand_as(end)):  # which leaves no room for a past
+    if torch.equal(end, torch.arange(1, length + 1, device="cpu").expand_as(end)):  # which leaves no room for a past
         yield Chunk(slice(0, length), length, True, None)
         return
     if (end == end[:1]).all():
@@ -159,7 +168,7 @@ def _chunks(end: Int[Tensor, "g t"], device: torch.device | str) -> Iterator[Chu
     for start, stop in _edges(length, size):
         part = end[:, start:stop]
         num_keys = int(part.max())
-        mask = None if int(part.min()) == num_keys else torch.arange(num_keys) < part[:, None, :, None]
+        mask = None if int(part.min()) == num_keys else torch.arange(num_keys, device="cpu") < part[:, None, :, None]
         yield Chunk(slice(start, stop), num_keys, False, None if mask is None else mask.to(device, non_blocking=True))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 def rotary_phases(
     position: Int[Tensor, " n"], dim_head: int, *, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "n f 2"]:
-    """Cosine and sine of the angle that turns each pair of channels (RoFormer, arXiv 2104.09864)."""
+    """Cosine and sine of the angle that rotates each pair of channels (RoFormer, arXiv 2104.09864)."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, dim_head, 2, device=position.device, dtype=precise) / dim_head
     angle = position.to(precise)[:, None] * theta**-exponent
@@ -19,20 +19,17 @@ def rotary_phases(
 
 
 def rotate(x: Shaped[Tensor, "n h d"], phases: Float[Tensor, "n f 2"]) -> Shaped[Tensor, "n h d"]:
-    """Turns neighbouring pairs of channels. One complex product is several times faster than moving halves around, but
-    compilers do not know complex numbers.
-    """
-    pairs = x.to(phases.dtype).unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (real, imaginary), (cos, sin) = pairs.unbind(-1), phases[:, None].unbind(-1)
-        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(phases)[:, None])
-    return turned.flatten(-2).to(x.dtype)
+    """Rotates neighbouring pairs of channels."""
+    (real, imaginary), (cos, sin) = x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1), phases[:, None].unbind(-1)
+    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def axial_coordinates(
     shape: tuple[int, ...], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "n a"]:
     """The coordinates of every latent, first axis slowest: `(2, 2) -> [[0 0] [0 1] [1 0] [1 1]]`."""
-    return torch.ones(shape, dtype=torch.bool).nonzero().to(device, dtype)
+    if not shape:
+        return torch.empty(1, 0, device=device, dtype=dtype)
+    axes = [torch.arange(size, device=device, dtype=dtype) for size in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)

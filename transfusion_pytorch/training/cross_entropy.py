@@ -10,46 +10,92 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from transfusion_pytorch.network.upcast import is_plain_linear, precise, product_dtype, working_dtype
+from transfusion_pytorch.network.cpu.products import product_dtype
+from transfusion_pytorch.network.linear import is_plain_linear
+from transfusion_pytorch.network.precision import precise, without_autocast, working_dtype
+from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
-CHUNK = 2**23  # logits at a time: 32 MiB in single precision, and still many rows for a matrix product
+FEWEST_ROWS = 16  # of a chunk
+
+
+def logits_at_once(device_type: str) -> int:
+    """32 MiB in single precision on a CPU, which are still many rows for a matrix product; 512 MiB elsewhere."""
+    return 2**23 if device_type == "cpu" else 2**27
 
 
 def summed_cross_entropy(
-    x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"], weights=None, *, chunk: int = CHUNK
+    x: Shaped[Tensor, "n d"],
+    to_logits: nn.Module,
+    labels: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"] | None = None,
+    *,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """The cross-entropy of `to_logits(x)`, summed over the labels, in single precision at least.
+    """The cross-entropy of `to_logits(x)`, times `weights`, summed over the labels, in single precision at least.
 
     Exact. A linear layer that would make more than `chunk` logits makes them in parts. Each part's gradients are taken
     as soon as its logits are there (those of a sum need nothing that comes later), so that no logits are kept and none
-    are made twice.
+    are made twice. Nothing is read from the device. Inside of `plain_formulas()` all logits are made at once.
     """
-    if is_plain_linear(to_logits) and to_logits.bias is None and len(labels) * to_logits.out_features > chunk:
-        rows = min(max(chunk // to_logits.out_features, 16), len(labels))
-        return ChunkedCrossEntropy.apply(x, to_logits.weight, labels, rows)  # type: ignore[return-value]
-    logits = to_logits(x)
-    errors = F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="none")
-    return (errors * weights).sum() if weights is not None else errors.sum()
+    rows = _rows_at_once(x, to_logits, chunk)
+    if rows < len(labels) and is_plain_linear(to_logits) and to_logits.bias is None:
+        wants_gradients = torch.is_grad_enabled()
+        return ChunkedCrossEntropy.apply(x, to_logits.weight, labels, weights, rows, wants_gradients)  # type: ignore[return-value]
+    losses = cross_entropy_per_target(x, to_logits, labels, chunk=chunk)
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
-def cross_entropy_per_target(x, to_logits, labels):
+def cross_entropy_per_target(
+    x: Shaped[Tensor, "n d"], to_logits: nn.Module, labels: Int[Tensor, " n"], *, chunk: int | None = None
+) -> Float[Tensor, " n"]:
+    """The cross-entropy of each label. Where there would be more than `chunk` logits, they are made in parts, and again
+    in the backward pass.
+    """
+    rows = _rows_at_once(x, to_logits, chunk)
+    if rows >= len(labels):
+        return _losses(to_logits, x, labels)
+    parts = zip(x.split(rows), labels.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([_losses(to_logits, *part) for part in parts])
+    return torch.cat([checkpoint(_losses, to_logits, *part, use_reentrant=False) for part in parts])
+
+
+def _losses(to_logits: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     logits = to_logits(x)
     return F.cross_entropy(logits.to(precise(logits.dtype)), labels, reduction="none")
+
+
+def _rows_at_once(x: Tensor, to_logits: nn.Module, chunk: int | None) -> int:
+    """How many targets have their logits made together: all if they are few, or the vocabulary is not known."""
+    vocabulary = getattr(to_logits, "out_features", None)
+    if not isinstance(vocabulary, int) or forces_plain_formulas():
+        return len(x)
+    chunk = logits_at_once(x.device.type) if chunk is None else chunk
+    return len(x) if len(x) * vocabulary <= chunk else max(chunk // vocabulary, FEWEST_ROWS)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum, whose gradients are there before they are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        rows: int,
+        wants_gradients: bool,  # what an input needs is true under `no_grad` as well
+    ) -> Tensor:
         kind = x.device.type
         dtype = product_dtype(working_dtype(x), kind)
-        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        wants_x, wants_weight = (wants_gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x, dtype=precise(x.dtype)) if wants_x else None
         grad_weight = torch.zeros_like(weight, dtype=precise(weight.dtype)) if wants_weight else None
         total = torch.zeros((), dtype=precise(dtype), device=x.device)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             table = weight.to(dtype)
             # on a CPU products of many rows and few columns are a third faster than the other way round
             room = x.new_empty((len(table), rows) if kind == "cpu" else (rows, len(table)), dtype=dtype)
@@ -59,10 +105,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 logits = torch.mm(part, table.t(), out=room[: len(part)]).to(total.dtype)
                 highest, wanted = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
                 sums = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-                total += (highest + sums.log() - wanted).sum()
+                losses = highest + sums.log() - wanted
+                scale = None if weights is None else weights[start : start + rows, None].to(losses.dtype)
+                total += (losses if scale is None else losses * scale).sum()
                 if grad_x is None and grad_weight is None:
                     continue
-                slope = logits.div_(sums).scatter_add_(1, target, logits.new_full(target.shape, -1)).to(dtype)
+                slope = logits.div_(sums).scatter_add_(1, target, logits.new_full(target.shape, -1))  # one a row
+                slope = (slope if scale is None else slope.mul_(scale)).to(dtype)
                 if grad_x is not None:
                     grad_x[start : start + rows] = slope @ table
                 if grad_weight is not None:
@@ -75,7 +124,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slopes = ctx.grads
         if slopes is None:
             raise RuntimeError("the gradients of this loss have been taken; retain_graph=True to take them again")
@@ -87,4 +136,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             None if slope is None else slope.mul_(grad).to(dtype)
             for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
         ]
-        return grads[0], grads[1], None, None
+        return *grads, None, None, None, None

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
-from transfusion_pytorch.network.upcast import precise
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.training.distributed import Processes
 

@@ -1,6 +1,6 @@
 """Gradients written by hand against finite differences, and against what autograd makes of the plain formulas."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,21 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from transfusion_pytorch.network import fused, upcast
-from transfusion_pytorch.network.fused import (
-    gated_activation,
-    gated_add,
-    gated_linear,
-    modulated_norm,
-    normed_heads,
-    sum_rows,
-)
-from transfusion_pytorch.network.upcast import Linear
+from transfusion_pytorch.network.attention import Attention
+from transfusion_pytorch.network.cpu import elementwise, products
+from transfusion_pytorch.network.cpu.elementwise import sum_by_index
+from transfusion_pytorch.network.layer import FeedForward
+from transfusion_pytorch.network.linear import Linear
+from transfusion_pytorch.network.modulation import IndexedModulation
+from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 ROW = torch.tensor([2, 0, 2, 4, 0, 2, 4])  # in no order; there are rows 1 and 3 that no token has
 N, D, ROWS = len(ROW), 6, 5
 POSITION = torch.tensor([0, 1, 2, 2, 2, 3, 90])
+
+
+def modulated_norm(x, scale, shift, index):
+    return IndexedModulation(scale, shift, None, index).normed(x)
+
+
+def gated_add(x, out, gate, index):
+    return IndexedModulation(gate, gate, gate, index).add_gated(x, out)
+
+
+def gated_activation(hidden, activation):
+    return FeedForward(D, activation=activation)._activate(hidden)
 
 
 def modulate(x, scale, shift):
@@ -33,9 +42,17 @@ def add(x, out, gate):
     return gated_add(x, out, gate, ROW)
 
 
-def norm_four_heads(qkv, gain):
-    phases = rotary_phases(POSITION, D, dtype=qkv.dtype)
-    return normed_heads(qkv, gain, phases, 4)
+def norm_four_heads(qkv, of_queries, of_keys):
+    attn = Attention(D, heads=4, kv_heads=(qkv.shape[1] - 4) // 2, dim_head=D)
+    attn.q_norm._parameters["weight"], attn.k_norm._parameters["weight"] = of_queries, of_keys
+    return attn._rotated(qkv, rotary_phases(POSITION, D, dtype=qkv.dtype))
+
+
+def gated_linear(hidden, activation, layer):
+    """A feedforward without its first layer."""
+    ff = FeedForward(D, activation=activation)
+    ff.to_hidden, ff.to_out = nn.Identity(), layer
+    return ff(hidden)
 
 
 def activated_layer(hidden, weight, bias=None):
@@ -51,8 +68,8 @@ CASES = {
     "activated layer": (activated_layer, [(N, 2 * D), (3, D)]),
     "modulated norm": (modulate, [(N, D), (ROWS, D), (ROWS, D)]),
     "gated add": (add, [(N, D), (N, D), (ROWS, D)]),
-    "heads": (norm_four_heads, [(N, 12, D), (8, D)]),
-    "grouped heads": (norm_four_heads, [(N, 8, D), (6, D)]),
+    "heads": (norm_four_heads, [(N, 12, D), (D,), (D,)]),
+    "grouped heads": (norm_four_heads, [(N, 8, D), (D,), (D,)]),
 }
 each_case = pytest.mark.parametrize(("function", "sizes"), CASES.values(), ids=CASES)
 
@@ -82,15 +99,7 @@ def results(function, inputs, grads=None) -> tuple[list[Tensor], list[Tensor]]:
     return [out.detach() for out in outs], list(gradients)
 
 
-@contextmanager
-def plain():
-    """The formulas that compiled graphs take."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        yield
-
-
-PATHS = {"by hand": nullcontext, "plain": plain}
+PATHS = {"by hand": nullcontext, "plain": plain_formulas}
 each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
@@ -103,7 +112,7 @@ def test_gradients_are_those_of_finite_differences(function, sizes):
 def test_by_hand_is_the_plain_formula_forward_and_backward(function, sizes):
     inputs = draw(sizes)
     ours = results(function, inputs)
-    with plain():
+    with plain_formulas():
         theirs = results(function, inputs)
         steps = outputs(function, inputs)[0].grad_fn.name()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -162,7 +171,7 @@ AUTOCAST = {
     "geglu": ([torch.bfloat16], torch.bfloat16),
     "modulated norm": ([torch.float32, torch.bfloat16, torch.bfloat16], torch.float32),
     "gated add": ([torch.float32, torch.bfloat16, torch.bfloat16], torch.float32),
-    "grouped heads": ([torch.bfloat16, torch.float32], torch.bfloat16),
+    "grouped heads": ([torch.bfloat16, torch.float32, torch.float32], torch.bfloat16),
 }
 
 
@@ -200,7 +209,7 @@ def test_gradients_of_a_row_add_up_in_single_precision_at_least(dtype, path):
 )
 def test_rows_are_sums_of_their_tokens(dtype, summed):
     values = torch.randn(N, D).to(dtype)
-    sums = sum_rows(values, ROW, ROWS)
+    sums = sum_by_index(values, ROW, ROWS)
     assert sums.dtype == summed
     torch.testing.assert_close(sums, F.one_hot(ROW, ROWS).T.to(summed) @ values.to(summed))
 
@@ -224,7 +233,7 @@ def part_of_more(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("arrange", [spaced, columns_first, part_of_more])
 def test_inputs_may_lie_in_memory_as_they_like(function, sizes, arrange):
     inputs = draw(sizes)
-    arranged = [arrange(leaf.detach()).requires_grad_() for leaf in inputs]
+    arranged = [(arrange if leaf.ndim > 1 else spaced)(leaf.detach()).requires_grad_() for leaf in inputs]
     assert not any(leaf.is_contiguous() for leaf in arranged)
     torch.testing.assert_close(results(function, arranged), results(function, inputs), rtol=0, atol=1e-12)
 
@@ -268,8 +277,8 @@ def test_nothing_as_large_as_an_output_is_kept_but_one_of_the_inputs(name, expec
 
 
 def test_values_are_not_copied():
-    qkv, gain = draw(CASES["grouped heads"][1])
-    v = norm_four_heads(qkv, gain)[2]
+    qkv, *gains = draw(CASES["grouped heads"][1])
+    v = norm_four_heads(qkv, *gains)[2]
     assert v.data_ptr() == qkv[:, 6:].data_ptr()
     assert v.stride() == qkv.stride()
 
@@ -314,7 +323,7 @@ def test_a_layer_is_called_where_somebody_would_notice(change, bias):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("emulated", [True, False])
 def test_a_layer_behind_an_activation_under_autocast(dtype, emulated, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", [dtype] if emulated else [])
+    monkeypatch.setattr(products, "EMULATED", [dtype] if emulated else [])
     layer, hidden = Linear(D, 3), draw([(N, 2 * D)], dtype)[0]
     leaves = [hidden, *layer.parameters()]
     with torch.autocast("cpu", dtype):
@@ -337,7 +346,7 @@ def test_blocks_of_rows_are_the_whole(monkeypatch):
     function, sizes = CASES["activated layer"]
     inputs = draw(sizes)
     expected = results(function, inputs)
-    monkeypatch.setattr(fused, "BLOCK", 2 * D * 3)  # three rows, three rows, and one
+    monkeypatch.setattr(elementwise, "BLOCK", 2 * D * 3)  # three rows, three rows, and one
     torch.testing.assert_close(results(function, inputs), expected, rtol=0, atol=1e-12)
-    monkeypatch.setattr(fused, "BLOCK", 1)
+    monkeypatch.setattr(elementwise, "BLOCK", 1)
     torch.testing.assert_close(results(function, inputs), expected, rtol=0, atol=1e-12)

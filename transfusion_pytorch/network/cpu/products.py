@@ -1,4 +1,4 @@
-"""Linear layers and convolutions in low precision, on processors that can store it but not multiply it.
+"""CPU only: products in low precision on processors that can store it but not multiply it.
 
 Without AVX-512 or better, torch multiplies bfloat16 one element at a time, or nearly so: 5 times slower than single
 precision on the way forward, and up to 75 times on the way back (docs/performance.md). Here such a product is made in
@@ -10,13 +10,15 @@ i and o features.
 
 import platform
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from transfusion_pytorch.network.precision import precise, working_dtype
 
 FEW_ROWS = 16  # of which even an emulated product is faster than reading all weights twice
 
@@ -40,38 +42,17 @@ def emulated(dtype: torch.dtype, device_type: str) -> bool:
     return device_type == "cpu" and dtype in EMULATED
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """What a product with `x` gives back: autocast's type, or its own."""
-    kind = x.device.type
-    rounds = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
-    return torch.get_autocast_dtype(kind) if rounds else x.dtype
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """What sums, norms and losses are made in, whatever autocast says: single precision at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What products of this type are best made in."""
     return torch.float32 if emulated(dtype, device_type) else dtype
-
-
-class Linear(nn.Linear):
-    """As `torch.nn.Linear`, in whose place it can be loaded and replaced."""
-
-    def forward(self, x: Shaped[Tensor, "... i"]) -> Shaped[Tensor, "... o"]:
-        return linear(x, self.weight, self.bias)
 
 
 def linear(
     x: Shaped[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> Shaped[Tensor, "... o"]:
     """`x weight^T + bias`."""
-    if x.device.type != "cpu" or not emulated(dtype := working_dtype(x), "cpu"):
-        return F.linear(x, weight, bias)
-    # a compiled graph must not depend on the number of rows
-    if weight.dtype == dtype and not torch.compiler.is_compiling() and x.shape[:-1].numel() < FEW_ROWS:
+    dtype = working_dtype(x)
+    if not emulated(dtype, "cpu") or (weight.dtype == dtype and x.shape[:-1].numel() < FEW_ROWS):
         return F.linear(x, weight, bias)
     return UpcastLinear.apply(x.to(dtype), weight, bias)  # type: ignore[return-value]
 
@@ -118,37 +99,3 @@ def linear_gradients(
         if wanted[2]:
             grad_bias = rows.sum(dim=0, dtype=precise(dtype)).to(bias_dtype)
     return grad_x, grad_weight, grad_bias
-
-
-def is_untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Whether a module is one of these types itself, and nobody waits for its call: then it may be left uncalled."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    watched = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-    return type(module) in types and not watched and not nn.modules.module._has_any_global_hook()
-
-
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight and bias are all there is to a layer, and plain numbers."""
-    return is_untouched(module, nn.Linear, Linear) and type(module.weight) in (nn.Parameter, Tensor)
-
-
-class Convolution(nn.Module):
-    """Mixed into a convolution. Beside weights of single precision, as under autocast; keeps what it reads in that."""
-
-    weight: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = working_dtype(x)
-        if self.weight.dtype == dtype or not emulated(dtype, x.device.type):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(dtype).to(self.weight.dtype)).to(dtype)
-
-
-class Conv1d(Convolution, nn.Conv1d): ...
-
-
-class Conv2d(Convolution, nn.Conv2d): ...
-
-
-class Conv3d(Convolution, nn.Conv3d): ...

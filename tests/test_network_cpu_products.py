@@ -5,28 +5,16 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import compiles
-from functorch.compile import make_boxed_func
 from network_streams import STREAMS, projections, stream
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transfusion_pytorch.network import upcast
-from transfusion_pytorch.network.attend import attend, plan_attention
-from transfusion_pytorch.network.fused import gated_linear
-from transfusion_pytorch.network.upcast import (
-    FEW_ROWS,
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    Linear,
-    emulated,
-    types_without_products,
-)
-
-# torch's own, while it traces
-traced = pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+from transfusion_pytorch.network.attend import plan_attention
+from transfusion_pytorch.network.cpu import products
+from transfusion_pytorch.network.cpu.products import FEW_ROWS, emulated, types_without_products
+from transfusion_pytorch.network.layer import FeedForward
+from transfusion_pytorch.network.linear import Conv1d, Conv2d, Conv3d, Linear
+from transfusion_pytorch.network.shortcuts import plain_formulas
 
 LOW = [torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", LOW)
@@ -36,7 +24,7 @@ each_bias = pytest.mark.parametrize("bias", [True, False])
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def processor(request, monkeypatch):
     """With or without products of low precision, whichever this one has."""
-    monkeypatch.setattr(upcast, "EMULATED", LOW if request.param else ())
+    monkeypatch.setattr(products, "EMULATED", LOW if request.param else ())
     return request.param
 
 
@@ -83,6 +71,13 @@ class WatchProducts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def behind_activation(layer):
+    """A feedforward without its first layer."""
+    ff = FeedForward(layer.in_features)
+    ff.to_hidden, ff.to_out = nn.Identity(), layer
+    return ff
+
+
 @each_dtype
 @pytest.mark.parametrize("backward_under_autocast", [False, True])
 @pytest.mark.parametrize("name", ["layer", "behind an activation"])
@@ -92,7 +87,7 @@ def test_products_are_of_single_precision_only_where_the_low_one_is_emulated(
     layer, x = Linear(8, 8), torch.randn(FEW_ROWS, 8, requires_grad=True)
     function = {
         "layer": layer,
-        "behind an activation": lambda x: gated_linear(torch.cat((x, x), dim=1), "geglu", layer),
+        "behind an activation": lambda x: behind_activation(layer)(torch.cat((x, x), dim=1)),
     }[name]
     with WatchProducts() as watch:
         with torch.autocast("cpu", dtype):
@@ -104,23 +99,12 @@ def test_products_are_of_single_precision_only_where_the_low_one_is_emulated(
 
 
 @each_dtype
-@compiles
-@traced
-def test_products_of_compiled_layers_are_of_single_precision_too(dtype, processor):
-    seen = []
-
-    def note(graph, _):
-        products = (node for node in graph.graph.nodes if node.target in PRODUCTS)
-        seen.extend(part.meta["val"].dtype for node in products for part in node.args)
-        return make_boxed_func(graph.forward)
-
+def test_plain_formulas_leave_products_to_torch(dtype, monkeypatch):
+    monkeypatch.setattr(products, "EMULATED", LOW)
     layer, x = Linear(8, 8), torch.randn(FEW_ROWS, 8, requires_grad=True)
-    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=note), fullgraph=True)
-    with torch.autocast("cpu", dtype):
-        loss = compiled(x).sum()
-    loss.backward()
-    assert len(seen) == 3 + 2 * 2
-    assert set(seen) == {torch.float32 if processor else dtype}
+    with WatchProducts() as watch, plain_formulas(), torch.autocast("cpu", dtype):
+        layer(x)
+    assert set(watch.seen) == {dtype}
 
 
 def test_other_types_and_autocast_of_double_are_left_alone(processor):
@@ -132,7 +116,7 @@ def test_other_types_and_autocast_of_double_are_left_alone(processor):
 @each_dtype
 @pytest.mark.parametrize("frozen", [False, True])
 def test_only_the_low_precision_is_kept_and_only_for_a_weight_that_learns(frozen, dtype, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    monkeypatch.setattr(products, "EMULATED", LOW)
     layer, x, kept = Linear(32, 32), torch.randn(64, 32, requires_grad=True), []
     layer.weight.requires_grad_(not frozen)
     pack = lambda part: kept.append(part) or part  # noqa: E731
@@ -145,7 +129,7 @@ def test_only_the_low_precision_is_kept_and_only_for_a_weight_that_learns(frozen
 @each_dtype
 @pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
 def test_each_gradient_is_the_same_where_no_other_is_wanted(wanted, dtype, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    monkeypatch.setattr(products, "EMULATED", LOW)
     layer, x = Linear(8, 8), torch.randn(FEW_ROWS, 8, requires_grad=True)
     leaves = [x, layer.weight, layer.bias]
     gradients = []
@@ -178,7 +162,7 @@ def test_attention_is_as_precise_as_its_type(dtype, softcap, processor):
     grad = torch.randn(inputs[0].shape).to(dtype)
     plan = plan_attention(layout)
     ours, exact = (
-        results(lambda q, parts=parts: attend(q, *parts[1:], plan, softcap=softcap), parts[0], parts[1:], grad)
+        results(lambda q, parts=parts: plan.attend(q, *parts[1:], softcap=softcap), parts[0], parts[1:], grad)
         for parts in (inputs, wide)
     )
     assert {part.dtype for part in ours} == {dtype}
@@ -194,20 +178,8 @@ def test_layers_are_those_of_torch_in_states_and_types():
 
 
 @each_dtype
-@each_bias
-@compiles
-@traced
-def test_compiled_and_eager_layers_agree(dtype, bias, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", LOW)
-    layer, x = Linear(24, 40, bias=bias), torch.randn(32, 24, requires_grad=True)
-    compiled, grad = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(32, 40)
-    ours, eager = (results(function, x, layer.parameters(), grad, dtype) for function in (compiled, layer))
-    assert_as_precise_as(dtype, ours, eager)
-
-
-@each_dtype
 def test_other_types_and_devices_are_never_emulated(dtype, monkeypatch):
-    monkeypatch.setattr(upcast, "EMULATED", LOW)
+    monkeypatch.setattr(products, "EMULATED", LOW)
     assert emulated(dtype, "cpu")
     assert not emulated(dtype, "cuda")
     assert not emulated(torch.float32, "cpu")
@@ -237,4 +209,4 @@ def test_layers_run_on_meta_tensors():
     """Which know no autocast."""
     layer = Linear(3, 5, device="meta")
     assert layer(torch.empty(20, 3, device="meta")).shape == (20, 5)
-    assert gated_linear(torch.empty(20, 6, device="meta"), "geglu", layer).shape == (20, 5)
+    assert behind_activation(layer)(torch.empty(20, 6, device="meta")).shape == (20, 5)

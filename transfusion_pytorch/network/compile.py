@@ -1,0 +1,66 @@
+"""How a layer is called: as it is, computed again in the backward pass, compiled, or both.
+
+One function is compiled for all layers, so that those of one kind share a graph: what differs between layers (weights)
+and between batches (tokens, intervals, tables of blocks, modulation index) are inputs of the graph. Batches that are
+padded to one number of tokens and of spans need no other graph. The compiled functions are kept here and not in the
+modules, which can be copied and pickled.
+"""
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
+
+Checkpointing = bool | Literal["selective"]
+MOST_GRAPHS = (
+    256  # of one function for all models: with and without gradients, skips, spans, ... torch's own limit is 8
+)
+
+aten = torch.ops.aten
+ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+# what selective checkpoints keep: products, and what attention gives back
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    torch.ops.higher_order.flex_attention,
+    *(getattr(aten, f"_scaled_dot_product_{name}").default for name in ATTENTION),
+}
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def call(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    if not checkpointing:
+        return layer(*inputs)
+    contexts = dict(context_fn=_selective_contexts) if checkpointing == "selective" else {}
+    return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
+
+
+def compiles(plan: AttentionPlan) -> bool:
+    """Whether compiled layers are made for a plan: those over whole streams by tensors alone."""
+    return isinstance(plan, FlexAttention | DenseAttention)
+
+
+def layer_call(compile_options: Mapping[str, Any] | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What calls a layer; `compile_options` are those of `torch.compile`, None not to compile."""
+    if compile_options is None:
+        return call
+    key = repr(sorted(compile_options.items()))
+    if key not in _COMPILED:
+        limit = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in signature(torch.compile).parameters else {}
+        _COMPILED[key] = torch.compile(call, **limit | dict(compile_options))
+    return _COMPILED[key]
+
+
+_COMPILED: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}

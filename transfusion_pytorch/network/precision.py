@@ -1,0 +1,28 @@
+"""Which type numbers are made in: one rule for sums and losses, one for matrix products."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1e-6
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """What sums, norms and losses are made in, whatever autocast says: single precision at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with `x` returns: autocast's type, or its own."""
+    kind = x.device.type
+    rounds = (
+        kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    )  # which autocast leaves alone
+    return torch.get_autocast_dtype(kind) if rounds else x.dtype
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Products inside of this are made in the types of their factors."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
