@@ -293,13 +293,14 @@ def test_a_modality_tells_what_it_is():
             model.get_modality_info(unknown)
 
 
-def test_muon_is_for_the_hidden_matrices_of_the_trunk():
+def test_muon_is_for_the_matrices_of_all_linear_layers_of_the_trunk():
     model = tiny()
     muon = model.muon_parameters()
     layers = dict(model.transformer.layers.named_parameters())
     names = {name for name, parameter in layers.items() if any(parameter is chosen for chosen in muon)}
-    hidden = ("attn.to_qkv.weight", "attn.to_out.weight", "ff.to_hidden.weight", "ff.to_out.weight")
-    assert names == {f"{layer}.{name}" for layer in (0, 1) for name in hidden}
+    matrices = ("attn.to_qkv", "attn.to_gates", "attn.to_out", "attn_norm.to_modulation")
+    matrices += ("ff.to_hidden", "ff.to_out", "ff_norm.to_modulation")
+    assert names == {f"{layer}.{name}.weight" for layer in (0, 1) for name in matrices} | {"1.skip.weight"}
     assert len(muon) == len(names)
     assert all(parameter.ndim == 2 for parameter in muon)
 
