@@ -51,8 +51,8 @@ def norm_four_heads(qkv, of_queries, of_keys):
 def gated_linear(hidden, activation, layer):
     """A feedforward without its first layer."""
     ff = FeedForward(D, activation=activation)
-    ff.to_hidden, ff.to_out = nn.Identity(), layer
-    return ff(hidden)
+    ff.to_out = layer
+    return ff._contract(hidden)
 
 
 def activated_layer(hidden, weight, bias=None):

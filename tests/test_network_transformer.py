@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import no_typecheck
 from network_streams import Stream, cuts, perturb, stream
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -409,6 +410,12 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@no_typecheck
+def test_other_kinds_of_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="use_checkpoint must be True, False or 'selective', got 'all'"):
+        make(use_checkpoint="all")
+
+
 def test_checkpoints_are_turned_on_and_off_as_in_other_libraries():
     model = make()
     assert model.use_checkpoint is False
@@ -565,7 +572,6 @@ def test_no_option_is_ignored(name):
         (dict(ff_kwargs=dict(activation="relu")), "activation must be one of geglu, swiglu, got 'relu'"),
         (dict(ff_expansion_factor=0), "expansion_factor"),
         (dict(dropout=1.5), "dropout"),
-        (dict(use_checkpoint="all"), "use_checkpoint must be True, False or 'selective', got 'all'"),
         (dict(attn_kwargs=dict(softcap_value=-1)), "softcap_value must be positive, got -1"),
         (dict(attn_kwargs=dict(kv_heads=2)), "attn_kwargs takes gate_values, softcap_value, got kv_heads"),
         (dict(attn_kwargs=dict(laser=True)), "attn_kwargs takes gate_values, softcap_value, got laser"),

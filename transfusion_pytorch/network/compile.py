@@ -17,9 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
 
 Checkpointing = bool | Literal["selective"]
-MOST_GRAPHS = (
-    256  # of one function for all models: with and without gradients, skips, spans, ... torch's own limit is 8
-)
+MOST_GRAPHS = 256  # of all models together: with gradients, skips, spans, ... or without; torch's own limit is 8
 
 aten = torch.ops.aten
 ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")

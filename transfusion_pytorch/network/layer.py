@@ -44,9 +44,11 @@ class FeedForward(nn.Module):
         self.to_out = Linear(hidden, dim)
 
     def forward(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        hidden = self.to_hidden(x)
+        return self._contract(self.to_hidden(x))
+
+    def _contract(self, hidden: Shaped[Tensor, "n two_f"]) -> Shaped[Tensor, "n d"]:
         if uses_cpu_kernels(hidden) and self._has_no_dropout() and is_plain_linear(self.to_out):
-            return GatedLinear.apply(hidden, self.to_out.weight, self.to_out.bias, self.activation)
+            return GatedLinear.apply(hidden, self.to_out.weight, self.to_out.bias, self.activation)  # type: ignore[return-value]
         return self.to_out(self.dropout(self._activate(hidden)))
 
     def _activate(self, hidden: Tensor) -> Tensor:
