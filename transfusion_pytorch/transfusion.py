@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from ema_pytorch import EMA
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -158,7 +158,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         times: Any = None,
         num_modalities_to_times_fn: Any = None,
         modality_type: Any = None,
-        labels: Int[Tensor, "b n"] | None = None,
+        labels: Any = None,
         sample_weights: Any = None,
         counts: TargetCounts | None = None,
         reduction: str = "mean",

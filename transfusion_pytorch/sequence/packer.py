@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
@@ -39,6 +39,7 @@ IGNORED = -100  # what Hugging Face and torch call a label that is no target
 TOKENS_PER_SPAN = 64  # of a padded batch: its span table is filled up to so many rows
 
 
+@runtime_checkable
 class ModalityShapes(Protocol):
     """What packing must know of a modality. Found without its parameters, and picklable."""
 
@@ -79,7 +80,7 @@ class Packer:
         samples: Any,
         *,
         modality_type: Any = None,
-        labels: Int[Tensor, "b n"] | None = None,
+        labels: Any = None,
         times: Any = None,
         sample_weights: Any = None,
         names: Sequence[str | None] | None = None,
