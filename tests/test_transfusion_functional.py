@@ -1,4 +1,4 @@
-"""Derivatives of any order, forward mode and per-sample gradients through `model(batch)`, inside of `plain_formulas()`."""
+"""Inside of `plain_formulas()`, `model(batch)` has derivatives of any order, forward mode and per-sample gradients."""
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ def test_functional_gradients_are_those_of_backward(loss):
         torch.testing.assert_close(made, other, **EXACT)
 
 
+# torch compiles its own formulas of forward mode with what it deprecates
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_forward_mode_is_the_directional_derivative(loss):
     of, parameters = loss
     direction = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
