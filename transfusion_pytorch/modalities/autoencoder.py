@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.adapters import is_out_of_memory
+from transfusion_pytorch.modalities.adapters import is_out_of_memory
 
 AT_ONCE = 64  # instances that go through together: memory does not grow with the batch beyond that
 

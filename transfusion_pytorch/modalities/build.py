@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from transfusion_pytorch.modalities.adapters import LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.io import ModalityIO
-from transfusion_pytorch.network.adapters import LinearAdapter, PairAdapter
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape
 from transfusion_pytorch.sequence.vocabulary import parse_shape
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.modalities.adapters import AxialPositions, LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.autoencoder import run_half
-from transfusion_pytorch.network.adapters import AxialPositions, LinearAdapter, PairAdapter
 from transfusion_pytorch.sequence.batch import ModalityData, RawInstances
 from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, check_finite

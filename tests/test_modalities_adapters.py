@@ -8,8 +8,8 @@ import torch
 from network_streams import perturb
 from torch import nn
 
-from transfusion_pytorch.network.adapters import AxialPositions, LinearAdapter, PairAdapter
-from transfusion_pytorch.network.unet import ResidualBlock, UNetDown, UNetUp
+from transfusion_pytorch.modalities.adapters import AxialPositions, LinearAdapter, PairAdapter
+from transfusion_pytorch.modalities.unet import ResidualBlock, UNetDown, UNetUp
 from transfusion_pytorch.sequence.positions import axial_coordinates
 
 LATENT, DIM = 3, 8

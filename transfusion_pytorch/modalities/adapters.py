@@ -13,9 +13,9 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import sinusoids
-from transfusion_pytorch.network.unet import UNetDown, UNetUp
 
 Shape = tuple[int, ...]
 
