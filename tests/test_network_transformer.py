@@ -18,6 +18,7 @@ from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.sequence import masks
 from transfusion_pytorch.sequence.positions import rotary_phases
+from transfusion_pytorch.training.parameters import hidden_matrices
 
 DIM = 12
 EVERYTHING = dict(
@@ -514,13 +515,16 @@ def test_gradients_of_inputs_need_no_flex_attention_of_a_frozen_model():
 def test_muon_gets_the_matrices_of_all_linear_layers_once_each():
     model = make(**EVERYTHING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [names[id(parameter)] for parameter in model.muon_parameters()]
+    found = [names[id(parameter)] for parameter in hidden_matrices(model)]
     linear = ["attn.to_qkv", "attn.to_gates", "attn.to_out", "attn_norm.to_modulation", "ff.to_hidden", "ff.to_out"]
     linear += ["ff_norm.to_modulation"]
     expected = [f"layers.{i}.{name}.weight" for i in range(3) for name in linear]
-    expected += [f"layers.{i}.attn.to_value_mix.weight" for i in (1, 2)] + ["layers.2.skip.weight"]
+    expected += [f"layers.{i}.attn.to_value_mix.weight" for i in (1, 2)] + [
+        "layers.2.skip.weight",
+        "final_norm.to_modulation.weight",
+    ]
     assert sorted(found) == sorted(expected)
-    assert all(parameter.ndim == 2 for parameter in model.muon_parameters())
+    assert all(parameter.ndim == 2 for parameter in hidden_matrices(model))
 
 
 @each_option

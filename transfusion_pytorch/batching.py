@@ -27,6 +27,7 @@ class BatchingMethods:
     precision: torch.dtype
     device: torch.device
     training: bool
+    _live_shapes: tuple[ShapeFinder, ...]
 
     def packer(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: Any) -> Iterator[None]:
     """Whole parameters of a model that `fully_shard` has split over processes; any other stays as it is.
 
     Processes wait for each other here and nowhere inside, so each may sample as long as it needs.

@@ -38,10 +38,11 @@ def build_modalities(
     to_modality_shape_fn: Any,
 ) -> Modalities:
     """One `ModalityIO` for each entry of `dim_latent`; the arguments are those of `Transfusion`."""
-    dims = (dim,) if dim_latent is None else (dim_latent,) if isinstance(dim_latent, Integral) else tuple(dim_latent)
-    if not dims or not all(is_int(d) and d > 0 for d in dims):
+    given: Any = dim if dim_latent is None else dim_latent
+    given = given if is_sequence(given) else (given,)
+    if not given or not all(is_int(d) and d > 0 for d in given):
         raise ValueError(f"dim_latent must be the positive number of channels of each modality, got {dim_latent}")
-    dims, count = tuple(map(int, dims)), len(dims)
+    dims, count = tuple(map(int, given)), len(given)
     if is_int(modality_default_shape):
         modality_default_shape = (modality_default_shape,)
     shapes = per_modality(modality_default_shape, count, "modality_default_shape", is_one=_is_shape)

@@ -60,9 +60,9 @@ def draw_noise(
     latents: Float[Tensor, "k c"], given: Any = None, generator: torch.Generator | None = None
 ) -> Float[Tensor, "k c"]:
     """Noise for latents: what is given, or drawn on the generator's device, so that a CPU and a GPU draw the same."""
-    if given is None and generator is None:
-        return torch.randn_like(latents)
     if given is None:
+        if generator is None:
+            return torch.randn_like(latents)
         drawn = torch.randn(latents.shape, generator=generator, device=generator.device, dtype=latents.dtype)
         return drawn.to(latents.device, non_blocking=True)
     if not isinstance(given, Tensor) or given.shape != latents.shape:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -97,9 +98,9 @@ class ShapeFinder:
     def _dry_run(self, name: str, instance: Tensor, where: str) -> Tensor:
         """One instance through the encoder or decoder, as a batch of one."""
         half = getattr(self.blank, name)
-        options = dict(batched=self.blank.batched, name=self.blank.name_of(half), places=[where])
+        run = partial(run_half, batched=self.blank.batched, name=self.blank.name_of(half), places=[where])
         try:
-            return run_half(half, instance[None], **options)
+            return run(half, instance[None])
         except Exception as error:
             if self.live is None:
                 raise ValueError(
@@ -107,7 +108,7 @@ class ShapeFinder:
                 ) from error
         real = getattr(self.live, name)
         device = next((parameter.device for parameter in real.parameters()), torch.device("cpu"))
-        return run_half(real, torch.zeros(instance[None].shape, device=device), **options)
+        return run(real, torch.zeros(instance[None].shape, device=device))
 
 
 def on_meta(module: Any) -> Any:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,8 @@ class RaggedAttention(NamedTuple):
         lengths = [run.tokens.stop - run.tokens.start for run in self.runs]
         split = (part.split(lengths) for part in (q, k, v))
         outs = [
-            attend_run(run, *(run.batched(part) for part in parts), softcap)
-            for run, *parts in zip(self.runs, *split, strict=True)
+            attend_run(run, run.batched(q_run), run.batched(k_run), run.batched(v_run), softcap)
+            for run, q_run, k_run, v_run in zip(self.runs, *split, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -75,7 +75,7 @@ class FlexAttention(NamedTuple):
     def _block_mask(self) -> BlockMask:
         n, blocks = len(self.intervals.end), self.intervals.blocks
         assert blocks is not None
-        tables = {name: table[None, None] for name, table in zip(blocks._fields, blocks, strict=True)}
+        tables: dict[str, Any] = {name: table[None, None] for name, table in blocks._asdict().items()}
         return BlockMask(seq_lengths=(n, n), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod(), **tables)
 
 

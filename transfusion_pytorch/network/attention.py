@@ -3,6 +3,8 @@
 n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Shaped
@@ -86,7 +88,8 @@ class Attention(nn.Module):
 
     def _rotated(self, qkv: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and rotated, and values as they are."""
-        norms, on_cpu = (self.q_norm, self.k_norm), uses_cpu_kernels(qkv)
+        norms: tuple[Any, Any] = self.q_norm, self.k_norm
+        on_cpu = uses_cpu_kernels(qkv)
         if on_cpu and all(norm and is_untouched(norm, RMSNorm) and is_plain(norm.weight) for norm in norms):
             gains = [norm.weight.expand(h, -1) for norm, h in zip(norms, (self.heads, self.kv_heads), strict=True)]
             return cpu.NormedHeads.apply(qkv, 1 + torch.cat(gains), phases, self.heads)  # type: ignore[return-value]

@@ -41,7 +41,7 @@ def _selective_contexts() -> tuple[Any, Any]:
 def call(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     if not checkpointing:
         return layer(*inputs)
-    contexts = dict(context_fn=_selective_contexts) if checkpointing == "selective" else {}
+    contexts: dict[str, Any] = dict(context_fn=_selective_contexts) if checkpointing == "selective" else {}
     return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
 
 
@@ -56,8 +56,10 @@ def layer_call(compile_options: Mapping[str, Any] | None) -> Callable[..., tuple
         return call
     key = repr(sorted(compile_options.items()))
     if key not in _COMPILED:
-        limit = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in signature(torch.compile).parameters else {}
-        _COMPILED[key] = torch.compile(call, **limit | dict(compile_options))
+        options: dict[str, Any] = dict(compile_options)
+        if "recompile_limit" in signature(torch.compile).parameters:
+            options.setdefault("recompile_limit", MOST_GRAPHS)
+        _COMPILED[key] = torch.compile(call, **options)
     return _COMPILED[key]
 
 

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether its weight and bias are all there is to a layer."""
-    return is_untouched(module, nn.Linear, Linear) and is_plain(module.weight)
+    return is_untouched(module, nn.Linear, Linear) and is_plain(module.weight)  # type: ignore[arg-type]
 
 
 class Convolution(nn.Module):

@@ -190,10 +190,6 @@ class Transformer(nn.Module):
             layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype, rows=rows
         )
 
-    def muon_parameters(self) -> list[nn.Parameter]:
-        """The matrices of all linear layers inside of the trunk's layers, for the Muon optimizer."""
-        return [module.weight for module in self.layers.modules() if isinstance(module, nn.Linear)]
-
 
 def as_trunk(transformer: Any) -> Any:
     """A `Transformer` of these arguments, or a module that is called as one."""

@@ -138,7 +138,7 @@ class Packer:
         ignored = (labels == self.ignore_index) | (labels == IGNORED)
         check_ids(labels[~ignored], self.vocabulary.num_logits, "labels")
         rows = labels.masked_fill(ignored, self.ignore_index)
-        return [[Text(sample[0].ids, labels=row)] for sample, row in zip(parsed, rows, strict=True)]
+        return [[piece._replace(labels=row)] for [piece], row in zip(parsed, rows, strict=True)]
 
     def _shaped(self, samples: list[list[Piece]], refuses_gradients: bool) -> tuple[list[list[Piece]], list[str]]:
         """Checks every instance, puts its channels last, and finds the axial shape of what is raw. Also says where each

@@ -8,7 +8,7 @@ from torch import nn
 def hidden_matrices(trunk: nn.Module) -> list[nn.Parameter]:
     """The weights of all linear layers of a trunk, for the Muon optimizer; the rest goes to AdamW."""
     weights = [module.weight for module in trunk.modules() if isinstance(module, nn.Linear)]
-    return [weight for weight in weights if weight.requires_grad and weight.ndim == 2]
+    return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
