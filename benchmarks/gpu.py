@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the package of this checkout, wh
 
 import torch  # noqa: E402
 from gpu_checks import check_equality, check_waits  # noqa: E402
-from gpu_device import Run, peak_flops, release  # noqa: E402
+from gpu_device import Run, peak_flops  # noqa: E402
 from gpu_page import Page  # noqa: E402
 from gpu_training import train_large, train_small  # noqa: E402
 from gpu_workloads import LARGE, QUICK_LARGE, QUICK_SMALL, SMALL, Size  # noqa: E402
@@ -39,7 +39,8 @@ def main() -> None:
     torch.manual_seed(0)
     folder = options.out or HERE / "results" / ("quick" if options.quick else "")
     deadline = time.monotonic() + 60 * options.minutes
-    run = Run(device, Page(folder), deadline, options.quick, options.peer)
+    compiles = device.type == "cuda" or options.compile
+    run = Run(device, Page(folder), deadline, options.quick, options.peer, compiles)
     small, large = (QUICK_SMALL, QUICK_LARGE) if options.quick else (SMALL, LARGE)
     results: dict[str, Any] = {}
     parts = {
@@ -54,7 +55,6 @@ def main() -> None:
         _, failure = run.page.attempt(f"part {name}", parts[name])
         if failure:
             run.page.add(run.page.section("Parts that failed", "See the tracebacks."), part=name, failure=failure)
-        release(device)
         write_targets(run, results)
     print(f"{run.page.folder / 'gpu.md'}", flush=True)
 
@@ -65,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parse.add_argument("--minutes", type=float, default=8.0, help="what would take longer is skipped (default: 8)")
     parse.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with the PyPI package 0.20.0")
     parse.add_argument("--quick", action="store_true", help="tiny sizes, on a CPU too: does it run at all?")
+    parse.add_argument("--compile", action="store_true", help="on a CPU: compile all the same, which takes minutes")
     parse.add_argument("--out", type=Path, help="folder of the page (default: results, or results/quick)")
     return parse.parse_args()
 

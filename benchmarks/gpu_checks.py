@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from gpu_device import Run, autocast, build_model, compile_model, relative_error, release, synchronize, upload
+from gpu_device import (
+    NOT_COMPILED,
+    Run,
+    autocast,
+    build_model,
+    compile_model,
+    relative_error,
+    release,
+    synchronize,
+    upload,
+)
 from gpu_page import short_path
 from gpu_workloads import Size
 from torch import Tensor, nn
@@ -16,7 +26,8 @@ from training_jobs import CHANNELS, ragged
 
 MODEL = dict(dim=128, depth=2, heads=4, dim_head=64, kv_heads=2)
 OPTIONS = dict(attn_laser=True, use_value_residual=True, attn_kwargs=dict(softcap_value=30.0))
-SIZE = Size("checks", MODEL, vocabulary=256, token_budget=2304, side=8)
+SIZE = Size("checks", MODEL, vocabulary=256, side=8)
+MOST_TOKENS = 768  # of a ragged sample, at most 4 * 60 ids and 3 * 152 latents and markers
 IMAGES_A_SAMPLE = 3
 
 
@@ -43,7 +54,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Case:
-    """Samples, with the times `(b, m)` and the noise `(k, c)` of their modalities, so that nothing is left to chance."""
+    """Samples, and the times `(b, m)` and noise `(k, c)` of their modalities: nothing is left to chance."""
 
     samples: Any
     times: Tensor
@@ -60,7 +71,15 @@ class Case:
             yield Case([sample], self.times[i : i + 1], noise[i], self.options)
 
 
-def make_case(kind: str, pack: Any, num_samples: int = 3) -> Case:
+def samples_of(run: Run) -> int:
+    return 2 if run.quick else 3
+
+
+def budget_of(run: Run) -> int:
+    return samples_of(run) * MOST_TOKENS
+
+
+def make_case(kind: str, pack: Any, num_samples: int) -> Case:
     """Ragged samples of text and images of several sizes, the same number of texts, or of images of one size."""
     torch.manual_seed(1)
     options = {}
@@ -129,16 +148,13 @@ def checked_model(device: torch.device, **transformer: Any) -> Any:
 def equality_tests(run: Run, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Outcome], Callable[[], Outcome]]]:
     """Name, the outcome in question, the outcome that it should equal."""
     model = checked_model(run.device)
-    pack, padded = model.packer(prob_uncond=0.0), model.packer(prob_uncond=0.0, token_budget=SIZE.token_budget)
-    mixed, text, images = (make_case(kind, pack) for kind in ("mixed", "text", "images"))
+    pack, padded = (model.packer(prob_uncond=0.0, token_budget=budget) for budget in (None, budget_of(run)))
+    mixed, text, images = (make_case(kind, pack, samples_of(run)) for kind in ("mixed", "text", "images"))
     eager = lambda case=mixed, by=pack, of=model: outcome(of, case, by, dtype)  # noqa: E731
+    dense = lambda case, of=model: dense_outcome(of, case, pack, dtype)  # noqa: E731
 
     for name, case in (("mixed", mixed), ("text", text), ("images", images)):
-        yield (
-            f"flex = dense, {name}",
-            lambda case=case: eager(case),
-            lambda c=case: dense_outcome(model, c, pack, dtype),
-        )
+        yield f"flex = dense, {name}", lambda case=case: eager(case), lambda case=case: dense(case)
     yield "padded = unpadded", lambda: eager(by=padded), eager
     yield "batch = one by one", eager, lambda: outcome_one_by_one(model, mixed, pack, dtype)
     for kind in (True, "selective"):
@@ -148,21 +164,14 @@ def equality_tests(run: Run, dtype: torch.dtype) -> Iterator[tuple[str, Callable
         on_cpu = copy.deepcopy(model).cpu()
         yield "this device = CPU", eager, lambda: outcome(on_cpu, mixed, on_cpu.packer(prob_uncond=0.0), dtype)
         rich = checked_model(run.device, **OPTIONS)
-        yield (
-            "flex = dense, LASER, softcap, value residual",
-            lambda: eager(of=rich),
-            lambda: dense_outcome(rich, mixed, pack, dtype),
-        )
+        yield "flex = dense, LASER, softcap, value residual", lambda: eager(of=rich), lambda: dense(mixed, of=rich)
     compiled = copy.deepcopy(model)
-    compile_model(compiled, run.device)
+    compile_model(compiled, run)
     yield "compiled = eager", lambda: eager(by=padded, of=compiled), lambda: eager(by=padded)
     if dtype == torch.bfloat16:
-        selective = with_checkpoints(compiled, "selective")
-        yield (
-            "compiled, selective checkpoints = eager",
-            lambda: eager(by=padded, of=selective),
-            lambda: eager(by=padded),
-        )
+        selective = with_checkpoints(compiled, "selective")  # copies are compiled too
+        name = "compiled, selective checkpoints = eager"
+        yield name, lambda: eager(by=padded, of=selective), lambda: eager(by=padded)
 
 
 def check_equality(run: Run) -> None:
@@ -177,13 +186,17 @@ def check_equality(run: Run) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for dtype in (torch.float32, torch.bfloat16):
         for name, ours, other in equality_tests(run, dtype):
-            if reason := run.lacks(30):
+            if reason := why_skipped(run, name, 30):
                 run.page.add(section, type=NAMES[dtype], test=name, passed=reason)
                 continue
             pair, failure = run.page.attempt(f"{NAMES[dtype]} {name}", lambda a=ours, b=other: (a(), b()))
             row = dict(passed=failure) if pair is None else compared(*pair, TOLERANCES[dtype])
             run.page.add(section, type=NAMES[dtype], test=name, **row)
-        release(run.device)
+        release(run, graphs=False)  # the next part can use them
+
+
+def why_skipped(run: Run, name: str, seconds: float) -> str | None:
+    return NOT_COMPILED if "compiled" in name and not run.compiles else run.lacks(seconds)
 
 
 def compared(ours: Outcome, other: Outcome, tolerance: Tolerance) -> dict[str, Any]:
@@ -211,8 +224,8 @@ def check_waits(run: Run) -> None:
     )
     model = checked_model(run.device)
     compiled, selective = copy.deepcopy(model), with_checkpoints(model, "selective")
-    compile_model(compiled, run.device)
-    padded = model.packer(token_budget=SIZE.token_budget)
+    compile_model(compiled, run)
+    padded = model.packer(token_budget=budget_of(run))
     unpadded = model.packer()
     rows = [(kind, model, unpadded, kind, False) for kind in ("mixed", "text", "images")]
     rows += [(f"{kind}, padded", model, padded, kind, False) for kind in ("mixed", "text", "images")]
@@ -220,7 +233,7 @@ def check_waits(run: Run) -> None:
     rows += [("mixed, padded, selective checkpoints", selective, padded, "mixed", False)]
     rows += [("mixed, padded, compiled, with AdamW", compiled, padded, "mixed", True)]
     for name, trained, pack, kind, with_optimizer in rows:
-        if reason := run.lacks(20):
+        if reason := why_skipped(run, name, 20):
             run.page.add(section, step=name, passed=reason)
             continue
         found, failure = run.page.attempt(
@@ -228,12 +241,12 @@ def check_waits(run: Run) -> None:
         )
         passed = failure if found is None else (not found if run.has_gpu else "not checked: no CUDA (the step ran)")
         run.page.add(section, step=name, passed=passed, waits="; ".join(found or ()) or None)
-    release(run.device)
+    release(run)
 
 
 def places_that_wait(run: Run, model: nn.Module, pack: Any, kind: str, with_optimizer: bool) -> list[str]:
     """Empty if a warmed-up step raises nothing; else every place of it that waits."""
-    case = make_case(kind, pack)
+    case = make_case(kind, pack, samples_of(run))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(mode: str) -> None:
@@ -258,9 +271,8 @@ def places_that_wait(run: Run, model: nn.Module, pack: Any, kind: str, with_opti
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step("warn")
-        places = [
-            f"{short_path(each.filename)}:{each.lineno}" for each in caught if "called a sync" in str(each.message)
-        ]
+        waits = [each for each in caught if "called a sync" in str(each.message)]
+        places = [f"{short_path(each.filename)}:{each.lineno}" for each in waits]
         return list(dict.fromkeys(places)) or [str(error)]
     return []
 

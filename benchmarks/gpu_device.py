@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from gpu_page import Page
 from gpu_workloads import Size
 from torch import Tensor, nn
 
+NOT_COMPILED = "not compiled: takes minutes on a CPU, see --compile"
 # Dense bf16 FLOP/s without sparsity, from the vendor's data sheets. The first name that is part of the device's counts.
 PEAKS = {
     "H100 PCIe": 756e12,
@@ -33,6 +35,7 @@ class Run:
     deadline: float  # of time.monotonic
     quick: bool = False
     peer: str | None = None
+    compiles: bool = True
 
     @property
     def has_gpu(self) -> bool:
@@ -44,8 +47,9 @@ class Run:
         return self.deadline - time.monotonic()
 
     def lacks(self, seconds: float) -> str | None:
-        """Why something that takes so long is skipped, None if there is time. Quick runs are never short of it."""
-        if self.quick or self.left >= seconds:
+        """Why something that takes so long is skipped (a fifth of it if `quick`), None if there is time."""
+        seconds = seconds / 5 if self.quick else seconds
+        if self.left >= seconds:
             return None
         return f"skipped: takes about {seconds:.0f} s, {max(self.left, 0):.0f} s are left"
 
@@ -58,12 +62,15 @@ def build_model(size: Size, device: torch.device, **transformer: Any) -> nn.Modu
     from transfusion_pytorch import Transfusion
 
     torch.manual_seed(0)
-    return Transfusion(**size.model_arguments, transformer=size.transformer | transformer).to(device)
+    with device:  # a CPU takes many seconds to draw a billion numbers
+        return Transfusion(**size.model_arguments, transformer=size.transformer | transformer).to(device)
 
 
-def compile_model(model: Any, device: torch.device) -> None:
+def compile_model(model: Any, run: Run) -> None:
     """Flex attention has no backward pass on a CPU, so there the graphs hold the dense formula instead."""
-    if device.type == "cpu":
+    if not run.compiles:
+        return
+    if not run.has_gpu:
         model.transformer.attention = "dense"
     model.compile()
 
@@ -94,15 +101,15 @@ def mark(device: torch.device) -> Any:
 
 def intervals(marks: Sequence[Any]) -> list[float]:
     """Milliseconds between neighbouring marks, once the device has passed them all."""
-    pairs = list(zip(marks[:-1], marks[1:], strict=True))
-    return [1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b) for a, b in pairs]
+    return [1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
-def release(device: torch.device) -> None:
-    """Gives back memory and compiled graphs of what is no longer used."""
+def release(run: Run, *, graphs: bool = True) -> None:
+    """Gives back the memory of what is no longer used, and compiled `graphs`."""
     gc.collect()
-    torch._dynamo.reset()
-    if device.type == "cuda":
+    if graphs:
+        torch._dynamo.reset()
+    if run.has_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

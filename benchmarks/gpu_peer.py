@@ -1,7 +1,7 @@
 """The PyPI package on the mixed batches of the GPU benchmark. Run by the interpreter of an environment that has it.
 
-`python gpu_peer.py '{"size": "135M", "quick": false, "steps": 5}'` prints one line of JSON. Knows nothing of our package,
-which has the same import name. Takes the largest batches that fit into the memory.
+`python gpu_peer.py '{"size": "135M", "quick": false, "steps": 5}'` prints one line of JSON. Knows nothing of our
+package, which has the same import name. Takes the largest batches that fit into the memory.
 """
 
 import gc

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_device import (
+    NOT_COMPILED,
     Run,
     autocast,
     build_model,
@@ -18,7 +19,6 @@ from gpu_device import (
     peak_flops,
     release,
     synchronize,
-    upload,
 )
 from gpu_workloads import Size, causal_twin, mixed_samples, text_of
 from torch import nn
@@ -27,6 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 WARMUPS, STEPS = 3, 12
+Step = Callable[[Any], torch.Tensor]
 # triton_tem_: templates of inductor, which are flex attention alone unless matrix products are autotuned
 ATTENTION_KERNELS = ("flex_attention", "triton_tem_", "flash", "fmha", "scaled_dot_product", "packedattention")
 KINDS = ("mixed", "causal", "text")
@@ -44,7 +45,7 @@ class Weights(NamedTuple):
     def of(cls, model: nn.Module) -> "Weights":
         sums = dict.fromkeys(cls._fields, 0)
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and ".positions." not in name:  # made once for each shape
                 sums[_multiplied_by(name)] += module.weight.numel()
         return cls(**sums)
 
@@ -99,7 +100,7 @@ class Measured(NamedTuple):
         return statistics.median(self.milliseconds)
 
 
-def training_step(model: nn.Module, device: torch.device) -> Callable[[Any], torch.Tensor]:
+def training_step(model: nn.Module, device: torch.device) -> Step:
     """One step from a batch in pinned memory: upload, forward in bf16 autocast, backward, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -114,9 +115,7 @@ def training_step(model: nn.Module, device: torch.device) -> Callable[[Any], tor
     return step
 
 
-def measure(
-    step: Callable[[Any], torch.Tensor], batches: Sequence[Any], device: torch.device, warmups: int
-) -> Measured:
+def measure(step: Step, batches: Sequence[Any], device: torch.device, warmups: int) -> Measured:
     """Each batch once; the first ones are not timed."""
     graphs = lambda: counters["stats"]["unique_graphs"]  # noqa: E731
     cached = lambda: counters["inductor"]["fxgraph_cache_hit"]  # noqa: E731
@@ -195,22 +194,25 @@ def training_section(run: Run) -> Any:
 
 def train_small(run: Run, size: Size) -> dict[str, dict[str, Any]]:
     """Compiled on all kinds of batches, then mixed batches without compiling."""
-    done = _train(run, size, "compiled", KINDS, seconds=60)
-    return done | _train(run, size, "eager", ("mixed",), seconds=45)
+    done = _train(run, size, "compiled", KINDS, seconds=60, traced=("mixed", "text"))
+    return done | _train(run, size, "eager", ("mixed",), seconds=45, traced=("mixed",))
 
 
 def train_large(run: Run, size: Size) -> dict[str, dict[str, Any]]:
     """Compiled as it is, then with selective checkpoints."""
-    done = _train(run, size, "compiled", KINDS, seconds=100)
+    done = _train(run, size, "compiled", KINDS, seconds=100, traced=("mixed",))
     return done | _train(
-        run, size, "compiled, selective checkpoints", ("mixed",), seconds=90, use_checkpoint="selective"
+        run, size, "compiled, selective checkpoints", ("mixed",), seconds=90, traced=(), use_checkpoint="selective"
     )
 
 
 def _train(
-    run: Run, size: Size, how: str, kinds: Sequence[str], *, seconds: float, **options: Any
+    run: Run, size: Size, how: str, kinds: Sequence[str], *, seconds: float, traced: Sequence[str], **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """Rows of one model, by `how kind`. The first kind also pays for building and compiling it, about `seconds`."""
+    """Rows of one model, by `how kind`. The first kind also pays for building and compiling it, about `seconds`.
+
+    `traced` kinds are profiled once more behind all timings.
+    """
     section, rows, batches = training_section(run), {}, {}
     if reason := run.lacks(seconds):
         run.page.add(section, model=size.name, how=how, batch=", ".join(kinds), note=reason)
@@ -220,10 +222,11 @@ def _train(
         run.page.add(section, model=size.name, how=how, note=failure)
         return rows
     if how != "eager":
-        compile_model(model, run.device)
+        compile_model(model, run)
     step = training_step(model, run.device)
     for kind in kinds:
         row, name = dict(model=size.name, how=how, batch=kind), f"{how} {kind}"
+        note = None if run.compiles or how == "eager" else NOT_COMPILED
         if kind != kinds[0] and (reason := run.lacks(15)):
             run.page.add(section, **row, note=reason)
             continue
@@ -232,20 +235,20 @@ def _train(
         )
         if pair is None:
             run.page.add(section, **row, note=failure)
+            model.zero_grad(set_to_none=True)
+            release(run, graphs=False)
             continue
         rows[name], batches[name] = figures(model, *pair, run), pair[0].batches[-1]
-        run.page.add(section, **row, **rows[name])
+        run.page.add(section, **row, **rows[name], note=note)
     for name, batch in batches.items():
-        if not name.endswith("causal"):
+        if name.split()[-1] in traced:
             trace(run, step, f"{size.name} {name}", batch, rows[name]["ms"])
     del model, step
-    release(run.device)
+    release(run)
     return rows
 
 
-def _measure_kind(
-    model: Any, step: Callable[[Any], torch.Tensor], size: Size, kind: str, run: Run
-) -> tuple[Batches, Measured]:
+def _measure_kind(model: Any, step: Step, size: Size, kind: str, run: Run) -> tuple[Batches, Measured]:
     made = make_batches(model, size, kind, run)
     return made, measure(step, made.batches, run.device, warmups=1 if run.quick else WARMUPS)
 
@@ -280,7 +283,7 @@ def mfu(flops: Flops, measured: Measured, run: Run) -> float | None:
     return None if peak is None else 100 * flops.total / (measured.median / 1000) / peak
 
 
-def trace(run: Run, step: Callable[[Any], torch.Tensor], name: str, batch: Any, median: float) -> None:
+def trace(run: Run, step: Step, name: str, batch: Any, median: float) -> None:
     """A Chrome trace of one step, and its ten most expensive kernels."""
     section = run.page.section(
         "Kernels",
@@ -306,7 +309,7 @@ def trace(run: Run, step: Callable[[Any], torch.Tensor], name: str, batch: Any, 
     run.page.add_quietly(section, [row | dict(kernel=f"`{row['kernel'][:90]}`") for row in top])
 
 
-def profile_step(run: Run, step: Callable[[Any], torch.Tensor], name: str, batch: Any) -> list[dict[str, Any]]:
+def profile_step(run: Run, step: Step, name: str, batch: Any) -> list[dict[str, Any]]:
     """All kernels of one step, the most expensive first. Writes its trace."""
     device = run.device
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.has_gpu else [])]
@@ -321,4 +324,6 @@ def profile_step(run: Run, step: Callable[[Any], torch.Tensor], name: str, batch
     events = [each for each in profiler.key_averages() if each.device_type == wanted and not each.is_user_annotation]
     time_of = lambda event: event.self_device_time_total if run.has_gpu else event.self_cpu_time_total  # noqa: E731
     rows = [dict(kernel=event.key, calls=event.count, ms=time_of(event) / 1000) for event in events]
+    if not rows:
+        raise RuntimeError("the profiler saw no kernels")
     return sorted(rows, key=lambda row: -row["ms"])

@@ -1,4 +1,4 @@
-"""Sizes and data of the GPU benchmark. Needs torch alone: the interpreter that has the PyPI package imports it as well."""
+"""Sizes and data of the GPU benchmark. Needs torch alone: the interpreter of the PyPI package imports it as well."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -35,8 +35,8 @@ SMALL = Size("135M", dict(dim=576, depth=30, heads=9, dim_head=64, kv_heads=3, f
 LARGE = Size("1B", dict(dim=2048, depth=16, heads=32, dim_head=64, kv_heads=8))
 
 TINY = dict(dim=64, depth=2, heads=2, dim_head=32, kv_heads=1)
-QUICK_SMALL = Size("135M", TINY, vocabulary=256, token_budget=512, side=4)
-QUICK_LARGE = Size("1B", TINY | dict(dim=96), vocabulary=256, token_budget=512, side=4)
+QUICK_SMALL = Size("135M", TINY, vocabulary=256, token_budget=1024, side=8)
+QUICK_LARGE = Size("1B", TINY | dict(dim=96), vocabulary=256, token_budget=1024, side=8)
 
 
 class MixedSample(NamedTuple):

@@ -299,7 +299,8 @@ def test_labels_are_shifted_inside(model, ignored):
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (torch.zeros(2, 4, dtype=torch.long), ValueError, r"of the shape of the batch, \(2, 5\), got \(2, 4\)"),
+        (torch.zeros(2, 4, dtype=torch.long), ValueError, r"of the shape of the batch, \(2, 5\), got .*\(2, 4\)"),
+        (torch.ones(2, 5).bool(), ValueError, r"labels are ids"),
         (torch.zeros(2, 5), ValueError, r"labels are ids"),
         (torch.full((2, 5), 999), ValueError, r"labels: token id 999 is outside the vocabulary"),
     ],
@@ -456,8 +457,110 @@ def test_what_belongs_to_packing_is_refused_with_a_batch(model):
     batch = model.packer()(ragged_batch())
     with pytest.raises(ValueError, match="a Batch has its sample_weights; give them to the packer"):
         model(batch, sample_weights=[1, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"packed for a model whose modalities have \(3, 2\) channels"):
-        tiny(dim_latent=3)(batch)
+    others = [tiny(dim_latent=3), tiny(num_text_tokens=50), tiny(modality_encoder=(nn.Linear(3, 3), None)), tiny()]
+    for other in others:  # the last one has no reconstruction loss
+        with pytest.raises(ValueError, match="the Batch was packed for another model"):
+            other(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(counts=5), TypeError, "counts must be a TargetCounts, got int"),
+        (dict(generator=5), TypeError, "generator must be a Generator, got int"),
+        (dict(sample_weights="abc"), TypeError, "sample_weights must be numbers, got str"),
+        (dict(noise={5: torch.zeros(1)}), ValueError, r"noise for modalities \[5\], which the batch has not"),
+        (dict(counts=TargetCounts(*map(torch.ones, [(), 1, 1]))), ValueError, "counts are of 1 modalities"),
+    ],
+)
+def test_options_that_are_none_are_refused(model, options, error, message):
+    with pytest.raises(error, match=message):
+        model(ragged_batch(), **options)
+
+
+def test_every_call_drops_other_text(model):
+    """Also where times and noise are given, so that nothing else moves the generator."""
+    model.train()
+    samples = [[tensor([1, 2]), torch.zeros(1, 3)]] * 16
+    spy, options = Spy(model.text_embedding), dict(prob_uncond=0.5, times=0.5, noise=torch.zeros(16, 3))
+    for _ in range(3):
+        model(samples, **options)
+    dropped = [(ids == model.vocabulary.null).tolist() for ids in spy.inputs]
+    assert dropped[0] != dropped[1] != dropped[2]
+
+
+# what is put at t = 1 is a condition
+
+
+def test_what_is_put_at_one_is_like_a_condition(model, same_noise):
+    source, text, target = torch.randn(2, 3), tensor([1, 2]), torch.randn(1, 3)
+    teacher, times = awake(tiny(), 0.1), tensor([[1.0, 0.5]])
+    options = dict(velocity_consistency_ema_model=teacher)
+    put = parts_of(model, [[source, text, target]], times=times, **options)
+    condition = parts_of(model, [[Condition((0, source)), text, target]], times=times, **options)
+    for kind in ("flow", "velocity", "recon"):
+        torch.testing.assert_close(getattr(put, kind), getattr(condition, kind), **EXACT)
+    batch = model.packer()([[text, source]], times=1.0)
+    assert not batch.is_droppable.any()
+    again = batch.with_times(tensor([0.5]))
+    assert again.count_targets().latents.tolist() == [6, 0]
+    nearly = 1 - 1e-9
+    assert model.packer()([[source]], times=nearly).times.tolist() == [nearly]  # in the precision of the model
+
+
+# encoders that are not what they seem
+
+
+class Shorter(nn.Module):
+    """Makes fewer latents of some data than of others of the same shape, which a dry run cannot see."""
+
+    def forward(self, x):
+        return x[:, :1] if not x.is_meta and x.amax() > 5 else x
+
+
+def test_latents_of_another_shape_than_was_packed_are_refused():
+    model = awake(tiny(modality_encoder=(Shorter(), None)))
+    assert model([[torch.zeros(4, 3)]]).isfinite()
+    with pytest.raises(ValueError, match=r"sample 0, part 0: the encoder made latents of shape \(1,\), .* for \(4,\)"):
+        model([[torch.full((4, 3), 9.0)]])
+
+
+def test_an_encoder_that_cannot_be_copied_is_tried_itself():
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    layer.held = torch.ones(3, requires_grad=True) * 2  # which deepcopy refuses
+    model = awake(tiny(modality_encoder=(layer, None)))
+    samples = [[torch.randn(4, 3), tensor([1])]]
+    expected = model(samples, return_loss=False)
+    with pytest.raises(ValueError, match="modality 0: its modules cannot be copied .* give a latent_shape_fn"):
+        model.packer()
+    batch = pickle.loads(pickle.dumps(model.packer(latent_shape_fn=(lambda_free, None))))(samples)
+    assert torch.equal(model(batch, return_loss=False), expected)
+
+
+def lambda_free(shape):
+    return shape[:-1]
+
+
+class Random(nn.Module):
+    def forward(self, x):
+        return torch.distributions.Normal(x, torch.ones_like(x))
+
+
+def test_a_generator_also_draws_what_an_encoder_draws():
+    model = awake(tiny(modality_encoder=(Random(), None)))
+    batch = model.packer()([[torch.randn(4, 3)]])
+    state = torch.get_rng_state()
+    first, second = (model(batch, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(model(batch, generator=torch.Generator().manual_seed(2)), first)
+
+
+def test_a_packer_takes_samples_as_datasets_give_them(model):
+    pack = model.packer()
+    text = tensor([1, 2])
+    for sample in ((text, IMAGE), Sample((text, IMAGE))):
+        assert torch.equal(model(pack([sample]), return_loss=False), model([[text, IMAGE]], return_loss=False))
 
 
 def test_latents_on_a_device_are_searched_for_nan_on_request_only(model):

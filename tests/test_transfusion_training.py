@@ -167,8 +167,9 @@ def test_text_alone_asks_no_teacher():
 def test_times_leave_the_teacher_room():
     model = tiny()
     spy = Spy(model.time_embedding)
-    model(ragged_batch(), times=1.0, velocity_consistency_ema_model=tiny(), velocity_consistency_delta_time=0.25)
-    assert spy.inputs[0].tolist() == [0.75] * 6
+    for times in (0.875, 0.5, 1.0):  # what is put at 1 is a condition, and stays there
+        model(ragged_batch(), times=times, velocity_consistency_ema_model=tiny(), velocity_consistency_delta_time=0.25)
+    assert [t.tolist() for t in spy.inputs] == [[0.75] * 6, [0.5] * 6, [1.0] * 6]
 
 
 # the sum

@@ -76,6 +76,7 @@ class BatchingMethods:
         token_budget: int | None = None,
         prob_uncond: float | None = None,
         checks_devices: tuple[str, ...] | None = ("cpu",),
+        is_live: bool = False,
     ) -> Packer:
         return Packer(
             vocabulary=self.vocabulary,
@@ -86,6 +87,8 @@ class BatchingMethods:
             token_budget=token_budget,
             finds_blocks=self.device.type == "cuda",
             checks_devices=checks_devices,
+            takes_tuples=not is_live,
+            live_device=self.device if is_live else None,
         )
 
     def _as_batch(self, samples: Any, has_loss: bool = True, **options: Any) -> Batch:
@@ -94,11 +97,16 @@ class BatchingMethods:
             given = [name for name, value in options.items() if value is not None and name != "generator"]
             if given:
                 raise ValueError(f"a Batch has its {', '.join(given)}; give them to the packer instead")
-            if samples.channels != tuple(io.spec.dim_latent for io in self.modalities):
-                raise ValueError(f"the Batch was packed for a model whose modalities have {samples.channels} channels")
+            expected = self._packer(self._live_shapes, is_live=True).signature
+            if samples.signature != expected:
+                raise ValueError(
+                    f"the Batch was packed for another model: its vocabulary and modalities are {samples.signature}, "
+                    f"those of this one {expected}"
+                )
             batch = samples
         else:
-            batch = self._packer(self._live_shapes)(samples, refuses_gradients=has_loss, **options)
+            refuses = has_loss and torch.is_grad_enabled()
+            batch = self._packer(self._live_shapes, is_live=True)(samples, refuses_gradients=refuses, **options)
         return batch.to(self.device)
 
     def _at_times(self, batch: Batch, times: Any, times_fn: Any) -> Batch:

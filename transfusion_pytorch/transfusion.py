@@ -198,7 +198,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         - `generator`: draws everything random, so that two evaluations with equal generators are equal
         - `velocity_consistency_ema_model` (from `create_ema`): velocities are held to those of the average a
           `velocity_consistency_delta_time` further along, for which times leave room
-        - `prob_uncond` replaces the model's
+        - `prob_uncond` replaces the model's, or that of the packer
 
         Returns the total loss; with `return_breakdown` also its parts. Without `return_loss`, returns the logits `(b,
         n, vocabulary)` of every slot, markers included, zero behind the end of shorter samples; modalities are then
@@ -209,6 +209,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         teacher = as_teacher(self, velocity_consistency_ema_model, velocity_consistency_delta_time)
+        check_options(counts, generator)
         packing = dict(modality_type=modality_type, labels=labels, sample_weights=sample_weights, generator=generator)
         batch = self._as_batch(samples, return_loss, **packing)
         batch = self._at_times(batch, times, num_modalities_to_times_fn)
@@ -216,8 +217,10 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             return self._all_logits(batch, noise, generator)
         if self.training:
             batch = batch.drop_text(self.vocabulary.null, prob_uncond)
+        if self.training and noise is not None and batch.has_times:
+            torch.rand((), generator=generator)  # nothing else moves it, and the next batch is to drop other text
         t = self._draw_times(batch, teacher, generator)
-        flow = add_noise(self._latents(batch), batch.stream, t, noise=noise, generator=generator)
+        flow = add_noise(self._latents(batch, generator), batch.stream, t, noise=noise, generator=generator)
 
         hidden = self.run(batch.stream, x_t_of(flow), t)
         velocities = self.velocities(hidden, batch.stream, x_t_of(flow), t)
@@ -402,15 +405,15 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             times = torch.where(times.isnan(), drawn.to(times), times)
         return times if teacher is None else teacher.leave_room(times, batch)
 
-    def _latents(self, batch: Batch) -> Latents:
+    def _latents(self, batch: Batch, generator: torch.Generator | None = None) -> Latents:
         """Clean latents by type; what is raw goes through its encoder."""
         return {
-            kind: self.modalities[kind].latents(data, batch.stream.placements[kind], self.precision)
+            kind: self.modalities[kind].latents(data, batch.stream.placements[kind], self.precision, generator)
             for kind, data in batch.data.items()
         }
 
     def _all_logits(self, batch: Batch, noise: Any, generator: torch.Generator | None) -> Float[Tensor, "b n v"]:
-        t, x_t = batch.times.to(self.precision), self._latents(batch)
+        t, x_t = batch.times.to(self.precision), self._latents(batch, generator)
         t = torch.where(t.isnan(), CLEAN, t)
         if batch.has_times:
             x_t = x_t_of(add_noise(x_t, batch.stream, t, noise=noise, generator=generator))
@@ -421,3 +424,9 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
     def _processes(self) -> Processes | None:
         """The processes to share means with: in training only, so that one alone may evaluate."""
         return training_processes(self.process_group) if self.training else None
+
+
+def check_options(counts: Any, generator: Any) -> None:
+    for name, value, kind in (("counts", counts, TargetCounts), ("generator", generator, torch.Generator)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")

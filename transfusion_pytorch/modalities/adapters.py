@@ -162,7 +162,8 @@ class PairAdapter(nn.Module):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """On any device; for a CPU torch has no type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def _rows(condition: Tensor, spans: Sequence[int]) -> Tensor:

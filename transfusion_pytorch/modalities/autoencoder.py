@@ -3,7 +3,8 @@
 g instances.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,29 +17,29 @@ AT_ONCE = 64  # instances that go through together: memory does not grow with th
 
 
 def run_half(
-    half: nn.Module, data: Float[Tensor, "g ..."], *, batched: bool, name: str, places: Sequence[str]
+    half: nn.Module, data: Float[Tensor, "g ..."], *, batched: bool, name: str, places: Sequence[str] = ()
 ) -> Float[Tensor, "g ..."]:
     """What an encoder or decoder makes of instances of one shape, all at once or one by one if not `batched`.
 
-    It may return a tensor, or a distribution, which is sampled (see `as_tensor`). Raises `ValueError` that names the
-    first of `places` where it does not take such data, and `TypeError` where it returns something else. It runs out of
-    memory as it would by itself.
+    It may return a tensor, or a distribution, which is sampled (see `as_tensor`). Raises `TypeError` where it returns
+    something else, and `ValueError` that names the first of `places` where it does not take such data. Its errors stay
+    what they are without `places` (the shape is known to be right), and where memory runs out.
     """
     dtypes = (parameter.dtype for parameter in half.parameters() if parameter.is_floating_point())
     data = data.to(next(dtypes, data.dtype))
-    parts = [_run(half, part, batched, name, places[0]) for part in data.split(AT_ONCE)]
+    parts = [_run(half, part, batched, name, places) for part in data.split(AT_ONCE)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _run(half: nn.Module, data: Tensor, batched: bool, name: str, where: str) -> Tensor:
+def _run(half: nn.Module, data: Tensor, batched: bool, name: str, places: Sequence[str]) -> Tensor:
     try:
         # an instance of its own, since a module may work in place
         made = [half(data.clone())] if batched else [half(instance.clone()) for instance in data]
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if is_out_of_memory(error):
+        if not places or is_out_of_memory(error):
             raise
         shape = tuple(data.shape[1:])
-        raise ValueError(f"{where}: {name} does not take data of shape {shape}: {error}") from error
+        raise ValueError(f"{places[0]}: {name} does not take data of shape {shape}: {error}") from error
     tensors = [as_tensor(each, name) for each in made]
     rows = tensors[0] if batched else torch.stack(tensors)
     if rows.ndim < 2 or len(rows) != len(data):
@@ -46,6 +47,18 @@ def _run(half: nn.Module, data: Tensor, batched: bool, name: str, where: str) ->
             f"{name} must return a tensor with a row for each of {len(data)} instances, got shape {tuple(rows.shape)}"
         )
     return rows
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """What modules draw by themselves comes from this generator; torch's own are left as they were."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def as_tensor(made: Any, name: str) -> Tensor:

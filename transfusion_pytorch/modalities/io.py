@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.modalities.adapters import AxialPositions, LinearAdapter, PairAdapter
-from transfusion_pytorch.modalities.autoencoder import run_half
+from transfusion_pytorch.modalities.autoencoder import drawing_from, run_half
 from transfusion_pytorch.sequence.batch import ModalityData, RawInstances
 from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, check_finite
@@ -127,10 +127,18 @@ class ModalityIO(nn.Module):
                 raise ValueError(f"{where}: {error}") from error
         return encoded
 
-    def latents(self, data: ModalityData, placement: Placement, dtype: torch.dtype) -> Float[Tensor, "k c"]:
+    def latents(
+        self,
+        data: ModalityData,
+        placement: Placement,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "k c"]:
         """The latents of a batch, flat and in the order of their spans; what is raw is encoded.
 
-        The encoder is frozen, but gradients go through it to data that want them, which stand in a `Condition`.
+        The encoder is frozen, but gradients go through it to data that want them, which stand in a `Condition`. With a
+        `generator`, whatever it draws depends on that alone. Raises `ValueError` where it makes latents of another
+        shape than the batch was packed for.
         """
         if not data.raw and data.latents is not None:
             return data.latents.to(dtype)
@@ -139,15 +147,21 @@ class ModalityIO(nn.Module):
             sizes = [placement.sizes[span] for span in data.order]
             parts |= zip(data.order, data.latents.to(dtype).split(sizes), strict=True)
         for group in data.raw:
-            with torch.set_grad_enabled(group.data.requires_grad and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(group.data.requires_grad and torch.is_grad_enabled()), drawing_from(generator):
                 rows = self._encode_stacked(group).to(dtype)  # under autocast an encoder gives less than that
+            made, packed = tuple(rows.shape[1:-1]), placement.shapes[group.order[0]]
+            if made != packed:
+                raise ValueError(
+                    f"{group.places[0]}: the encoder made latents of shape {made}, but the batch was packed for "
+                    f"{packed}; if that depends on the data, encode them before and hand over Latents"
+                )
             parts |= zip(group.order, rows.flatten(1, -2) if rows.ndim > 2 else rows[:, None], strict=True)
         return torch.cat([parts[span] for span in range(len(placement.shapes))])
 
     def _encode_stacked(self, group: RawInstances) -> Float[Tensor, "g ..."]:
         assert self.encoder is not None
         name = self.name_of(self.encoder)
-        made = run_half(self.encoder, group.data, batched=self.batched, name=name, places=group.places)
+        made = run_half(self.encoder, group.data, batched=self.batched, name=name)
         latents = self.spec.to_channel_last(made[0], f"{group.places[0]}, encoded")
         check_finite(list(made), [f"{place}, encoded" for place in group.places])
         return made.movedim(1, -1) if self.spec.channel_first and latents.ndim > 1 else made

@@ -46,6 +46,8 @@ def add_noise(
     `noise` is `(k, c)` of each type, in a dict, or of the only type as it is; else it is drawn, from the `generator`.
     """
     given = {} if noise is None else dict(noise) if isinstance(noise, Mapping) else dict.fromkeys(clean, noise)
+    if unknown := sorted(set(given) - set(clean)):
+        raise ValueError(f"noise for modalities {unknown}, which the batch has not; it has {sorted(clean)}")
     if isinstance(noise, Tensor) and len(clean) > 1:
         raise ValueError(f"noise for modalities {sorted(clean)} is a dict of one (k, c) for each, got one tensor")
     return {

@@ -1,14 +1,17 @@
 """Shapes behind the encoder, adapter and decoder of a modality, found without their parameters, for packing."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
+from transfusion_pytorch.modalities.adapters import PairAdapter
 from transfusion_pytorch.modalities.autoencoder import run_half
 from transfusion_pytorch.modalities.io import ModalityIO
 from transfusion_pytorch.sequence.samples import ModalitySpec, Shape
@@ -35,7 +38,8 @@ class ShapeFinder:
         self.spec: ModalitySpec = io.spec
         self.measures_decoded, self.latent_shape_fn = measures_decoded, latent_shape_fn
         self.live = io if is_live else None
-        self._blank = on_meta(io) if self.live is None else None
+        self._has_encoder = io.encoder is not None
+        self._blank = None if is_live else self._copy(io)
         self._copied: tuple[int, ...] = ()
         self._latent_shapes: dict[Shape, Shape] = {}
         self._decoded_sizes: dict[Shape, int] = {}
@@ -46,14 +50,32 @@ class ShapeFinder:
         if self.live is not None:
             modules = tuple(map(id, (self.live.encoder, self.live.adapter, self.live.decoder)))
             if self._blank is None or modules != self._copied:
-                self._blank, self._copied = on_meta(self.live), modules
+                self._blank, self._copied = self._copy(self.live), modules
                 self._latent_shapes, self._decoded_sizes = {}, {}
         assert self._blank is not None
         return self._blank
 
+    def _copy(self, io: ModalityIO) -> ModalityIO:
+        """On `meta`, with the modules that dry runs need. A live modality that cannot be copied stands for itself."""
+        needed = {"encoder": self.latent_shape_fn is None, "decoder": self.measures_decoded}
+        left_out = [getattr(io, name) for name, is_needed in needed.items() if not is_needed]
+        try:
+            return on_meta(io, left_out)
+        except Exception as error:
+            if self.live is not None:
+                return io
+            name = f"modality {io.spec.type}: its modules cannot be copied without their numbers"
+            raise ValueError(f"{name} ({error}); for an encoder, give a latent_shape_fn") from error
+
     @property
     def has_encoder(self) -> bool:
-        return (self.live or self.blank).encoder is not None
+        return self._has_encoder if self.live is None else self.live.encoder is not None
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What a batch depends on."""
+        has_pair = isinstance(self.blank.adapter, PairAdapter)
+        return self.spec.dim_latent, self.spec.num_dim, self.has_encoder, has_pair, self.measures_decoded
 
     def latent_shape(self, raw: Shape, where: str) -> Shape:
         """The axial shape of the latents of raw data. Raises `ValueError` for a shape that does not get through."""
@@ -96,26 +118,37 @@ class ShapeFinder:
 
     @torch.no_grad()
     def _dry_run(self, name: str, instance: Tensor, where: str) -> Tensor:
-        """One instance through the encoder or decoder, as a batch of one."""
+        """One instance through the encoder or decoder, as a batch of one. Draws nothing from torch's generator."""
         half = getattr(self.blank, name)
         run = partial(run_half, batched=self.blank.batched, name=self.blank.name_of(half), places=[where])
-        try:
-            return run(half, instance[None])
-        except Exception as error:
-            if self.live is None:
-                raise ValueError(
-                    f"{error}. This was a dry run on the meta device; if such data are right, give a latent_shape_fn"
-                ) from error
-        real = getattr(self.live, name)
-        device = next((parameter.device for parameter in real.parameters()), torch.device("cpu"))
-        return run(real, torch.zeros(instance[None].shape, device=device))
+        with torch.random.fork_rng(devices=[]), _unvalidated():
+            try:
+                return run(half, instance[None])
+            except ValueError as error:
+                if self.live is None:
+                    raise ValueError(
+                        f"{error}. This was a dry run on the meta device; if the data are right, give a latent_shape_fn"
+                    ) from error
+            real = getattr(self.live, name)
+            device = next((parameter.device for parameter in real.parameters()), torch.device("cpu"))
+            return run(real, torch.zeros(instance[None].shape, device=device))
 
 
-def on_meta(module: Any) -> Any:
-    """A copy of a module without its numbers. They are never copied."""
-    held = [*module.parameters(), *module.buffers()]
-    memo: dict[int, Any] = {}
-    for tensor in held:
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Distributions may be made of `meta` tensors, whose values nobody can check."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def on_meta(module: nn.Module, left_out: Sequence[nn.Module | None] = ()) -> Any:
+    """A copy of a module without its numbers, which are never copied, and without some of its parts (None instead)."""
+    memo: dict[int, Any] = {id(part): None for part in left_out if part is not None}
+    for tensor in (*module.parameters(), *module.buffers()):
         blank = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
     return copy.deepcopy(module, memo)

@@ -5,6 +5,7 @@ n tokens, b samples, m spans, t text targets, k latents of one modality, c chann
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +16,7 @@ from transfusion_pytorch.sequence.moving import Moving
 from transfusion_pytorch.sequence.stream import TokenStream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextTargets(Moving):
     """Where an id is predicted, and which. What is padded or ignored is not listed.
 
@@ -42,7 +43,7 @@ class TextTargets(Moving):
         return TextTargets(*(getattr(self, field.name).index_select(0, kept) for field in fields(self)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RawInstances(Moving):
     """Instances of one modality and one shape that its encoder has yet to see.
 
@@ -54,12 +55,13 @@ class RawInstances(Moving):
     places: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModalityData(Moving):
     """The latents of one modality: flat where they are encoded, raw instances where they are not.
 
     - `latents`: those of the spans `order`, one behind the other; None where all are raw
     - `raw`: the others, stacked by shape
+    - `channels`: of a latent
     - `decoded_size`: how many numbers each span's latents decode to; zeros unless there is a reconstruction loss
     """
 
@@ -67,9 +69,10 @@ class ModalityData(Moving):
     order: tuple[int, ...]
     raw: tuple[RawInstances, ...]
     decoded_size: Float[Tensor, " s"]
+    channels: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch(Moving):
     """A packed batch: what `Packer` makes of samples, and `Transfusion` takes instead of them.
 
@@ -77,9 +80,10 @@ class Batch(Moving):
     - `data`: latents or raw instances of each modality that occurs
     - `targets`: what the text loss predicts
     - `times`: the time of every span, NaN where it is to be drawn; `has_times` if the caller gave them
-    - `span_weight`: the weight of every span's flow loss: its sample's, or 0 where it is not learned
+    - `span_weight`: the weight of the sample of every span
     - `is_droppable`: text that a learned modality follows, which classifier-free guidance may take away
     - `dropout_number`: one uniform number for each sample, whose text is dropped where that is below `prob_uncond`
+    - `signature`: what it depends on of the model it was packed for
     - `names`, `sources`: what the caller calls each sample, and where it comes from
 
     Picklable, so data workers can make it; `pin_memory()` and `to(device)` return moved copies.
@@ -93,7 +97,7 @@ class Batch(Moving):
     is_droppable: Bool[Tensor, " n"]
     dropout_number: Float[Tensor, " b"]
     prob_uncond: float
-    channels: tuple[int, ...]
+    signature: tuple[Any, ...]
     names: tuple[str | None, ...]
     sources: tuple[str | None, ...]
     has_times: bool = False
@@ -107,10 +111,18 @@ class Batch(Moving):
         return sum(self.stream.lengths)
 
     def with_times(self, times: Float[Tensor, " m"]) -> "Batch":
-        """The same at these times, NaN where one is to be drawn. A span that is put at 1 has nothing to learn."""
-        times = times.to(self.span_weight)
-        weight = self.span_weight.masked_fill(times == 1, 0)
-        return replace(self, times=times, span_weight=weight, has_times=True)
+        """The same at these times, NaN where one is to be drawn."""
+        return replace(self, times=times.to(self.times), has_times=True)
+
+    @property
+    def is_learned(self) -> Bool[Tensor, " m"]:
+        """Which spans have a flow loss: neither a condition nor put at t = 1, where nothing is left to learn."""
+        return self.stream.spans.is_learned & (self.times != 1)
+
+    @property
+    def loss_weight(self) -> Float[Tensor, " m"]:
+        """The weight of the flow loss of every span."""
+        return self.span_weight * self.is_learned
 
     def drop_text(self, null: int, probability: float | None = None) -> "Batch":
         """Text that conditions a modality becomes `null` in some samples, for classifier-free guidance (arXiv
@@ -137,17 +149,24 @@ class Batch(Moving):
         weights = {kind: self.latent_weight(kind) for kind in self.data}
         nothing = self.span_weight.new_zeros(())
         latents = [
-            weights[kind].sum() * channels if kind in weights else nothing
-            for kind, channels in enumerate(self.channels)
+            weights[kind].sum() * self.data[kind].channels if kind in weights else nothing
+            for kind in range(self.num_modalities)
         ]
         decoded = [
-            (self.span_weight.index_select(0, self.stream.placements[kind].spans) * self.data[kind].decoded_size).sum()
-            if kind in self.data
-            else nothing
-            for kind in range(len(self.channels))
+            (self.weight_of_spans(kind) * self.data[kind].decoded_size).sum() if kind in self.data else nothing
+            for kind in range(self.num_modalities)
         ]
         return TargetCounts(self.targets.weight.sum(), torch.stack(latents), torch.stack(decoded))
 
     def latent_weight(self, modality: int) -> Float[Tensor, " k"]:
         """The weight of every latent of a type: that of its span."""
-        return self.span_weight.index_select(0, self.stream.placements[modality].span_of_latent)
+        return self.loss_weight.index_select(0, self.stream.placements[modality].span_of_latent)
+
+    def weight_of_spans(self, modality: int) -> Float[Tensor, " s"]:
+        """The weight of every span of a type."""
+        return self.loss_weight.index_select(0, self.stream.placements[modality].spans)
+
+    @property
+    def num_modalities(self) -> int:
+        """Of the model it was packed for."""
+        return len(self.signature) - 1

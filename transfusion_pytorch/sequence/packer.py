@@ -25,6 +25,8 @@ from transfusion_pytorch.sequence.samples import (
     Text,
     check_finite,
     check_ids,
+    is_integer,
+    is_typed,
     mark,
     parse_batch,
     parse_samples,
@@ -47,6 +49,8 @@ class ModalityShapes(Protocol):
 
     @property
     def has_encoder(self) -> bool: ...
+    @property
+    def signature(self) -> tuple[Any, ...]: ...
     def latent_shape(self, raw: Shape, where: str) -> Shape: ...
     def token_shape(self, shape: Shape) -> Shape: ...
     def decoded_size(self, shape: Shape) -> int: ...
@@ -62,6 +66,8 @@ class Packer:
     - `token_budget`: batches are padded to so many tokens, for graphs of fixed shapes; more are refused
     - `finds_blocks`: whether the tables of flex attention are made too
     - `checks_devices`: latents on these kinds of device are searched for NaN; None for all, which waits for a GPU
+    - `takes_tuples`: a sample may be a tuple of parts, as datasets give it
+    - `live_device`: that of the model, where it packs for itself: its random state settles which text is dropped
     - `calls`: how many batches it has packed
     """
 
@@ -73,6 +79,8 @@ class Packer:
     token_budget: int | None = None
     finds_blocks: bool = False
     checks_devices: tuple[str, ...] | None = ("cpu",)
+    takes_tuples: bool = True
+    live_device: torch.device | None = None
     calls: int = 0
 
     def __call__(
@@ -96,14 +104,14 @@ class Packer:
         names the sample and part at fault.
         """
         with on_cpu():
-            samples, described = _described(samples)
+            samples, described = _described(samples, self.takes_tuples)
             pieces = self._pieces(samples, modality_type, labels)
-            pieces, places = self._shaped(pieces, refuses_gradients and torch.is_grad_enabled())
+            pieces, places = self._shaped(pieces, refuses_gradients)
             if not isinstance(samples, Tensor):
                 pieces = [mark(sample, self.vocabulary) for sample in pieces]
             stream = pack(pieces, ignore_index=self.ignore_index, token_shape=self._token_shape)
             weights = _weights(sample_weights, [sample.weight for sample in described], len(pieces))
-            batch = self._batch(stream, pieces, places, weights, generator)
+            batch = self._batch(stream, pieces, places, weights)
             batch = replace(
                 batch,
                 names=_texts("names", names, [sample.name for sample in described]),
@@ -111,7 +119,7 @@ class Packer:
             )
             if times is not None:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
-            return self._padded(batch)
+            return self._padded(self._with_droppable(batch, generator))
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""
@@ -131,8 +139,8 @@ class Packer:
                 f"labels go with a batch of ids (b, n), got {type(samples).__name__}; use Condition in lists"
             )
         parsed = parse_batch(samples, 0, len(self.modalities), self.vocabulary.num_text)
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != samples.shape:
-            came = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        if not isinstance(labels, Tensor) or not is_integer(labels) or labels.shape != samples.shape:
+            came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels are ids of the shape of the batch, {tuple(samples.shape)}, got {came}")
         labels = labels.detach().to("cpu", torch.long)
         ignored = (labels == self.ignore_index) | (labels == IGNORED)
@@ -181,32 +189,45 @@ class Packer:
         samples: Sequence[Sequence[Piece]],
         places: Sequence[str],
         weights: Float[Tensor, " b"],
-        generator: torch.Generator | None,
     ) -> Batch:
-        spans = stream.spans
-        is_droppable = droppable_text(stream, self.vocabulary.num_text)
+        spans, none = stream.spans, torch.zeros_like(stream.token, dtype=torch.bool)
         slot = (stream.label != self.ignore_index).nonzero().flatten()
         sample = stream.sample[slot]
         targets = TextTargets(
             slot=slot,
             label=stream.label[slot],
             sample=sample,
-            is_droppable=is_droppable[slot] | is_droppable[slot + 1],
+            is_droppable=none[slot],
             weight=weights[sample],
         )
         return Batch(
             stream=stream,
             data=self._data(stream, samples, places),
             targets=targets,
-            times=torch.full((len(spans),), torch.nan).masked_fill(~spans.is_learned, 1.0),
-            span_weight=weights[spans.sample] * spans.is_learned,
-            is_droppable=is_droppable,
-            dropout_number=self._dropout_numbers(len(samples), generator),
+            times=torch.full((len(spans),), torch.nan, dtype=self.dtype).masked_fill(~spans.is_learned, 1.0),
+            span_weight=weights[spans.sample],
+            is_droppable=none,
+            dropout_number=torch.ones(len(samples)),
             prob_uncond=self.prob_uncond,
-            channels=tuple(shapes.spec.dim_latent for shapes in self.modalities),
+            signature=self.signature,
             names=(),
             sources=(),
         )
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What batches depend on of the model they are packed for."""
+        return self.vocabulary, *(shapes.signature for shapes in self.modalities)
+
+    def _with_droppable(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        """Which text guidance may take away, and the numbers that settle from which samples."""
+        is_droppable = droppable_text(batch.stream, batch.is_learned, self.vocabulary.num_text)
+        if not is_droppable.any():
+            return batch
+        slot = batch.targets.slot
+        targets = replace(batch.targets, is_droppable=is_droppable[slot] | is_droppable[slot + 1])
+        numbers = self._dropout_numbers(len(batch), generator)
+        return replace(batch, targets=targets, is_droppable=is_droppable, dropout_number=numbers)
 
     def _dropout_numbers(self, count: int, generator: torch.Generator | None) -> Float[Tensor, " b"]:
         """Uniform numbers that depend on the state of a generator (torch's by default) and the number of calls.
@@ -214,8 +235,13 @@ class Packer:
         The generator does not move: times and noise are then the same whether a batch is packed before or by the model,
         and evaluation, which drops nothing, draws nothing.
         """
-        state = (torch.default_generator if generator is None else generator).get_state()
-        digest = blake2b(state.numpy().tobytes(), digest_size=7, key=self.calls.to_bytes(8, "little"))
+        generators = [torch.default_generator if generator is None else generator]
+        if self.live_device is not None and self.live_device.type == "cuda":  # where times and noise are drawn
+            index = self.live_device.index
+            generators.append(torch.cuda.default_generators[torch.cuda.current_device() if index is None else index])
+        digest = blake2b(digest_size=7, key=self.calls.to_bytes(8, "little"))
+        for each in generators:
+            digest.update(each.get_state().numpy().tobytes())
         self.calls += 1
         own = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
         return torch.rand(count, generator=own)
@@ -248,7 +274,8 @@ class Packer:
         device = next((part.device for part in flat if part.device.type != "cpu"), None)
         latents = torch.cat(flat if device is None else [part.to(device) for part in flat]) if flat else None
         sizes = [self.modalities[kind].decoded_size(shape) for shape in shapes]
-        return ModalityData(latents, tuple(encoded), raw, torch.tensor(sizes, dtype=torch.float32))
+        channels = self.modalities[kind].spec.dim_latent
+        return ModalityData(latents, tuple(encoded), raw, torch.tensor(sizes, dtype=torch.float32), channels)
 
     def _padded(self, batch: Batch) -> Batch:
         stream, budget = batch.stream, self.token_budget
@@ -263,12 +290,11 @@ class Packer:
         return replace(batch, stream=stream, is_droppable=is_droppable)
 
 
-def droppable_text(stream: TokenStream, num_text: int) -> Bool[Tensor, " n"]:
+def droppable_text(stream: TokenStream, is_learned: Bool[Tensor, " m"], num_text: int) -> Bool[Tensor, " n"]:
     """Text that guidance may take away: only what a learned modality still follows conditions anything."""
     last = torch.full((len(stream.lengths),), -1)
-    spans = stream.spans
-    first = torch.tensor(spans.first, dtype=torch.long)
-    last.scatter_reduce_(0, spans.sample, torch.where(spans.is_learned, first, -1), "amax")
+    first = torch.tensor(stream.spans.first, dtype=torch.long)
+    last.scatter_reduce_(0, stream.spans.sample, torch.where(is_learned, first, -1), "amax")
     where = torch.arange(len(stream.token))
     return stream.is_text & (stream.token < num_text) & (where < last[stream.sample])
 
@@ -303,17 +329,24 @@ def _check_tokens(shapes: ModalityShapes, axes: Shape, where: str) -> None:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _described(samples: Any) -> tuple[Any, list[Sample]]:
+def _described(samples: Any, takes_tuples: bool) -> tuple[Any, list[Sample]]:
     """Samples as lists of parts, and what is said of each."""
     if not isinstance(samples, (list, tuple)):
         rows = len(samples) if isinstance(samples, Tensor) and samples.ndim else 0
         return samples, [Sample(None)] * rows
     described = [sample if isinstance(sample, Sample) else Sample(sample) for sample in samples]
-    return [sample.parts for sample in described], described
+    return [_parts(sample.parts, takes_tuples) for sample in described], described
+
+
+def _parts(parts: Any, takes_tuples: bool) -> Any:
+    return list(parts) if takes_tuples and isinstance(parts, tuple) and not is_typed(parts) else parts
 
 
 def _weights(given: Any, own: Sequence[float], num_samples: int) -> Float[Tensor, " b"]:
-    weights = torch.as_tensor(own if given is None else given, dtype=torch.float32).detach().cpu()
+    try:
+        weights = torch.as_tensor(own if given is None else given, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"sample_weights must be numbers, got {type(given).__name__}: {error}") from error
     if weights.shape != (num_samples,) or not weights.isfinite().all() or (weights < 0).any():
         raise ValueError(
             f"sample_weights are {num_samples} numbers of at least 0, one for each sample, got {weights.tolist()}"

@@ -181,6 +181,8 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
             raise TypeError(f"{where}: a Condition holds one part, got another Condition")
         return parse_part(part.part, num_modalities, where)._replace(is_learned=False)
     if isinstance(part, Latents):
+        if not isinstance(part.type, Integral):
+            raise TypeError(f"{where}: Latents have an int for their type, got {type(part.type).__name__}")
         piece = parse_part((part.type, part.latents), num_modalities, where)
         assert isinstance(piece, Modality)
         return piece._replace(is_encoded=True)
@@ -323,9 +325,13 @@ def parse_batch(batch: Tensor, modality: int, num_modalities: int, num_text: int
     return [[Text(ids)] for ids in batch.detach().to("cpu", torch.long).unbind()]
 
 
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex())
+
+
 def check_text_batch(ids: Any, num_text: int) -> None:
     """Raises `TypeError` or `ValueError` unless this is a batch of text `(b, n)`."""
-    if not isinstance(ids, Tensor) or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+    if not isinstance(ids, Tensor) or not is_integer(ids):
         raise TypeError(f"a batch of text is an integer tensor (b, n), got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"a batch of text is (b, n), got shape {tuple(ids.shape)}; wrap ragged text in lists")

@@ -27,7 +27,7 @@ class Past(NamedTuple):
     position: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement(Moving):
     """Where the latents of one modality stand. They are flat: those of all its spans, one behind the other.
 
@@ -49,7 +49,7 @@ class Placement(Moving):
         return list(map(prod, self.shapes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spans(Moving):
     """The span table: a row for each modality instance, in the order of the stream.
 
@@ -111,7 +111,7 @@ class Spans(Moving):
         return Placement(spans, slots, spans.repeat_interleave(latents), shapes, token_shapes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStream(Moving):
     """One packed batch. Per token, n long:
 

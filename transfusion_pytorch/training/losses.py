@@ -115,6 +115,8 @@ def combine(
         own = torch.stack([each.count for each in sums], dim=-1)
         means = divided(totals, own) if processes is None else processes.means(totals, own)
     else:
+        if len(counts.latents) != len(weights.flow):
+            raise ValueError(f"counts are of {len(counts.latents)} modalities, this model has {len(weights.flow)}")
         given = torch.cat((counts.text[None], counts.latents, counts.latents, counts.decoded)).to(totals)
         means = divided(totals, given) if processes is None else processes.means_over(totals, given, counts.processes)
     of_text, (of_flow, of_velocity, of_recon) = means[..., 0], means[..., 1:].unflatten(-1, (3, -1)).unbind(-2)

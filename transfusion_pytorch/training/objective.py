@@ -50,7 +50,7 @@ class Teacher(NamedTuple):
 
     def leave_room(self, t: Float[Tensor, " m"], batch: Batch) -> Float[Tensor, " m"]:
         """Times from which it is that far to the end of the path; what is not learned stays where it is."""
-        return torch.where(batch.stream.spans.is_learned, t.clamp(max=CLEAN - self.ahead), t)
+        return torch.where(batch.is_learned, t.clamp(max=CLEAN - self.ahead), t)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Objective:
         _, velocities, flow, t = predictions
         errors = flow_errors(velocities, flow, batch, of_clean=self.of_clean)
         if reduction == "span":
-            return span_losses(errors, batch, t)
+            return span_losses(errors, batch, predictions)
         rows = len(batch) if reduction == "none" else None
         consistency = consistency_errors(velocities, flow, batch, teacher, t, of_clean=self.of_clean)
         recon = {}
@@ -131,7 +131,7 @@ def consistency_errors(
     """
     if teacher is None or not flow:
         return {}
-    stream, later = batch.stream, torch.where(batch.stream.spans.is_learned, t + teacher.ahead, t)
+    stream, later = batch.stream, torch.where(batch.is_learned, t + teacher.ahead, t)
     x_later = {
         modality: (sample.x_t + (latent_times(stream, modality, later) - sample.t)[:, None] * sample.velocity).detach()
         for modality, sample in flow.items()
@@ -160,7 +160,7 @@ def reconstruction_errors(
         error = [squared_error(one.flatten()[None], other.flatten()[None]) for one, other in pairs]
         errors[modality] = Errors(
             torch.cat(error),
-            batch.span_weight.index_select(0, placement.spans),
+            batch.weight_of_spans(modality),
             batch.data[modality].decoded_size,
             batch.stream.spans.sample.index_select(0, placement.spans),
         )
@@ -174,10 +174,10 @@ def latent_errors(prediction: Tensor, target: Tensor, modality: int, batch: Batc
     return Errors(squared_error(prediction, target), batch.latent_weight(modality), prediction.shape[-1], sample)
 
 
-def span_losses(errors: Mapping[int, Errors], batch: Batch, t: Float[Tensor, " m"]) -> SpanLosses:
+def span_losses(errors: Mapping[int, Errors], batch: Batch, predictions: Predictions) -> SpanLosses:
     """The flow loss of every span, a mean over its own latents."""
-    spans = batch.stream.spans
-    flow = batch.span_weight.new_zeros(len(spans))
+    spans, t = batch.stream.spans, predictions.t
+    flow = t.new_zeros(len(spans)) + predictions.tokens[:0].sum()  # with a gradient, if only of nothing
     for modality, each in errors.items():
         placement = batch.stream.placements[modality]
         means = each.error * (each.weight > 0) / each.size / _sizes_of_latents(placement.sizes, each.error)
