@@ -103,50 +103,51 @@ def test_at_the_end_of_the_path_the_estimate_stays_where_it_is():
 
 
 MANY = 20_000
-FREE, CONTEXT = torch.zeros(MANY, dtype=torch.bool), torch.ones(MANY, dtype=torch.bool)
+FREE, CAPTIONED = torch.zeros(MANY, dtype=torch.bool), torch.ones(MANY, dtype=torch.bool)
 POLICIES = [
     TimePolicy(),
+    TimePolicy(noise_limit=0.5),
     TimePolicy("logit_normal", mean=0.5, std=1.5),
     TimePolicy("logit_normal", shift=3.0, noise_limit=0.2),
-    TimePolicy(0.25, shift=2.0),
+    TimePolicy(0.25, shift=2.0, noise_limit=0.5),
 ]
 
 
-def drawn(policy, is_context, seed=0):
+def drawn(policy, is_captioned, seed=0):
     torch.manual_seed(seed)
-    return policy.draw(is_context)
+    return policy.draw(is_captioned)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_times_are_between_noise_and_data_and_context_above_its_limit(policy):
+def test_times_are_between_noise_and_data_and_captioned_ones_above_the_limit(policy):
     assert ((drawn(policy, FREE) >= 0) & (drawn(policy, FREE) <= 1)).all()
-    context = drawn(policy, CONTEXT)
-    assert ((context >= policy.noise_limit) & (context <= 1)).all()
+    captioned = drawn(policy, CAPTIONED)
+    assert ((captioned >= policy.noise_limit) & (captioned <= 1)).all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_limit_squeezes_context_and_nothing_else(policy):
-    is_context = torch.arange(MANY) % 3 == 0
-    free, mixed = drawn(policy, FREE), drawn(policy, is_context)
-    assert torch.equal(mixed[~is_context], free[~is_context])
-    squeezed = policy.noise_limit + (1 - policy.noise_limit) * free[is_context]
-    torch.testing.assert_close(mixed[is_context], squeezed)
+def test_the_limit_squeezes_what_is_captioned_and_nothing_else(policy):
+    is_captioned = torch.arange(MANY) % 3 == 0
+    free, mixed = drawn(policy, FREE), drawn(policy, is_captioned)
+    assert torch.equal(mixed[~is_captioned], free[~is_captioned])
+    squeezed = policy.noise_limit + (1 - policy.noise_limit) * free[is_captioned]
+    torch.testing.assert_close(mixed[is_captioned], squeezed)
 
 
-def test_without_a_limit_context_is_like_everything_else():
-    policy = TimePolicy(noise_limit=0)
-    assert torch.equal(drawn(policy, CONTEXT), drawn(policy, FREE))
+def test_without_a_limit_all_are_alike():
+    policy = TimePolicy()
+    assert torch.equal(drawn(policy, CAPTIONED), drawn(policy, FREE))
 
 
-def test_with_the_highest_limit_context_is_clean():
-    assert (drawn(TimePolicy(noise_limit=1), CONTEXT) == CLEAN).all()
+def test_with_the_highest_limit_what_is_captioned_is_clean():
+    assert (drawn(TimePolicy(noise_limit=1), CAPTIONED) == CLEAN).all()
 
 
 @pytest.mark.parametrize("constant", [0, 0.5, 1])
 def test_a_constant_is_the_time_of_all_that_is_free(constant):
     assert (drawn(TimePolicy(constant), FREE) == constant).all()
-    assert (drawn(TimePolicy(constant), CONTEXT) == 0.5 + constant / 2).all()
-    assert (drawn(TimePolicy(constant, noise_limit=0), CONTEXT) == constant).all()
+    assert (drawn(TimePolicy(constant, noise_limit=0.5), CAPTIONED) == 0.5 + constant / 2).all()
+    assert (drawn(TimePolicy(constant), CAPTIONED) == constant).all()
 
 
 def assert_moments(x, mean, std):
@@ -209,6 +210,7 @@ def test_no_spans_have_no_times():
         (dict(shift=float("inf")), "mean must be finite, std and shift positive, got 0.0, 1.0 and inf"),
         (dict(noise_limit=1.1), "noise_limit must be between 0 and 1, got 1.1"),
         (dict(noise_limit=-0.1), "noise_limit must be between 0 and 1, got -0.1"),
+        (dict(prob_clean_captioned=1.5), "prob_clean_captioned must be between 0 and 1, got 1.5"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(options, message):

@@ -40,7 +40,7 @@ def seen(pieces, *, context=False):
     return [
         piece.ids.tolist()
         if isinstance(piece, Text)
-        else (piece.type, id(piece.tensor), *([piece.is_context] if context else []))
+        else (piece.type, id(piece.tensor), *([piece.is_captioned] if context else []))
         for piece in pieces
     ]
 
@@ -265,7 +265,7 @@ def test_a_sample_is_framed_by_its_markers():
         [SOS],
         [1, 2],
         [META, two, comma, three, SOM[0]],
-        (0, id(IMAGE), True),
+        (0, id(IMAGE), False),
         [EOM[0]],
         [META, SOM[1]],
         (1, id(vector.tensor), False),

@@ -22,8 +22,8 @@ def text(*ids):
     return Text(torch.tensor(ids, dtype=torch.long))
 
 
-def image(*shape, kind=0, is_context=False):
-    return Modality(kind, torch.zeros(*shape, 4), is_context)
+def image(*shape, kind=0, is_captioned=False):
+    return Modality(kind, torch.zeros(*shape, 4), is_captioned)
 
 
 def halved(modality, shape):
@@ -33,7 +33,7 @@ def halved(modality, shape):
 
 TEXTS = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(lambda ids: text(*ids))
 MODALITIES = st.builds(
-    lambda kind, shape, is_context: image(*shape, kind=kind, is_context=is_context),
+    lambda kind, shape, is_captioned: image(*shape, kind=kind, is_captioned=is_captioned),
     st.integers(0, 2),
     st.lists(st.integers(1, 3), max_size=3),
     st.booleans(),
@@ -122,9 +122,16 @@ def test_a_downsampled_span_takes_as_many_slots_as_it_has_tokens():
     assert stream.spans.sizes == [24, 4]
 
 
-def test_marked_samples_say_what_is_context():
+def test_marked_samples_say_what_is_captioned():
+    """Text follows it, and none stands before."""
     stream = pack([mark([image(2), text(1), image(3)], VOCABULARY), mark([image(2), text(1)], VOCABULARY)])
-    assert stream.spans.is_context.tolist() == [True, False, True]
+    assert stream.spans.is_captioned.tolist() == [True, False, True]
+    for pieces, expected in (
+        ([image(2), image(3), text(1)], [True, True]),
+        ([text(1), image(2), text(1), image(3)], [False, False]),
+        ([image(2), image(3)], [False, False]),
+    ):
+        assert pack([mark(pieces, VOCABULARY)]).spans.is_captioned.tolist() == expected
 
 
 # properties
@@ -152,12 +159,12 @@ def test_packing_is_a_loop_over_tokens(data, samples, token_shape):
 def test_the_table_of_spans_lists_modalities_in_order(samples):
     stream = pack(samples, token_shape=halved)
     rows = [
-        (piece.type, i, k, piece.is_context, piece.shape, halved(piece.type, piece.shape))
+        (piece.type, i, k, piece.is_captioned, piece.shape, halved(piece.type, piece.shape))
         for i, sample in enumerate(samples)
         for k, piece in enumerate(piece for piece in sample if isinstance(piece, Modality))
     ]
     spans = stream.spans
-    tensors = [spans.modality, spans.sample, spans.index, spans.is_context]
+    tensors = [spans.modality, spans.sample, spans.index, spans.is_captioned]
     assert list(zip(*(each.tolist() for each in tensors), spans.shapes, spans.token_shapes, strict=True)) == rows
     assert (len(spans), spans.sizes) == (len(rows), [prod(row[4]) for row in rows])
     for kind in range(3):

@@ -10,7 +10,7 @@ from tiny import NUM_TEXT, Spy, awake, latents_of, layout, noise_of, ragged_batc
 from torch import nn, tensor
 from torch.utils.data import DataLoader
 
-from transfusion_pytorch import Batch, Condition, Latents, LossBreakdown, Sample, TargetCounts
+from transfusion_pytorch import Batch, Condition, Latents, LossBreakdown, Sample, TargetCounts, TimePolicy
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 TIMES = tensor([[0.25, 0.5], [0.75, 0.125], [0.0, 0.0], [0.5, 0.875]])
@@ -392,7 +392,7 @@ def test_micro_batches_add_up_to_one_large_batch(same_noise):
 
 
 def test_counts_and_training_of_a_batch_agree(model):
-    model.prob_uncond = 0.5
+    model.prob_uncond, model.time_policy = 0.5, TimePolicy(prob_clean_captioned=0)
     batch = model.packer()(ragged_batch() * 8)
     spy = Spy(model.to_logits)
     parts_of(model.train(), batch)
@@ -531,7 +531,7 @@ def test_an_encoder_that_cannot_be_copied_is_tried_itself():
     model = awake(tiny(modality_encoder=(layer, None)))
     samples = [[torch.randn(4, 3), tensor([1])]]
     expected = model(samples, return_loss=False)
-    with pytest.raises(ValueError, match="modality 0: its modules cannot be copied .* give a latent_shape_fn"):
+    with pytest.raises(ValueError, match=r"modality 0: its modules cannot be copied .* give a latent_shape_fn"):
         model.packer()
     batch = pickle.loads(pickle.dumps(model.packer(latent_shape_fn=(lambda_free, None))))(samples)
     assert torch.equal(model(batch, return_loss=False), expected)

@@ -117,8 +117,9 @@ def test_a_sampled_sample_trains_as_the_bare_one_does(model):
     sampled = [tensor(ids[:first]), (0, bare[1]), tensor(between), bare[3], tensor(ids[last + 1 :])]
     torch.testing.assert_close(model([sampled], return_loss=False), model([bare], return_loss=False), **EXACT)
     pack = model.packer()
-    is_context = pack([sampled]).stream.spans.is_context
-    assert is_context.tolist() == pack([bare]).stream.spans.is_context.tolist() == [True, False]
+    for samples in ([sampled], [bare]):
+        assert pack(samples).stream.spans.is_captioned.tolist() == [False, False]
+    assert pack([[tensor([SOS]), *sampled[1:]]]).stream.spans.is_captioned.tolist() == [True, False]
 
 
 def test_lists_and_tensors_of_the_caller_stay_as_they_were(model):

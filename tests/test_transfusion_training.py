@@ -262,17 +262,52 @@ def test_the_time_of_each_modality_counts_from_there_on(same_noise):
         assert difference[0, first:].all()
 
 
-def test_context_keeps_half_of_its_signal_and_the_last_modality_is_free():
-    model, sample = tiny(), [torch.randn(2, 3), tensor([1]), (1, torch.randn(2))]
+def times_of(model, sample, count=400):
+    """What training draws for the modalities of a sample, `(count, m)`."""
     spy = Spy(model.time_embedding)
-    for _ in range(20):
-        model([sample, [torch.randn(1, 3), tensor([1])]])
-    first, last, before_text = torch.stack(spy.inputs).T
-    for context in (first, before_text):
-        assert 0.5 <= context.min() < 0.6
-        assert context.max() > 0.9
-    assert last.min() < 0.2
-    assert last.max() > 0.8
+    model([sample] * count)
+    return spy.inputs[-1].view(count, -1)
+
+
+def test_every_modality_is_noised_freely_wherever_it_stands():
+    """Whatever follows: sampling starts from noise everywhere, so training must have seen it."""
+    image, text = torch.randn(1, 3), tensor([1])
+    vector = (1, torch.randn(2))
+    for sample in ([text, image, vector], [image, vector], [text, image, text, image, text], [vector]):
+        for times in times_of(tiny(), sample).T:
+            assert times.min() < 0.02
+            assert 0.45 < times.mean() < 0.55
+            assert times.max() < 1
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_what_a_caption_follows_is_clean_as_often_as_the_policy_says(probability):
+    model = tiny(time_policy=TimePolicy(prob_clean_captioned=probability))
+    first, last = times_of(model, [torch.randn(1, 3), tensor([1]), (1, torch.randn(2))]).T
+    assert abs((first == 1).float().mean() - probability) < 0.1
+    if probability < 1:
+        assert first.min() < 0.05
+    assert (last < 1).all()
+    evaluated = times_of(model.eval(), [torch.randn(1, 3), tensor([1])])
+    assert (evaluated < 1).all()
+
+
+def test_the_limit_of_the_paper_is_for_what_precedes_its_caption():
+    model = tiny(time_policy=TimePolicy(noise_limit=0.5, prob_clean_captioned=0))
+    captioned, last = times_of(model, [torch.randn(1, 3), tensor([1]), torch.randn(1, 3)]).T
+    assert 0.5 <= captioned.min() < 0.55
+    assert last.min() < 0.05
+
+
+def test_what_is_clean_has_no_loss_and_counts_know_it():
+    model = tiny(time_policy=TimePolicy(prob_clean_captioned=0.5))
+    batch = model.packer()([[torch.randn(1, 3), tensor([1])]] * 100)
+    spy = Spy(model.time_embedding)
+    spans = model(batch, reduction="span")
+    is_clean = spy.inputs[0] == 1
+    assert torch.equal(spans.flow == 0, is_clean)
+    assert batch.counts.latents[0] == 3 * (~is_clean).sum()
+    assert 30 < is_clean.sum() < 70
 
 
 def test_the_time_policy_is_what_training_draws_from():

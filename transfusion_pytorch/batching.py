@@ -24,6 +24,7 @@ class BatchingMethods:
     objective: Any
     ignore_index: int
     prob_uncond: float
+    time_policy: Any
     precision: torch.dtype
     device: torch.device
     training: bool
@@ -57,7 +58,7 @@ class BatchingMethods:
         times, times_fn = (options.pop(name, None) for name in ("times", "num_modalities_to_times_fn"))
         batch = self._at_times(self._as_batch(samples, **options), times, times_fn)
         if self.training:
-            batch = batch.drop_text(self.vocabulary.null, prob_uncond)
+            batch = batch.for_training(self.vocabulary.null, prob_uncond)
         return batch.count_targets()
 
     def _shape_finders(
@@ -84,6 +85,7 @@ class BatchingMethods:
             dtype=self.precision,
             ignore_index=self.ignore_index,
             prob_uncond=check_probability(self.prob_uncond if prob_uncond is None else prob_uncond),
+            prob_clean_captioned=self.time_policy.prob_clean_captioned,
             token_budget=token_budget,
             finds_blocks=self.device.type == "cuda",
             checks_devices=checks_devices,

@@ -216,7 +216,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         if not return_loss:
             return self._all_logits(batch, noise, generator)
         if self.training:
-            batch = batch.drop_text(self.vocabulary.null, prob_uncond)
+            batch = batch.for_training(self.vocabulary.null, prob_uncond)
         if self.training and noise is not None and batch.has_times:
             torch.rand((), generator=generator)  # nothing else moves it, and the next batch is to drop other text
         t = self._draw_times(batch, teacher, generator)
@@ -401,7 +401,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         """A time for every span: the caller's, or from the policy."""
         times = batch.times.to(self.precision)
         if not batch.has_times and len(times):
-            drawn = self.time_policy.draw(batch.stream.spans.is_context, generator=generator)
+            drawn = self.time_policy.draw(batch.stream.spans.is_captioned, generator=generator)
             times = torch.where(times.isnan(), drawn.to(times), times)
         return times if teacher is None else teacher.leave_room(times, batch)
 

@@ -23,9 +23,12 @@ class TimePolicy:
     2403.03206) or a constant between 0 and 1. `shift` > 1 moves times towards noise, as larger images need: `t / (t +
     shift (1 - t))`.
 
-    What has something after it in its sample is context for that something and must stay recognisable: its times are
-    squeezed into `[noise_limit, 1]` (Transfusion, arXiv 2408.11039, section 4.3.4 caps its noise half-way). The last
-    modality is free. `noise_limit = 0` treats all alike.
+    A modality is captioned if text follows it in its sample and none stands before. Captioning wants it to be
+    recognisable, and drawing wants all times, so in training it is clean, without a flow loss, with probability
+    `prob_clean_captioned`. Otherwise its times are squeezed into `[noise_limit, 1]`: 0.5 and `prob_clean_captioned=0`
+    are what the Transfusion paper does with images that precede their caption (arXiv 2408.11039, section 4.3.4). All
+    other modalities are noised freely, wherever they stand (docs/architecture.md has the measurements). A constant is
+    the time of all, and none is clean.
 
     In sampling whatever is finished is at `CLEAN`.
     """
@@ -34,7 +37,8 @@ class TimePolicy:
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
-    noise_limit: float = 0.5
+    noise_limit: float = 0.0
+    prob_clean_captioned: float = 0.5
 
     def __post_init__(self):
         if isinstance(self.distribution, (int, float)):
@@ -46,18 +50,23 @@ class TimePolicy:
             raise ValueError(
                 f"mean must be finite, std and shift positive, got {self.mean}, {self.std} and {self.shift}"
             )
-        if not 0 <= self.noise_limit <= 1:
-            raise ValueError(f"noise_limit must be between 0 and 1, got {self.noise_limit}")
+        if isinstance(self.distribution, (int, float)):
+            object.__setattr__(self, "prob_clean_captioned", 0.0)
+        for name in ("noise_limit", "prob_clean_captioned"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
-    def draw(self, is_context: Bool[Tensor, " m"], *, generator: torch.Generator | None = None) -> Float[Tensor, " m"]:
-        """A time for every span; `is_context` says which of them have something after them in their sample.
+    def draw(
+        self, is_captioned: Bool[Tensor, " m"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, " m"]:
+        """A time for every span; `is_captioned` says to which of them the noise limit applies.
 
-        Numbers are drawn where the generator is, or where `is_context` is, and stay where that is.
+        Numbers are drawn on the device of the generator, or of `is_captioned`; the times are on the latter.
         """
-        device = is_context.device if generator is None else generator.device
-        drawn = self._draw_free(is_context.shape, generator, device).to(is_context.device, non_blocking=True)
+        device = is_captioned.device if generator is None else generator.device
+        drawn = self._draw_free(is_captioned.shape, generator, device).to(is_captioned.device, non_blocking=True)
         free = shift_times(drawn, self.shift)
-        return torch.where(is_context, self.noise_limit + (1 - self.noise_limit) * free, free)
+        return torch.where(is_captioned, self.noise_limit + (1 - self.noise_limit) * free, free)
 
     def _draw_free(
         self, shape: torch.Size, generator: torch.Generator | None, device: torch.device

@@ -83,6 +83,7 @@ class Batch(Moving):
     - `span_weight`: the weight of the sample of every span
     - `is_droppable`: text that a learned modality follows, which classifier-free guidance may take away
     - `dropout_number`: one uniform number for each sample, whose text is dropped where that is below `prob_uncond`
+    - `caption_number`: one for each span, which is clean if it is captioned and that is below `prob_clean_captioned`
     - `signature`: what it depends on of the model it was packed for
     - `names`, `sources`: what the caller calls each sample, and where it comes from
 
@@ -96,7 +97,9 @@ class Batch(Moving):
     span_weight: Float[Tensor, " m"]
     is_droppable: Bool[Tensor, " n"]
     dropout_number: Float[Tensor, " b"]
+    caption_number: Float[Tensor, " m"]
     prob_uncond: float
+    prob_clean_captioned: float
     signature: tuple[Any, ...]
     names: tuple[str | None, ...]
     sources: tuple[str | None, ...]
@@ -124,6 +127,12 @@ class Batch(Moving):
         """The weight of the flow loss of every span."""
         return self.span_weight * self.is_learned
 
+    def for_training(self, null: int, prob_uncond: float | None = None) -> "Batch":
+        """As training sees it: without some text, and with some images clean that a caption follows."""
+        is_clean = self.stream.spans.is_captioned & (self.caption_number < self.prob_clean_captioned)
+        times = self.times.masked_fill(is_clean & self.times.isnan(), 1)
+        return replace(self.drop_text(null, prob_uncond), times=times)
+
     def drop_text(self, null: int, probability: float | None = None) -> "Batch":
         """Text that conditions a modality becomes `null` in some samples, for classifier-free guidance (arXiv
         2207.12598). Null is neither predicted nor predicted from.
@@ -141,8 +150,8 @@ class Batch(Moving):
 
     @property
     def counts(self) -> TargetCounts:
-        """The targets that training on this batch has, with the text that it drops left out."""
-        return self.drop_text(0).count_targets()
+        """The targets that training on this batch has: without the text that it drops, and what it sees clean."""
+        return self.for_training(0).count_targets()
 
     def count_targets(self) -> TargetCounts:
         """The targets of the batch as it is. Nothing is read back from a device."""

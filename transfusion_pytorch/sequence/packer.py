@@ -63,6 +63,7 @@ class Packer:
     - `dtype`: of latents
     - `ignore_index`: the label that is no target, beside -100
     - `prob_uncond`: how often text that conditions a modality is dropped in training
+    - `prob_clean_captioned`: how often a modality that is captioned is clean in training (see `TimePolicy`)
     - `token_budget`: batches are padded to so many tokens, for graphs of fixed shapes; more are refused
     - `finds_blocks`: whether the tables of flex attention are made too
     - `checks_devices`: latents on these kinds of device are searched for NaN; None for all, which waits for a GPU
@@ -76,6 +77,7 @@ class Packer:
     dtype: torch.dtype = torch.float32
     ignore_index: int = -1
     prob_uncond: float = 0.0
+    prob_clean_captioned: float = 0.0
     token_budget: int | None = None
     finds_blocks: bool = False
     checks_devices: tuple[str, ...] | None = ("cpu",)
@@ -119,7 +121,7 @@ class Packer:
             )
             if times is not None:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
-            return self._padded(self._with_droppable(batch, generator))
+            return self._padded(self._with_numbers(self._with_droppable(batch), generator))
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""
@@ -208,7 +210,9 @@ class Packer:
             span_weight=weights[spans.sample],
             is_droppable=none,
             dropout_number=torch.ones(len(samples)),
+            caption_number=torch.ones(len(spans)),
             prob_uncond=self.prob_uncond,
+            prob_clean_captioned=self.prob_clean_captioned,
             signature=self.signature,
             names=(),
             sources=(),
@@ -219,17 +223,22 @@ class Packer:
         """What batches depend on of the model they are packed for."""
         return self.vocabulary, *(shapes.signature for shapes in self.modalities)
 
-    def _with_droppable(self, batch: Batch, generator: torch.Generator | None) -> Batch:
-        """Which text guidance may take away, and the numbers that settle from which samples."""
+    def _with_droppable(self, batch: Batch) -> Batch:
+        """Which text guidance may take away."""
         is_droppable = droppable_text(batch.stream, batch.is_learned, self.vocabulary.num_text)
-        if not is_droppable.any():
-            return batch
         slot = batch.targets.slot
         targets = replace(batch.targets, is_droppable=is_droppable[slot] | is_droppable[slot + 1])
-        numbers = self._dropout_numbers(len(batch), generator)
-        return replace(batch, targets=targets, is_droppable=is_droppable, dropout_number=numbers)
+        return replace(batch, targets=targets, is_droppable=is_droppable)
 
-    def _dropout_numbers(self, count: int, generator: torch.Generator | None) -> Float[Tensor, " b"]:
+    def _with_numbers(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        """What settles which text is dropped and which captioned modality is clean."""
+        spans = batch.stream.spans
+        if not (batch.is_droppable.any() or spans.is_captioned.any()):
+            return batch
+        of_samples, of_spans = self._uniform_numbers(len(batch) + len(spans), generator).split([len(batch), len(spans)])
+        return replace(batch, dropout_number=of_samples, caption_number=of_spans)
+
+    def _uniform_numbers(self, count: int, generator: torch.Generator | None) -> Float[Tensor, " count"]:
         """Uniform numbers that depend on the state of a generator (torch's by default) and the number of calls.
 
         The generator does not move: times and noise are then the same whether a batch is packed before or by the model,

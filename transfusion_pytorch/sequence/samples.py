@@ -71,8 +71,7 @@ class Text(NamedTuple):
 class Modality(NamedTuple):
     """One instance of a modality: raw data first, channel-last latents `(*axes, c)` once encoded.
 
-    - `is_context`: something follows it in its sample
-    - `follows_text`: text stands before it in its sample
+    - `is_captioned`: text follows it in its sample, and none stands before
     - `is_learned`: it is noised and has a flow loss
     - `is_encoded`: `tensor` are latents although the modality has an encoder
     - `axes`: the axial shape of the latents while `tensor` is raw data
@@ -80,8 +79,7 @@ class Modality(NamedTuple):
 
     type: int
     tensor: Float[Tensor, "..."]
-    is_context: bool = False
-    follows_text: bool = False
+    is_captioned: bool = False
     is_learned: bool = True
     is_encoded: bool = False
     axes: Shape | None = None
@@ -232,17 +230,16 @@ def check_ids(ids: Int[Tensor, "..."], limit: int, where: str) -> None:
 def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = True) -> list[Piece]:
     """Frames a bare sample with its markers: sos, what opens and closes each modality, and eos if it is `complete`."""
     marked: list[Piece] = [Text(as_ids([vocabulary.sos]))]
-    is_learned, follows_text = True, False
+    is_learned = True
+    texts = [i for i, piece in enumerate(pieces) if isinstance(piece, Text)]
     for i, piece in enumerate(pieces):
         is_learned = piece.is_learned
         if isinstance(piece, Text):
             marked.append(piece)
-            follows_text = True
             continue
         opening = Text(vocabulary.opening(piece.type, piece.shape), is_learned)
         closing = Text(vocabulary.closing(piece.type), is_learned)
-        piece = piece._replace(is_context=i + 1 < len(pieces), follows_text=follows_text)
-        marked += [opening, piece, closing]
+        marked += [opening, piece._replace(is_captioned=bool(texts) and i < texts[0]), closing]
     # behind a condition nobody asked the model to stop
     return [*marked, Text(as_ids([vocabulary.eos]), is_learned)] if complete else marked
 

@@ -18,7 +18,7 @@ def as_times(times: Any) -> Float[Tensor, "..."]:
     Raises `TypeError` for anything that is no real number and `ValueError` for one outside.
     """
     try:
-        tensor = (times if isinstance(times, Tensor) else torch.as_tensor(times, device="cpu")).detach()
+        tensor = times.detach() if isinstance(times, Tensor) else as_exact(times)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"times must be a number or a tensor of them, got {type(times).__name__}: {error}") from error
     if tensor.dtype == torch.bool or tensor.is_complex():
@@ -29,12 +29,19 @@ def as_times(times: Any) -> Float[Tensor, "..."]:
     return tensor
 
 
+def as_exact(numbers: Any) -> Tensor:
+    """Plain numbers in double precision: rounded to single, 1 - 1e-9 would be 1."""
+    tensor = torch.as_tensor(numbers, device="cpu")
+    return torch.as_tensor(numbers, dtype=torch.float64, device="cpu") if tensor.is_floating_point() else tensor
+
+
 def times_of_spans(times: Any, spans: Spans, num_samples: int) -> Float[Tensor, " m"]:
     """A caller's times, one for the k-th modality of each sample, looked up for every span on the device of `spans`.
 
     `times` is a scalar, `(b,)` (one for each sample) or `(b, m)`. Conditions take their column and stay at 1.
     """
-    given = as_times(times).to(spans.sample.device)
+    given = as_times(times)
+    given = given.to(spans.sample.device, torch.float32 if spans.sample.device.type == "mps" else given.dtype)
     most = spans.most
     by_sample = given[:, None].expand(-1, most) if given.ndim == 1 else given
     if given.ndim == 0:

@@ -55,8 +55,7 @@ class Spans(Moving):
 
     - `modality`, `sample`: its type, and its sample
     - `index`: which of its sample's modalities it is
-    - `is_context`: something follows it in its sample
-    - `follows_text`: text stands before it in its sample
+    - `is_captioned`: text follows it in its sample, and none stands before
     - `is_learned`: it is noised and has a flow loss; a `Condition` is clean
     - `types`, `first`, `shapes`, `token_shapes`: type, first slot, and axial shapes of latents and tokens, for the host
     - `most`: how many modalities a sample has at most
@@ -65,8 +64,7 @@ class Spans(Moving):
     modality: Int[Tensor, " m"]
     sample: Int[Tensor, " m"]
     index: Int[Tensor, " m"]
-    is_context: Bool[Tensor, " m"]
-    follows_text: Bool[Tensor, " m"]
+    is_captioned: Bool[Tensor, " m"]
     is_learned: Bool[Tensor, " m"]
     types: tuple[int, ...]
     first: tuple[int, ...]
@@ -236,8 +234,7 @@ def _pack(
         modality=torch.tensor([piece.type for piece in modalities], dtype=torch.long),
         sample=span_sample,
         index=index,
-        is_context=torch.tensor([piece.is_context for piece in modalities], dtype=torch.bool),
-        follows_text=torch.tensor([piece.follows_text for piece in modalities], dtype=torch.bool),
+        is_captioned=torch.tensor([piece.is_captioned for piece in modalities], dtype=torch.bool),
         is_learned=torch.tensor([piece.is_learned for piece in modalities], dtype=torch.bool),
         types=tuple(piece.type for piece in modalities),
         first=tuple((length.cumsum(0) - length)[is_span].tolist()),
@@ -325,7 +322,7 @@ def _start_in_sample(size: Int[Tensor, " p"], sample: Int[Tensor, " p"]) -> Int[
 
 def _no_spans() -> Spans:
     none = torch.empty(0, dtype=torch.long, device="cpu")
-    return Spans(none, none, none, none.bool(), none.bool(), none.bool(), (), (), (), (), 0)
+    return Spans(none, none, none, none.bool(), none.bool(), (), (), (), (), 0)
 
 
 NO_SPANS = _no_spans()
