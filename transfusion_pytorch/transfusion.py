@@ -22,7 +22,7 @@ from transfusion_pytorch.generation.methods import SamplingMethods
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
-from transfusion_pytorch.modalities.latents import Latents, add_noise, latent_times, latents_by_type, x_t_of
+from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
@@ -248,11 +248,11 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         """Lays out encoded samples as one stream, on the CPU."""
         return pack(samples, past=past, ignore_index=self.ignore_index, token_shape=self._token_shape)
 
-    def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> Latents:
+    def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> LatentsByType:
         return latents_by_type(samples)
 
     def run(
-        self, stream: TokenStream, latents: Latents, t: Float[Tensor, " m"], cache: CacheView | None = None
+        self, stream: TokenStream, latents: LatentsByType, t: Float[Tensor, " m"], cache: CacheView | None = None
     ) -> Hidden:
         """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
         x = self.text_embedding(stream.token)
@@ -289,7 +289,9 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         """What may come next, for every id that can be written."""
         return self.to_logits(tokens)
 
-    def velocities(self, hidden: Hidden, stream: TokenStream, x_t: Latents, t: Float[Tensor, " m"]) -> Latents:
+    def velocities(
+        self, hidden: Hidden, stream: TokenStream, x_t: LatentsByType, t: Float[Tensor, " m"]
+    ) -> LatentsByType:
         """The velocity of every latent; predictions of the clean latent are converted."""
         velocities = {}
         for modality, values in x_t.items():
@@ -405,7 +407,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             times = torch.where(times.isnan(), drawn.to(times), times)
         return times if teacher is None else teacher.leave_room(times, batch)
 
-    def _latents(self, batch: Batch, generator: torch.Generator | None = None) -> Latents:
+    def _latents(self, batch: Batch, generator: torch.Generator | None = None) -> LatentsByType:
         """Clean latents by type; what is raw goes through its encoder."""
         return {
             kind: self.modalities[kind].latents(data, batch.stream.placements[kind], self.precision, generator)

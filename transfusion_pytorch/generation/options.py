@@ -13,7 +13,7 @@ from typing import Any, TypeVar, no_type_check
 import torch
 from torch import Tensor
 
-from transfusion_pytorch.sequence.samples import MAX_AXES, Shape
+from transfusion_pytorch.sequence.samples import MAX_AXES, Shape, is_int, is_sequence
 
 MOST_STEPS = 100_000  # of a solver
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -187,15 +187,14 @@ def check_number(
 
 def check_shape(shape: Any, name: str) -> None:
     """Raises `ValueError` unless `shape` is a tuple of positive ints."""
-    sizes = shape if isinstance(shape, (tuple, list)) else [None]
-    is_shape = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    is_shape = is_sequence(shape) and all(map(is_int, shape))
     if not is_shape or len(shape) > MAX_AXES or any(int(size) < 1 for size in shape):
         raise ValueError(f"{name} must be a tuple of 0 to {MAX_AXES} positive ints, such as (4, 4), got {shape!r}")
 
 
 def check_type(modality: Any, num_modalities: int, name: str) -> int:
     """The type of one of a model's modalities. Raises `TypeError` or `ValueError` for anything else."""
-    if isinstance(modality, bool) or not isinstance(modality, Integral):
+    if not is_int(modality):
         raise TypeError(f"{name}: a modality type is an int, got {modality!r}")
     if not 0 <= int(modality) < num_modalities:
         raise ValueError(f"{name}: unknown modality type {modality}, this model has {num_modalities} (from 0)")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from transfusion_pytorch.generation.options import check_int, check_shape, check_type
-from transfusion_pytorch.sequence.samples import Modality, Shape
+from transfusion_pytorch.sequence.samples import Modality, Shape, is_sequence
 
 
 class TextPart(NamedTuple):
@@ -79,7 +79,7 @@ def _parse_part(part: Any, where: str, num_modalities: int, shape_of: ShapeOf) -
 
 
 def _type_and_shape(given: Any, num_modalities: int, where: str) -> tuple[int, Shape | None]:
-    modality, shape = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, None)
+    modality, shape = given if is_sequence(given) and len(given) == 2 else (given, None)
     modality = check_type(modality, num_modalities, where)
     if shape is None:
         return modality, None

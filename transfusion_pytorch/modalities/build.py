@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from transfusion_pytorch.modalities.adapters import LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.io import ModalityIO
-from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape
+from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, is_int, is_sequence
 from transfusion_pytorch.sequence.vocabulary import parse_shape
 
 
@@ -140,16 +139,6 @@ class _SafeParser:
         except (ValueError, TypeError, LookupError, AssertionError):
             return None
         return tuple(map(int, shape)) if _is_shape(shape) and all(size > 0 for size in shape) else None
-
-
-def is_sequence(value: Any) -> bool:
-    """A tuple, a list, or what configurations have instead (`torch.Size`, `ListConfig`)."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def is_int(value: Any) -> bool:
-    """A whole number, numpy's too."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_shape(value: Any) -> bool:

@@ -15,10 +15,10 @@ from transfusion_pytorch.flow.path import FlowSample, interpolate
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape
 from transfusion_pytorch.sequence.stream import TokenStream
 
-Latents = dict[int, Tensor]  # each (k, c)
+LatentsByType = dict[int, Tensor]  # each (k, c)
 
 
-def latents_by_type(samples: Iterable[Iterable[Piece]]) -> Latents:
+def latents_by_type(samples: Iterable[Iterable[Piece]]) -> LatentsByType:
     """The latents of encoded samples, in the order in which `pack` lists their spans."""
     latents: dict[int, list[Tensor]] = {}
     for sample in samples:
@@ -34,7 +34,7 @@ def latent_times(stream: TokenStream, modality: int, t: Float[Tensor, " m"]) -> 
 
 
 def add_noise(
-    clean: Latents,
+    clean: LatentsByType,
     stream: TokenStream,
     t: Float[Tensor, " m"],
     *,
@@ -73,7 +73,7 @@ def draw_noise(
     return given.to(latents)
 
 
-def x_t_of(flow: Mapping[int, FlowSample]) -> Latents:
+def x_t_of(flow: Mapping[int, FlowSample]) -> LatentsByType:
     return {modality: sample.x_t for modality, sample in flow.items()}
 
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +24,7 @@ from transfusion_pytorch.sequence.samples import (
     Text,
     check_finite,
     check_ids,
+    is_int,
     is_integer,
     is_typed,
     mark,
@@ -324,7 +324,7 @@ def without_markers(sample: list[Piece], vocabulary: Vocabulary, where: str) -> 
 
 def check_modality_type(batch: Any, modality_type: Any) -> None:
     """Raises `TypeError` unless this is the type of a float batch."""
-    if isinstance(modality_type, bool) or not isinstance(modality_type, Integral):
+    if not is_int(modality_type):
         raise TypeError(f"modality_type must be an int, got {type(modality_type).__name__}")
     if not isinstance(batch, Tensor) or not batch.is_floating_point():
         came = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__

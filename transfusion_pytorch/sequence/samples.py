@@ -168,6 +168,16 @@ def parse_sample(sample: Any, num_modalities: int, where: str) -> list[Piece]:
     return [parse_part(part, num_modalities, f"{where}, part {i}") for i, part in enumerate(parts)]
 
 
+def is_sequence(value: Any) -> bool:
+    """A tuple, a list, or what configurations have instead (`torch.Size`, `ListConfig`)."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def is_int(value: Any) -> bool:
+    """A whole number, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def is_typed(part: Any) -> bool:
     """Whether this is `(type, tensor)`. A list counts too: `pin_memory` of older data loaders makes lists of tuples."""
     return isinstance(part, (tuple, list)) and len(part) == 2 and isinstance(part[0], Integral)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.modalities.latents import Latents, latent_times, unflatten
+from transfusion_pytorch.modalities.latents import LatentsByType, latent_times, unflatten
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.training.cross_entropy import cross_entropy_per_target, summed_cross_entropy
@@ -37,7 +37,7 @@ class Predictions(NamedTuple):
     """What the model made of a batch: outputs of the transformer, velocities, and what they should have been."""
 
     tokens: Shaped[Tensor, "n d"]
-    velocities: Latents
+    velocities: LatentsByType
     flow: Mapping[int, FlowSample]
     t: Float[Tensor, " m"]
 
@@ -108,7 +108,7 @@ def text_errors(hidden: Float[Tensor, "n d"], batch: Batch, to_logits: nn.Module
 
 
 def flow_errors(
-    velocities: Latents, flow: Mapping[int, FlowSample], batch: Batch, *, of_clean: bool
+    velocities: LatentsByType, flow: Mapping[int, FlowSample], batch: Batch, *, of_clean: bool
 ) -> dict[int, Errors]:
     """Squared errors of the velocities of each modality."""
     return {
@@ -118,7 +118,7 @@ def flow_errors(
 
 
 def consistency_errors(
-    velocities: Latents,
+    velocities: LatentsByType,
     flow: Mapping[int, FlowSample],
     batch: Batch,
     teacher: Teacher | None,
@@ -147,7 +147,7 @@ def consistency_errors(
 
 
 def reconstruction_errors(
-    velocities: Latents, flow: Mapping[int, FlowSample], batch: Batch, modalities: Any, *, of_clean: bool
+    velocities: LatentsByType, flow: Mapping[int, FlowSample], batch: Batch, modalities: Any, *, of_clean: bool
 ) -> dict[int, Errors]:
     """What the clean estimate decodes to, against what the clean latent decodes to."""
     errors = {}
