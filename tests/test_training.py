@@ -310,10 +310,14 @@ def test_activations_may_be_computed_again():
     model.gradient_checkpointing_enable()
     assert model.transformer.use_checkpoint
     model(ragged_batch()).backward()
+    model.gradient_checkpointing_enable("selective")
+    model(ragged_batch()).backward()
+    with pytest.raises(ValueError, match="use_checkpoint must be True, False or 'selective', got 'some'"):
+        model.gradient_checkpointing_enable("some")
     model.gradient_checkpointing_disable()
     assert not model.transformer.use_checkpoint
     model.transformer = nn.Identity()
-    with pytest.raises(TypeError, match="a Identity has no use_checkpoint"):
+    with pytest.raises(TypeError, match="the trunk, of type Identity, has no gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable()
 
 

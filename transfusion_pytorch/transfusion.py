@@ -368,14 +368,16 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         """Trained parameters for AdamW: what decays, and what does not (biases, gains)."""
         return parameter_groups(self, weight_decay=weight_decay)
 
-    def gradient_checkpointing_enable(self, kind: bool | str = True) -> None:
+    def gradient_checkpointing_enable(self, kind: Any = True) -> None:
         """Activations are computed again in the backward pass instead of being kept (see `Transformer`).
 
         Raises `TypeError` if the transformer is a module of the user's own that cannot do that.
         """
-        if not hasattr(self.transformer, "use_checkpoint"):
-            raise TypeError(f"a {type(self.transformer).__name__} has no use_checkpoint; only a Transformer does")
-        self.transformer.use_checkpoint = kind
+        if not hasattr(self.transformer, "gradient_checkpointing_enable"):
+            raise TypeError(
+                f"the trunk, of type {type(self.transformer).__name__}, has no gradient_checkpointing_enable"
+            )
+        self.transformer.gradient_checkpointing_enable(kind)
 
     def gradient_checkpointing_disable(self) -> None:
         self.gradient_checkpointing_enable(False)
