@@ -83,6 +83,8 @@ def ddp_steps(rank):
         loss, parts = wrapped(batch, times=times, return_breakdown=True, prob_uncond=0.0)
         loss.backward()
         results[name] = [part.detach() for part in parts], gradients_of(model)
+    wrapped(ordered_batch()[:1] if rank else tensor([[1, 2]]), reduction="span").flow.sum().backward()
+    model.zero_grad()
     images = torch.randn(2, 2, 3).double() if rank else tensor([[1, 2, 3]])  # no text here, nothing but text there
     model.zero_grad()
     wrapped(images).backward()

@@ -88,6 +88,39 @@ def test_padding_to_a_budget_changes_no_loss(model, same_noise):
         model.packer(token_budget=64)(samples)
 
 
+def test_step_after_step_a_packer_packs_as_the_model_does(model):
+    """Random numbers move on between steps, and what is dropped or clean depends on nothing else."""
+    model.train()
+    model.prob_uncond, losses = 0.5, []
+    for packs in (False, True):
+        pack = model.packer()
+        torch.manual_seed(4)
+        losses.append([model(pack(ragged_batch()) if packs else ragged_batch()).item() for _ in range(1)])
+        for _ in range(5):
+            samples = [[tensor([1, 2]), IMAGE, tensor([3])], [IMAGE, tensor([3, 4])]]
+            losses[-1].append(model(pack(samples) if packs else samples).item())
+    assert losses[0] == losses[1]
+
+
+def test_times_decide_what_may_be_dropped_whoever_gives_them(model):
+    model.train()
+    model.prob_uncond, samples = 1.0, [[tensor([1, 2]), IMAGE, tensor([3]), torch.randn(1, 3)]]
+    times = tensor([[0.5, 1.0]])
+    packed, later = model.packer()(samples, times=times), model.packer()(samples)
+    expected = model.count_targets(packed).text
+    assert model.count_targets(later, times=times).text == model.count_targets(samples, times=times).text == expected
+    assert model.count_targets(later).text < expected
+
+
+def test_a_span_budget_keeps_the_shape(model):
+    pack = model.packer(token_budget=128, span_budget=20)
+    for count in (1, 15):
+        assert pack([[(1, torch.randn(2))] * count]).stream.num_modulations == 20
+    with pytest.raises(ValueError, match="the batch has 21 modalities, more than the span budget of 20"):
+        pack([[(1, torch.randn(2))] * 21])
+    assert model.packer(token_budget=128)([[(1, torch.randn(2))] * 15]).stream.num_modulations == 16
+
+
 def test_padded_batches_have_one_shape(model):
     pack = model.packer(token_budget=192)
     shapes = set()

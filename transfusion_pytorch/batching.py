@@ -4,6 +4,7 @@ b samples, m modalities of a sample.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,27 +35,33 @@ class BatchingMethods:
         self,
         *,
         token_budget: int | None = None,
+        span_budget: int | None = None,
         prob_uncond: float | None = None,
         latent_shape_fn: LatentShapeFunction | Sequence[LatentShapeFunction | None] | None = None,
         checks_devices: tuple[str, ...] | None = ("cpu",),
     ) -> Packer:
         """Packs samples for this model without its parameters: `model(packer(samples))` is `model(samples)`.
 
-        A collate function that can be pickled, for data workers. Batches are padded to `token_budget` tokens, so that
-        they have one shape. Shapes behind encoders and adapters are found by dry runs of copies on the `meta` device;
-        for those that do not run there, `latent_shape_fn` takes the shape of raw data to the axial shape of their
-        latents (one, or one for each modality). See `Packer` for the rest.
+        A collate function that can be pickled, for data workers. Batches are padded to `token_budget` tokens and
+        `span_budget` modalities (by default a 64th of that), so that they have one shape. Make it after the model is on
+        its device: for CUDA it also makes the tables of flex attention.
+
+        Shapes behind encoders and adapters are found by dry runs of copies on the `meta` device; for those that do not
+        run there, `latent_shape_fn` takes the shape of raw data to the axial shape of their latents (one, or one for
+        each modality). See `Packer` for the rest.
         """
         functions = per_modality(latent_shape_fn, len(self.modalities), "latent_shape_fn")
-        return self._packer(self._shape_finders(functions), token_budget, prob_uncond, checks_devices)
+        packer = self._packer(self._shape_finders(functions), prob_uncond)
+        return replace(packer, token_budget=token_budget, span_budget=span_budget, checks_devices=checks_devices)
 
     def count_targets(self, samples: Any, *, prob_uncond: float | None = None, **options: Any) -> TargetCounts:
         """The targets of a batch, as `forward` in the present mode would count them. `options` are those of `Packer`.
 
         For gradient accumulation: `counts = sum(map(model.count_targets, batches))`, under DDP `counts.all_reduce()`,
-        then `model(batch, counts=counts)` for each. The losses then add up to that of one large batch. Lists are packed
-        anew by every call, and drop other text: pack them once.
+        then `model(batch, counts=counts)` for each. The losses then add up to that of one large batch. Pack
+        lists once, before: a list that is counted here and packed by `forward` later may drop other text.
         """
+        check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         times, times_fn = (options.pop(name, None) for name in ("times", "num_modalities_to_times_fn"))
         batch = self._at_times(self._as_batch(samples, **options), times, times_fn)
         if self.training:
@@ -74,9 +81,8 @@ class BatchingMethods:
     def _packer(
         self,
         shapes: tuple[ShapeFinder, ...],
-        token_budget: int | None = None,
         prob_uncond: float | None = None,
-        checks_devices: tuple[str, ...] | None = ("cpu",),
+        *,
         is_live: bool = False,
     ) -> Packer:
         return Packer(
@@ -85,10 +91,8 @@ class BatchingMethods:
             dtype=self.precision,
             ignore_index=self.ignore_index,
             prob_uncond=check_probability(self.prob_uncond if prob_uncond is None else prob_uncond),
-            prob_clean_captioned=self.time_policy.prob_clean_captioned,
-            token_budget=token_budget,
+            prob_clean_captioned=self.time_policy.prob_clean,
             finds_blocks=self.device.type == "cuda",
-            checks_devices=checks_devices,
             takes_tuples=not is_live,
             live_device=self.device if is_live else None,
         )

@@ -73,7 +73,8 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
     - `text_loss_weight`, `flow_loss_weight`, `velocity_consistency_loss_weight`, `reconstruction_loss_weight`
     - `model_output_clean`: the network predicts the clean latent instead of the velocity (arXiv 2511.13720)
     - `odeint_kwargs`: `method`, tolerances and options of `torchdiffeq.odeint`
-    - `prob_uncond`: how often training takes the text away from a modality, for classifier-free guidance
+    - `prob_uncond`: probability that the text before a sample's modalities is replaced by the null token in training,
+      for classifier-free guidance
     - `time_policy`: how training draws times
     - `ignore_index`: the label of what is not predicted
     """
@@ -186,18 +187,18 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         - `sample_weights` `(b,)`: losses are divided by the weighted counts
         - `counts`: what the sums are divided by instead of the batch's own, for gradient accumulation; see
           `count_targets`
-        - `reduction`: `"mean"`; `"none"` for a `LossBreakdown` with a row for each sample, divided by its own counts;
-          `"span"` for the flow loss of each span (`SpanLosses`)
+        - `reduction`: `"mean"`; `"none"` for a `LossBreakdown` with a row for each sample, divided by its own counts:
+          its weight cancels unless it is 0; `"span"` for the flow loss of each span alone (`SpanLosses`)
 
         Times and noise:
 
         - `times` of the modalities: a scalar, `(b,)` or `(b, m)`; else `num_modalities_to_times_fn` takes the number of
-          modalities of each sample `(b,)` and gives `(b, m)`; else the time policy draws them. A modality that is put
-          at 1 has no loss.
+          modalities of each sample `(b,)` and gives `(b, m)`; else the time policy draws them. Modalities whose
+          `times` you set to 1 are read and have no loss.
         - `noise`: `(k, c)` for the flat latents of a modality, in a dict if there are several
         - `generator`: draws everything random, so that two evaluations with equal generators are equal
-        - `velocity_consistency_ema_model` (from `create_ema`): velocities are held to those of the average a
-          `velocity_consistency_delta_time` further along, for which times leave room
+        - `velocity_consistency_ema_model` (from `create_ema`): adds the velocity consistency loss against this model at
+          `t + velocity_consistency_delta_time`; times below 1 are at most 1 minus that
         - `prob_uncond` replaces the model's, or that of the packer
 
         Returns the total loss; with `return_breakdown` also its parts. Without `return_loss`, returns the logits `(b,

@@ -27,8 +27,8 @@ class TimePolicy:
     recognisable, and drawing wants all times, so in training it is clean, without a flow loss, with probability
     `prob_clean_captioned`. Otherwise its times are squeezed into `[noise_limit, 1]`: 0.5 and `prob_clean_captioned=0`
     are what the Transfusion paper does with images that precede their caption (arXiv 2408.11039, section 4.3.4). All
-    other modalities are noised freely, wherever they stand (docs/architecture.md has the measurements). A constant is
-    the time of all, and none is clean.
+    other modalities are noised freely, wherever they stand (docs/architecture.md has the measurements). With a
+    constant none is clean.
 
     In sampling whatever is finished is at `CLEAN`.
     """
@@ -50,11 +50,14 @@ class TimePolicy:
             raise ValueError(
                 f"mean must be finite, std and shift positive, got {self.mean}, {self.std} and {self.shift}"
             )
-        if isinstance(self.distribution, (int, float)):
-            object.__setattr__(self, "prob_clean_captioned", 0.0)
         for name in ("noise_limit", "prob_clean_captioned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+
+    @property
+    def prob_clean(self) -> float:
+        """How often what is captioned is clean: not at all with a constant."""
+        return 0.0 if isinstance(self.distribution, (int, float)) else self.prob_clean_captioned
 
     def draw(
         self, is_captioned: Bool[Tensor, " m"], *, generator: torch.Generator | None = None

@@ -34,9 +34,7 @@ class TextTargets(Moving):
     weight: Float[Tensor, " t"]
 
     def without(self, leaves: Bool[Tensor, " t"]) -> "TextTargets":
-        """Some of them taken away: on a CPU they are gone, elsewhere they weigh nothing, because nobody waits to learn
-        how many they are.
-        """
+        """Removes targets. On other devices than a CPU their weight becomes 0: to filter them, the host would wait."""
         if self.slot.device.type != "cpu":
             return replace(self, weight=self.weight.masked_fill(leaves, 0))
         kept = (~leaves).nonzero().flatten()
@@ -83,11 +81,12 @@ class Batch(Moving):
     - `span_weight`: the weight of the sample of every span
     - `is_droppable`: text that a learned modality follows, which classifier-free guidance may take away
     - `dropout_number`: one uniform number for each sample, whose text is dropped where that is below `prob_uncond`
-    - `caption_number`: one for each span, which is clean if it is captioned and that is below `prob_clean_captioned`
-    - `signature`: what it depends on of the model it was packed for
+    - `caption_number`: one for each span: a captioned span is clean where that is below `prob_clean_captioned`
+    - `signature`: vocabulary and modalities of the models that it fits
     - `names`, `sources`: what the caller calls each sample, and where it comes from
 
-    Picklable, so data workers can make it; `pin_memory()` and `to(device)` return moved copies.
+    Picklable (unless a `Condition` carries gradients), so data workers can make it; `pin_memory()` and `to(device)`
+    return moved copies.
     """
 
     stream: TokenStream
@@ -115,7 +114,19 @@ class Batch(Moving):
 
     def with_times(self, times: Float[Tensor, " m"]) -> "Batch":
         """The same at these times, NaN where one is to be drawn."""
-        return replace(self, times=times.to(self.times), has_times=True)
+        return replace(self, times=times.to(self.times), has_times=True).with_droppable()
+
+    def with_droppable(self) -> "Batch":
+        """Finds the text that guidance may take away: only what a learned modality follows conditions anything."""
+        stream = self.stream
+        first = torch.where(self.is_learned, stream.spans.first_slot, -1)
+        last = first.new_full((len(self),), -1).scatter_reduce(0, stream.spans.sample, first, "amax")
+        is_before = torch.arange(len(stream.token), device=first.device) < last[stream.sample]
+        vocabulary = self.signature[0]
+        is_droppable = stream.is_text & (stream.token < vocabulary.num_text) & is_before
+        slot = self.targets.slot
+        targets = replace(self.targets, is_droppable=is_droppable[slot] | is_droppable[slot + 1])
+        return replace(self, targets=targets, is_droppable=is_droppable)
 
     @property
     def is_learned(self) -> Bool[Tensor, " m"]:
@@ -135,7 +146,7 @@ class Batch(Moving):
 
     def drop_text(self, null: int, probability: float | None = None) -> "Batch":
         """Text that conditions a modality becomes `null` in some samples, for classifier-free guidance (arXiv
-        2207.12598). Null is neither predicted nor predicted from.
+        2207.12598). Neither a dropped token nor the one after it has a text loss.
 
         Which samples is settled by their `dropout_number`, so the same batch drops the same text.
         """

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
@@ -65,11 +65,13 @@ class Packer:
     - `prob_uncond`: how often text that conditions a modality is dropped in training
     - `prob_clean_captioned`: how often a modality that is captioned is clean in training (see `TimePolicy`)
     - `token_budget`: batches are padded to so many tokens, for graphs of fixed shapes; more are refused
+    - `span_budget`: the span table of a padded batch is filled up to so many rows; more are refused. By default one row
+      for 64 tokens, at least 8, doubled for a batch that has more, which is then of another shape
     - `finds_blocks`: whether the tables of flex attention are made too
     - `checks_devices`: latents on these kinds of device are searched for NaN; None for all, which waits for a GPU
     - `takes_tuples`: a sample may be a tuple of parts, as datasets give it
     - `live_device`: that of the model, where it packs for itself: its random state settles which text is dropped
-    - `calls`: how many batches it has packed
+    - `calls`, `last_state`: how many batches it has packed since the random state moved last
     """
 
     vocabulary: Vocabulary
@@ -79,11 +81,13 @@ class Packer:
     prob_uncond: float = 0.0
     prob_clean_captioned: float = 0.0
     token_budget: int | None = None
+    span_budget: int | None = None
     finds_blocks: bool = False
     checks_devices: tuple[str, ...] | None = ("cpu",)
     takes_tuples: bool = True
     live_device: torch.device | None = None
     calls: int = 0
+    last_state: bytes = b""
 
     def __call__(
         self,
@@ -121,7 +125,7 @@ class Packer:
             )
             if times is not None:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
-            return self._padded(self._with_numbers(self._with_droppable(batch), generator))
+            return self._padded(self._with_numbers(batch.with_droppable(), generator))
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""
@@ -223,13 +227,6 @@ class Packer:
         """What batches depend on of the model they are packed for."""
         return self.vocabulary, *(shapes.signature for shapes in self.modalities)
 
-    def _with_droppable(self, batch: Batch) -> Batch:
-        """Which text guidance may take away."""
-        is_droppable = droppable_text(batch.stream, batch.is_learned, self.vocabulary.num_text)
-        slot = batch.targets.slot
-        targets = replace(batch.targets, is_droppable=is_droppable[slot] | is_droppable[slot + 1])
-        return replace(batch, targets=targets, is_droppable=is_droppable)
-
     def _with_numbers(self, batch: Batch, generator: torch.Generator | None) -> Batch:
         """What settles which text is dropped and which captioned modality is clean."""
         spans = batch.stream.spans
@@ -239,7 +236,8 @@ class Packer:
         return replace(batch, dropout_number=of_samples, caption_number=of_spans)
 
     def _uniform_numbers(self, count: int, generator: torch.Generator | None) -> Float[Tensor, " count"]:
-        """Uniform numbers that depend on the state of a generator (torch's by default) and the number of calls.
+        """Uniform numbers that depend on the state of a generator (torch's by default), and on how many batches were
+        packed at that state, as data workers do.
 
         The generator does not move: times and noise are then the same whether a batch is packed before or by the model,
         and evaluation, which drops nothing, draws nothing.
@@ -248,10 +246,11 @@ class Packer:
         if self.live_device is not None and self.live_device.type == "cuda":  # where times and noise are drawn
             index = self.live_device.index
             generators.append(torch.cuda.default_generators[torch.cuda.current_device() if index is None else index])
-        digest = blake2b(digest_size=7, key=self.calls.to_bytes(8, "little"))
-        for each in generators:
-            digest.update(each.get_state().numpy().tobytes())
-        self.calls += 1
+        states = b"".join(each.get_state().numpy().tobytes() for each in generators)
+        state = blake2b(states, digest_size=16).digest()
+        self.calls = self.calls + 1 if state == self.last_state else 0
+        self.last_state = state
+        digest = blake2b(state, digest_size=7, key=self.calls.to_bytes(8, "little"))
         own = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
         return torch.rand(count, generator=own)
 
@@ -289,7 +288,9 @@ class Packer:
     def _padded(self, batch: Batch) -> Batch:
         stream, budget = batch.stream, self.token_budget
         if budget is not None:
-            rows = max(budget // TOKENS_PER_SPAN, 8)
+            rows = self.span_budget or max(budget // TOKENS_PER_SPAN, 8)
+            if self.span_budget is not None and rows < len(stream.spans):
+                raise ValueError(f"the batch has {len(stream.spans)} modalities, more than the span budget of {rows}")
             while rows < len(stream.spans):  # an unusual batch: twice as many, so that few graphs are made
                 rows *= 2
             stream = pad_stream(stream, budget, num_modulations=rows)
@@ -297,15 +298,6 @@ class Packer:
         missing = stream.num_padding
         is_droppable = torch.cat((batch.is_droppable, batch.is_droppable.new_zeros(missing)))
         return replace(batch, stream=stream, is_droppable=is_droppable)
-
-
-def droppable_text(stream: TokenStream, is_learned: Bool[Tensor, " m"], num_text: int) -> Bool[Tensor, " n"]:
-    """Text that guidance may take away: only what a learned modality still follows conditions anything."""
-    last = torch.full((len(stream.lengths),), -1)
-    first = torch.tensor(stream.spans.first, dtype=torch.long)
-    last.scatter_reduce_(0, stream.spans.sample, torch.where(is_learned, first, -1), "amax")
-    where = torch.arange(len(stream.token))
-    return stream.is_text & (stream.token < num_text) & (where < last[stream.sample])
 
 
 def without_markers(sample: list[Piece], vocabulary: Vocabulary, where: str) -> list[Piece]:

@@ -57,6 +57,7 @@ class Spans(Moving):
     - `index`: which of its sample's modalities it is
     - `is_captioned`: text follows it in its sample, and none stands before
     - `is_learned`: it is noised and has a flow loss; a `Condition` is clean
+    - `first_slot`: the slot of its first token
     - `types`, `first`, `shapes`, `token_shapes`: type, first slot, and axial shapes of latents and tokens, for the host
     - `most`: how many modalities a sample has at most
     """
@@ -66,6 +67,7 @@ class Spans(Moving):
     index: Int[Tensor, " m"]
     is_captioned: Bool[Tensor, " m"]
     is_learned: Bool[Tensor, " m"]
+    first_slot: Int[Tensor, " m"]
     types: tuple[int, ...]
     first: tuple[int, ...]
     shapes: tuple[Shape, ...]
@@ -236,6 +238,7 @@ def _pack(
         index=index,
         is_captioned=torch.tensor([piece.is_captioned for piece in modalities], dtype=torch.bool),
         is_learned=torch.tensor([piece.is_learned for piece in modalities], dtype=torch.bool),
+        first_slot=(length.cumsum(0) - length)[is_span],
         types=tuple(piece.type for piece in modalities),
         first=tuple((length.cumsum(0) - length)[is_span].tolist()),
         shapes=shapes,
@@ -322,7 +325,7 @@ def _start_in_sample(size: Int[Tensor, " p"], sample: Int[Tensor, " p"]) -> Int[
 
 def _no_spans() -> Spans:
     none = torch.empty(0, dtype=torch.long, device="cpu")
-    return Spans(none, none, none, none.bool(), none.bool(), (), (), (), (), 0)
+    return Spans(none, none, none, none.bool(), none.bool(), none, (), (), (), (), 0)
 
 
 NO_SPANS = _no_spans()

@@ -43,13 +43,13 @@ class Predictions(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """Whose velocities ours are to be consistent with, and how far ahead of us on the path it stands."""
+    """The EMA model of the consistency loss, and how much later on the path it is evaluated."""
 
     model: Any
     ahead: float
 
     def leave_room(self, t: Float[Tensor, " m"], batch: Batch) -> Float[Tensor, " m"]:
-        """Times from which it is that far to the end of the path; what is not learned stays where it is."""
+        """Clamps the times of learned spans to `1 - ahead`; those of other spans stay."""
         return torch.where(batch.is_learned, t.clamp(max=CLEAN - self.ahead), t)
 
 
@@ -74,8 +74,11 @@ class Objective:
         """`reduction` and `counts` as in `Transfusion.forward`; means are over the batches of all `processes`."""
         _, velocities, flow, t = predictions
         errors = flow_errors(velocities, flow, batch, of_clean=self.of_clean)
+        absent = [module for kind, io in enumerate(model.modalities) if kind not in batch.data for module in io.trained]
         if reduction == "span":
-            return span_losses(errors, batch, predictions)
+            losses = span_losses(errors, batch, predictions)
+            zero = 0.0 if processes is None else zero_gradients([*absent, model.to_logits])
+            return losses._replace(flow=losses.flow + zero)
         rows = len(batch) if reduction == "none" else None
         consistency = consistency_errors(velocities, flow, batch, teacher, t, of_clean=self.of_clean)
         recon = {}
@@ -92,7 +95,6 @@ class Objective:
         )
         if processes is None:
             return breakdown
-        absent = [module for kind, io in enumerate(model.modalities) if kind not in batch.data for module in io.trained]
         return breakdown._replace(total=breakdown.total + zero_gradients(absent))
 
 
