@@ -47,7 +47,7 @@ text: ## train on text alone
 
 bench: bench-peer ## time generation and training beside the package on PyPI: make bench ARGS="--rounds 3"
 	$(BIN)/python benchmarks/generation.py --peer build/peer/bin/python $(ARGS)
-	$(BIN)/python benchmarks/training.py --peer build/peer/bin/python --bf16 --compiled $(ARGS)
+	$(BIN)/python benchmarks/training.py --peer build/peer/bin/python --bf16 $(ARGS)
 
 bench-peer: ## the environment of that package
 	$(PYTHON) -m venv build/peer
