@@ -4,6 +4,7 @@ b samples, n tokens of the packed stream, m spans (instances of a modality), d m
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         *,
         num_text_tokens: int,
         transformer: Any,
-        dim_latent: int | Sequence[int] | None = None,
+        dim_latent: Integral | int | Sequence[Any] | None = None,
         modality_default_shape: Any = None,
         modality_num_dim: Any = None,
         channel_first_latent: bool | Sequence[bool] = False,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,7 +26,7 @@ class Modalities(nn.ModuleList):
 def build_modalities(
     *,
     dim: int,
-    dim_latent: int | Sequence[int] | None,
+    dim_latent: Integral | int | Sequence[Any] | None,
     modality_default_shape: Any,
     modality_num_dim: Any,
     channel_first_latent: Any,
