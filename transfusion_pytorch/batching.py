@@ -99,20 +99,19 @@ class BatchingMethods:
 
     def _as_batch(self, samples: Any, has_loss: bool = True, **options: Any) -> Batch:
         """Packed, unless it is already, on this model's device."""
+        packer = self._packer(self._live_shapes, is_live=True)
         if isinstance(samples, Batch):
             given = [name for name, value in options.items() if value is not None and name != "generator"]
             if given:
                 raise ValueError(f"a Batch has its {', '.join(given)}; give them to the packer instead")
-            expected = self._packer(self._live_shapes, is_live=True).signature
-            if samples.signature != expected:
+            if samples.signature != packer.signature:
                 raise ValueError(
                     f"the Batch was packed for another model: its vocabulary and modalities are {samples.signature}, "
-                    f"those of this one {expected}"
+                    f"those of this one {packer.signature}"
                 )
             batch = samples
         else:
-            refuses = has_loss and torch.is_grad_enabled()
-            batch = self._packer(self._live_shapes, is_live=True)(samples, refuses_gradients=refuses, **options)
+            batch = packer(samples, refuses_gradients=has_loss and torch.is_grad_enabled(), **options)
         return batch.to(self.device)
 
     def _at_times(self, batch: Batch, times: Any, times_fn: Any) -> Batch:

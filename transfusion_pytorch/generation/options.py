@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar, no_type_check
 
 import torch
@@ -158,7 +158,7 @@ BOUNDS: dict[str, dict[str, float]] = {
 
 def check_int(value: Any, name: str, *, least: int = 1) -> int:
     """A plain int. Raises `TypeError` or `ValueError` unless `value` is one and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_int(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

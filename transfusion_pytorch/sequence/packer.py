@@ -123,9 +123,11 @@ class Packer:
                 names=_texts("names", names, [sample.name for sample in described]),
                 sources=_texts("sources", sources, [sample.source for sample in described]),
             )
-            if times is not None:
+            if times is None:
+                batch = batch.with_droppable()
+            else:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
-            return self._padded(self._with_numbers(batch.with_droppable(), generator))
+            return self._padded(self._with_numbers(batch, generator))
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""

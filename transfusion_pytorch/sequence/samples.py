@@ -208,7 +208,7 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
     if modality is None and not tensor.is_floating_point():
         return parse_text(tensor, where)
     modality = 0 if modality is None else modality
-    if isinstance(modality, bool) or not isinstance(modality, Integral):
+    if not is_int(modality):
         raise TypeError(
             f"{where}: a pair is (type, tensor) with an int for its type, got {_name_of(part)}; the parts of a sample "
             "stand in a list"
