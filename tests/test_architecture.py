@@ -17,6 +17,7 @@ ALLOWED = {
     "sequence": [],
     "flow": [],
     "evaluating": [],
+    "saving": [],
     "network": ["sequence.masks", "sequence.positions", "sequence.blocks"],
     "modalities": ["sequence", "flow", "network"],
     "generation": ["sequence", "flow", "evaluating"],
