@@ -174,10 +174,10 @@ def solve(
 
 
 def velocity_behind(model, before: list[Piece], span: Modality, t: Tensor) -> Tensor:
-    stream, values = model.pack([[*before, span]]), model.latents_by_type([[*before, span]])
+    stream, values = model.pack_stream([[*before, span]]), model.latents_by_type([[*before, span]])
     times = torch.ones(len(stream.spans), dtype=torch.float64)
     times[-1] = t
-    velocities = model.velocities(model.run(stream, values, times), stream, values, times)
+    velocities = model.velocities(model.forward_stream(stream, values, times), stream, values, times)
     return velocities[span.type][-prod(span.shape) :]
 
 

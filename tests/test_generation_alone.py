@@ -56,8 +56,8 @@ def flow_alone(model, modality, shape, steps, **solver):
 
     def velocity(t, x):
         sample = [[Modality(modality, x.reshape(*shape, x.shape[-1]))]]
-        stream, values = model.pack(sample), model.latents_by_type(sample)
-        hidden = model.run(stream, values, t.reshape(1))
+        stream, values = model.pack_stream(sample), model.latents_by_type(sample)
+        hidden = model.forward_stream(stream, values, t.reshape(1))
         return model.velocities(hidden, stream, values, t.reshape(1))[modality]
 
     with torch.no_grad():

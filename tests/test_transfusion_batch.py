@@ -440,7 +440,7 @@ def test_counts_and_training_of_a_batch_agree(model):
 def test_numbers_for_dropping_text_differ_from_batch_to_batch_and_move_no_generator(model):
     pack, sample = model.packer(), [tensor([1]), IMAGE]
     state = torch.get_rng_state()
-    first, second = pack([sample] * 1000).dropout_number, pack([sample] * 1000).dropout_number
+    first, second = pack([sample] * 1000).drop_text_number, pack([sample] * 1000).drop_text_number
     assert torch.equal(torch.get_rng_state(), state)
     assert abs(first.mean() - 0.5) < 0.05
     assert abs(torch.corrcoef(torch.stack((first, second)))[0, 1]) < 0.15
@@ -603,3 +603,28 @@ def test_latents_on_a_device_are_searched_for_nan_on_request_only(model):
     with pytest.raises(ValueError, match="sample 0, part 0: the tensor contains NaN"):
         model.packer()([[bad]])
     assert model.packer(checks_devices=())([[bad]]).data[0].latents.isnan().all()
+
+
+def test_with_seeds_a_sample_is_the_same_in_every_batch():
+    """Everything random comes from the seed of the sample: losses of its parts add up to that of the whole batch."""
+    model = tiny(prob_uncond=0.5, time_policy=TimePolicy("logit_normal", prob_clean_captioned=0.5)).train()
+    text, image = torch.tensor([1, 2]), torch.randn(3, 3)
+    samples = [[text, image, text], [image, text], [text, image, image], [image], [text]] * 8
+    seeds = list(range(7, 7 + len(samples)))
+    pack = model.packer()
+    whole = pack(samples, seeds=seeds)
+    parts = [pack(samples[i::3], seeds=seeds[i::3]) for i in range(3)]
+    counts = whole.counts
+    assert torch.equal(sum(part.counts for part in parts).latents, counts.latents)
+    assert 0 < counts.text < model.packer(prob_uncond=0.0)(samples, seeds=seeds).counts.text
+    first = model(whole, counts=counts)
+    torch.manual_seed(3)  # is not asked
+    assert torch.equal(model(whole, counts=counts), first)
+    assert torch.allclose(sum(model(part, counts=counts) for part in parts), first, rtol=1e-5)
+    assert not torch.equal(model(pack(samples, seeds=[seed + 1 for seed in seeds])), model(whole))
+
+
+@pytest.mark.parametrize("seeds", [[1], [1, -1], [1, 0.5], [1, True]])
+def test_seeds_are_one_whole_number_for_each_sample(seeds):
+    with pytest.raises(ValueError, match="seeds: expected an int of at least 0 for each of 2 samples"):
+        tiny().packer()([[torch.tensor([1])], [torch.tensor([2])]], seeds=seeds)

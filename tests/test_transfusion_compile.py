@@ -15,7 +15,7 @@ from network_streams import perturb
 from torch import nn
 
 from transfusion_pytorch import Transfusion
-from transfusion_pytorch.network.compile import layer_call
+from transfusion_pytorch.network.compile import compiled
 
 # torch's own, while it traces
 pytestmark = [
@@ -216,8 +216,8 @@ def test_nothing_of_dynamo_is_changed_for_others():
 
 def test_one_function_is_compiled_for_all_models_and_options():
     options = dict(backend="eager", fullgraph=True)
-    assert layer_call(options) is layer_call(dict(reversed(options.items())))
-    assert layer_call(options) is not layer_call(options | dict(dynamic=False))
+    assert compiled(options) is compiled(dict(reversed(options.items())))
+    assert compiled(options) is not compiled(options | dict(dynamic=False))
 
 
 def test_a_transformer_of_the_users_own_is_refused():

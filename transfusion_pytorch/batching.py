@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from transfusion_pytorch.modalities.build import per_modality
 from transfusion_pytorch.modalities.shapes import LatentShapeFunction, ShapeFinder
@@ -63,10 +65,8 @@ class BatchingMethods:
         """
         check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         times, times_fn = (options.pop(name, None) for name in ("times", "num_modalities_to_times_fn"))
-        batch = self._at_times(self._as_batch(samples, **options), times, times_fn)
-        if self.training:
-            batch = batch.for_training(self.vocabulary.null, prob_uncond)
-        return batch.count_targets()
+        batch = self._as_batch(samples, **options)
+        return self._settled(batch, times, times_fn, prob_uncond).count_targets()
 
     def _shape_finders(
         self, functions: Sequence[Any] | None = None, *, is_live: bool = False
@@ -114,8 +114,16 @@ class BatchingMethods:
             batch = packer(samples, refuses_gradients=has_loss and torch.is_grad_enabled(), **options)
         return batch.to(self.device)
 
-    def _at_times(self, batch: Batch, times: Any, times_fn: Any) -> Batch:
-        """The batch at a caller's times, given or from a function of the number of modalities."""
+    def _settled(self, batch: Batch, times: Any, times_fn: Any, prob_uncond: float | None) -> Batch:
+        """A batch whose targets are settled: at the caller's times; in training without the text that is dropped, and
+        with some captioned modalities clean. Times that are NaN after this have yet to be drawn.
+        """
+        times = self._times_of_spans(batch, times, times_fn)
+        batch = batch if times is None else batch.with_times(times)
+        return batch.for_training(self.vocabulary.null, prob_uncond) if self.training else batch
+
+    def _times_of_spans(self, batch: Batch, times: Any, times_fn: Any) -> Float[Tensor, " m"] | None:
+        """The caller's times, given or from a function of the number of modalities."""
         if times is not None and times_fn is not None:
             raise ValueError("give times or num_modalities_to_times_fn, not both")
         if times_fn is not None and not callable(times_fn):
@@ -126,7 +134,7 @@ class BatchingMethods:
             times = times_fn(ones.new_zeros(len(batch)).index_add(0, spans.sample, ones))
             if times is None:
                 raise TypeError("num_modalities_to_times_fn: times must be a number or a tensor of them, got None")
-        return batch if times is None else batch.with_times(times_of_spans(times, spans, len(batch)))
+        return None if times is None else times_of_spans(times, spans, len(batch))
 
 
 def check_probability(prob_uncond: float) -> float:

@@ -37,17 +37,19 @@ from transfusion_pytorch.training.data import create_dataloader
 from transfusion_pytorch.training.distributed import Processes, training_processes
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, LossWeights, SpanLosses
-from transfusion_pytorch.training.objective import REDUCTIONS, Objective, Predictions, Teacher, as_teacher
+from transfusion_pytorch.training.objective import REDUCTIONS, Objective, Predictions, as_teacher
 from transfusion_pytorch.training.parameters import hidden_matrices, parameter_groups, reset_parameters
 
 
-class Hidden(NamedTuple):
+class StreamOutput(NamedTuple):
     """What the transformer made of a stream, and what the adapters need again to read it.
 
-    `condition` has a row for each span, `adapter_state` what each modality's adapter kept.
+    - `hidden`: of every token
+    - `condition`: of every span
+    - `adapter_state`: what each modality's adapter kept
     """
 
-    tokens: Shaped[Tensor, "n d"]
+    hidden: Shaped[Tensor, "n d"]
     condition: Shaped[Tensor, "m d"]
     adapter_state: dict[int, Any]
 
@@ -212,21 +214,22 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
         teacher = as_teacher(self, velocity_consistency_ema_model, velocity_consistency_delta_time)
         check_options(counts, generator)
+        times_fn = num_modalities_to_times_fn
         packing = dict(modality_type=modality_type, labels=labels, sample_weights=sample_weights, generator=generator)
         batch = self._as_batch(samples, return_loss, **packing)
-        batch = self._at_times(batch, times, num_modalities_to_times_fn)
         if not return_loss:
-            return self._all_logits(batch, noise, generator)
-        if self.training:
-            batch = batch.for_training(self.vocabulary.null, prob_uncond)
-        if self.training and noise is not None and batch.has_times:
+            return self._all_logits(batch, self._times_of_spans(batch, times, times_fn), noise, generator)
+        batch = self._settled(batch, times, times_fn, prob_uncond)
+        if self.training and batch.has_times and noise is not None:
             torch.rand((), generator=generator)  # nothing else moves it, and the next batch is to drop other text
-        t = self._draw_times(batch, teacher, generator)
+        latest = CLEAN if teacher is None else CLEAN - teacher.ahead
+        t = self._draw_times(batch, latest, generator)
+        noise = batch.noise if noise is None else noise
         flow = add_noise(self._latents(batch, generator), batch.stream, t, noise=noise, generator=generator)
 
-        hidden = self.run(batch.stream, x_t_of(flow), t)
-        velocities = self.velocities(hidden, batch.stream, x_t_of(flow), t)
-        predictions = Predictions(hidden.tokens, velocities, flow, t)
+        output = self.forward_stream(batch.stream, x_t_of(flow), t)
+        velocities = self.velocities(output, batch.stream, x_t_of(flow), t)
+        predictions = Predictions(output.hidden, velocities, flow, t)
         losses = self.objective(
             self, batch, predictions, teacher=teacher, counts=counts, reduction=reduction, processes=self._processes()
         )
@@ -246,16 +249,16 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         """
         return preparation.decode(samples, self.modalities, device=self.device, raw=raw)
 
-    def pack(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream:
+    def pack_stream(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream:
         """Lays out encoded samples as one stream, on the CPU."""
         return pack(samples, past=past, ignore_index=self.ignore_index, token_shape=self._token_shape)
 
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> LatentsByType:
         return latents_by_type(samples)
 
-    def run(
+    def forward_stream(
         self, stream: TokenStream, latents: LatentsByType, t: Float[Tensor, " m"], cache: CacheView | None = None
-    ) -> Hidden:
+    ) -> StreamOutput:
         """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
         x = self.text_embedding(stream.token)
         condition = self.time_embedding(t) + self.type_embedding(stream.spans.modality.to(t.device))
@@ -273,7 +276,7 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             conditioning=self._conditioning(stream, condition),
             cache=cache,
         )
-        return Hidden(hidden, condition, adapter_state)
+        return StreamOutput(hidden, condition, adapter_state)
 
     def _conditioning(self, stream: TokenStream, condition: Shaped[Tensor, "m d"]) -> Conditioning | None:
         """What spans tell their tokens; None for text alone. A padded batch has rows for more spans. With several
@@ -287,22 +290,22 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             return None
         return Conditioning(condition, None if stream.has_equal_spans and not is_shared else stream.modulation_index)
 
-    def logits(self, tokens: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n v"]:
-        """What may come next, for every id that can be written."""
-        return self.to_logits(tokens)
+    def logits(self, hidden: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n v"]:
+        """Of the next id, for every id that can be written."""
+        return self.to_logits(hidden)
 
     def velocities(
-        self, hidden: Hidden, stream: TokenStream, x_t: LatentsByType, t: Float[Tensor, " m"]
+        self, output: StreamOutput, stream: TokenStream, x_t: LatentsByType, t: Float[Tensor, " m"]
     ) -> LatentsByType:
         """The velocity of every latent; predictions of the clean latent are converted."""
         velocities = {}
         for modality, values in x_t.items():
             placement = stream.placements[modality]
             predicted = self.modalities[modality].read(
-                hidden.tokens.index_select(0, placement.slots),
+                output.hidden.index_select(0, placement.slots),
                 placement.shapes,
-                hidden.condition.index_select(0, placement.spans),
-                hidden.adapter_state[modality],
+                output.condition.index_select(0, placement.spans),
+                output.adapter_state[modality],
             )
             predicted = predicted.to(values.dtype)
             if self.model_output_clean:
@@ -401,15 +404,17 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
     def _token_shape(self, modality: int, shape: Shape) -> Shape:
         return self.modalities[modality].token_shape(shape)
 
-    def _draw_times(
-        self, batch: Batch, teacher: Teacher | None, generator: torch.Generator | None
-    ) -> Float[Tensor, " m"]:
-        """A time for every span: the caller's, or from the policy."""
-        times = batch.times.to(self.precision)
-        if not batch.has_times and len(times):
-            drawn = self.time_policy.draw(batch.stream.spans.is_captioned, generator=generator)
-            times = torch.where(times.isnan(), drawn.to(times), times)
-        return times if teacher is None else teacher.leave_room(times, batch)
+    def _draw_times(self, batch: Batch, latest: float, generator: torch.Generator | None) -> Float[Tensor, " m"]:
+        """The time of every span: settled already, or from the policy. Learned spans stand at `latest` at most."""
+        t, is_captioned = batch.times.to(self.precision), batch.stream.spans.is_captioned
+        if batch.has_times or not len(t):
+            drawn = t
+        elif batch.time_number is not None:
+            drawn = self.time_policy.times(batch.time_number, is_captioned)
+        else:
+            drawn = self.time_policy.draw(is_captioned, generator=generator)
+        t = torch.where(t.isnan(), drawn.to(t), t)
+        return t if latest == CLEAN else torch.where(batch.is_learned, t.clamp(max=latest), t)
 
     def _latents(self, batch: Batch, generator: torch.Generator | None = None) -> LatentsByType:
         """Clean latents by type; what is raw goes through its encoder."""
@@ -418,12 +423,15 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
             for kind, data in batch.data.items()
         }
 
-    def _all_logits(self, batch: Batch, noise: Any, generator: torch.Generator | None) -> Float[Tensor, "b n v"]:
+    def _all_logits(
+        self, batch: Batch, times: Any, noise: Any, generator: torch.Generator | None
+    ) -> Float[Tensor, "b n v"]:
+        batch = batch if times is None else batch.with_times(times)
         t, x_t = batch.times.to(self.precision), self._latents(batch, generator)
         t = torch.where(t.isnan(), CLEAN, t)
         if batch.has_times:
             x_t = x_t_of(add_noise(x_t, batch.stream, t, noise=noise, generator=generator))
-        logits = self.logits(self.run(batch.stream, x_t, t).tokens)
+        logits = self.logits(self.forward_stream(batch.stream, x_t, t).hidden)
         rows = logits[: batch.num_tokens].split(batch.stream.lengths)
         return pad_sequence(list(rows), batch_first=True)
 

@@ -3,9 +3,9 @@
 b samples, m spans. t = 0 is noise, t = 1 is data.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite
 from typing import Literal
 
 import torch
@@ -46,7 +46,7 @@ class TimePolicy:
                 raise ValueError(f"a constant time must be between 0 (noise) and 1 (data), got {self.distribution}")
         elif self.distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"distribution must be 'uniform', 'logit_normal' or a constant, got {self.distribution!r}")
-        if not (isfinite(self.mean) and 0 < self.std < inf and 0 < self.shift < inf):
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf and 0 < self.shift < math.inf):
             raise ValueError(
                 f"mean must be finite, std and shift positive, got {self.mean}, {self.std} and {self.shift}"
             )
@@ -67,18 +67,21 @@ class TimePolicy:
         Numbers are drawn on the device of the generator, or of `is_captioned`; the times are on the latter.
         """
         device = is_captioned.device if generator is None else generator.device
-        drawn = self._draw_free(is_captioned.shape, generator, device).to(is_captioned.device, non_blocking=True)
-        free = shift_times(drawn, self.shift)
+        uniform = torch.rand(is_captioned.shape, generator=generator, device=device)
+        return self.times(uniform.to(is_captioned.device, non_blocking=True), is_captioned)
+
+    def times(self, uniform: Float[Tensor, " m"], is_captioned: Bool[Tensor, " m"]) -> Float[Tensor, " m"]:
+        """The times that uniform numbers stand for: those below which so much of the distribution lies."""
+        free = shift_times(self._quantile(uniform), self.shift)
         return torch.where(is_captioned, self.noise_limit + (1 - self.noise_limit) * free, free)
 
-    def _draw_free(
-        self, shape: torch.Size, generator: torch.Generator | None, device: torch.device
-    ) -> Float[Tensor, " m"]:
+    def _quantile(self, uniform: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         if isinstance(self.distribution, (int, float)):
-            return torch.full(shape, float(self.distribution), device=device)
+            return torch.full_like(uniform, float(self.distribution))
         if self.distribution == "uniform":
-            return torch.rand(shape, generator=generator, device=device)
-        return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=device))
+            return uniform
+        normal = math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+        return torch.sigmoid(self.mean + self.std * normal)
 
 
 CLEAN = 1.0

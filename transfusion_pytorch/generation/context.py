@@ -35,13 +35,13 @@ class Model(Protocol):
     dtype: torch.dtype
     precision: torch.dtype
 
-    def pack(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream: ...
+    def pack_stream(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream: ...
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> dict[int, Tensor]: ...
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
     def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
-    def run(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
-    def velocities(self, hidden: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
-    def logits(self, tokens: Tensor) -> Tensor: ...
+    def forward_stream(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
+    def velocities(self, output: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -165,22 +165,24 @@ class CachedContext:
         latents: dict[int, Tensor] = {}
         if any(lane.pieces for lane in lanes):
             samples = [lane.pending for lane in lanes]
-            stream, latents = self.model.pack(samples, past), self.model.latents_by_type(samples)
+            stream, latents = self.model.pack_stream(samples, past), self.model.latents_by_type(samples)
         else:
             stream = pack_ids([lane.ids for lane in lanes], past)
         rows, stream = _rows(lanes), stream.to(self.model.device)
         view = self.cache.view(rows, stream.layout)
-        hidden = self.model.run(stream, latents, _clean_times(self.model, stream), view)
+        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
         self.tokens_read += sum(stream.lengths)
-        for lane, length, features in zip(lanes, stream.lengths, hidden.tokens[stream.last], strict=True):
+        for lane, length, features in zip(lanes, stream.lengths, output.hidden[stream.last], strict=True):
             lane.mark_read(length, features)
 
     def lay_out(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> SpanStream:
         """Lays out one span behind each lane."""
         order = sorted(range(len(lanes)), key=lambda i: (spans[i].type, spans[i].shape, lanes[i].row or 0))
         lanes = [lanes[i] for i in order]
-        stream = self.model.pack([[spans[i]] for i in order], [lane.past for lane in lanes]).to(self.model.device)
+        stream = self.model.pack_stream([[spans[i]] for i in order], [lane.past for lane in lanes]).to(
+            self.model.device
+        )
         view = None
         if any(lane.past.length for lane in lanes):
             for lane in lanes:
@@ -208,17 +210,19 @@ class RecomputeContext:
 
     def advance(self, lanes: Sequence[Lane]) -> None:
         samples = [lane.read + lane.pending for lane in lanes]
-        stream = self.model.pack(samples).to(self.model.device)
-        hidden = self.model.run(stream, self.model.latents_by_type(samples), _clean_times(self.model, stream))
+        stream = self.model.pack_stream(samples).to(self.model.device)
+        output = self.model.forward_stream(
+            stream, self.model.latents_by_type(samples), _clean_times(self.model, stream)
+        )
         self.tokens_read += sum(stream.lengths)
-        last = hidden.tokens[stream.last]
+        last = output.hidden[stream.last]
         for lane, sample, length, features in zip(lanes, samples, stream.lengths, last, strict=True):
             lane.read = sample
             lane.mark_read(length - lane.past.length, features)
 
     def lay_out(self, lanes: Sequence[Lane], spans: Sequence[Modality]) -> SpanStream:
         samples = [[*lane.read, span] for lane, span in zip(lanes, spans, strict=True)]
-        stream = self.model.pack(samples).to(self.model.device)
+        stream = self.model.pack_stream(samples).to(self.model.device)
         sample = stream.spans.sample.tolist()
         last = [max(row for row, each in enumerate(sample) if each == i) for i in range(len(lanes))]
         return SpanStream(stream, self.model.latents_by_type(samples), last)
@@ -284,7 +288,7 @@ def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Tens
         members = spans.of_type(modality)
         every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
         latents[modality] = torch.cat([every[span] for span in members])
-    velocities = model.velocities(model.run(laid.stream, latents, t, laid.view), laid.stream, latents, t)
+    velocities = model.velocities(model.forward_stream(laid.stream, latents, t, laid.view), laid.stream, latents, t)
     by_span: dict[int, Tensor] = {}
     for modality, flat in velocities.items():
         by_span |= _split(flat, spans, spans.of_type(modality))

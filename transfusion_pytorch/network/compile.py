@@ -7,6 +7,7 @@ modules, which can be copied and pickled.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
+from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 Checkpointing = bool | Literal["selective"]
 MOST_GRAPHS = 256  # of all models together: with gradients, skips, spans, ... or without; torch's own limit is 8
@@ -38,29 +40,39 @@ def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy)
 
 
-def call(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+LayerCall = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def layer_caller(
+    plan: AttentionPlan, checkpointing: Checkpointing, compile_options: Mapping[str, Any] | None
+) -> LayerCall:
+    """A function of a layer and its inputs. `compile_options` are those of `torch.compile`, None not to compile.
+
+    Compiled are layers whose plan covers the whole stream by tensors alone.
+    """
+    plain = forces_plain_formulas()
+    call: LayerCall = _call_layer
+    if compile_options is not None and isinstance(plan, FlexAttention | DenseAttention) and not plain:
+        call = compiled(compile_options)
+    return partial(call, torch.is_grad_enabled() and not plain and checkpointing)
+
+
+def _call_layer(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     if not checkpointing:
         return layer(*inputs)
     contexts: dict[str, Any] = dict(context_fn=_selective_contexts) if checkpointing == "selective" else {}
     return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
 
 
-def compiles(plan: AttentionPlan) -> bool:
-    """Whether compiled layers are made for a plan: those over whole streams by tensors alone."""
-    return isinstance(plan, FlexAttention | DenseAttention)
-
-
-def layer_call(compile_options: Mapping[str, Any] | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What calls a layer; `compile_options` are those of `torch.compile`, None not to compile."""
-    if compile_options is None:
-        return call
+def compiled(compile_options: Mapping[str, Any]) -> LayerCall:
+    """One compiled function for all layers, of all models with the same options."""
     key = repr(sorted(compile_options.items()))
     if key not in _COMPILED:
         options: dict[str, Any] = dict(compile_options)
         if "recompile_limit" in signature(torch.compile).parameters:
             options.setdefault("recompile_limit", MOST_GRAPHS)
-        _COMPILED[key] = torch.compile(call, **options)
+        _COMPILED[key] = torch.compile(_call_layer, **options)
     return _COMPILED[key]
 
 
-_COMPILED: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+_COMPILED: dict[str, LayerCall] = {}

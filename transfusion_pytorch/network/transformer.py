@@ -4,7 +4,7 @@ n tokens, d model, c condition.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from transfusion_pytorch.network.attend import (
     plan_attention,
 )
 from transfusion_pytorch.network.cache import CacheView, KVCache
-from transfusion_pytorch.network.compile import Checkpointing, compiles, layer_call
+from transfusion_pytorch.network.compile import Checkpointing, layer_caller
 from transfusion_pytorch.network.layer import Layer, residual_connection
 from transfusion_pytorch.network.modulation import Conditioning
 from transfusion_pytorch.network.norms import AdaptiveNorm
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
-        call = self._layer_call(plan)
+        call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
         if conditioning is not None and self._adds_up_by_segments(plan):
             conditioning = conditioning.with_segments()
 
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         first_values = None
         for index, layer in enumerate(self.layers):
             skipped = None if layer.skip is None else skips.pop()
-            x, values = call(layer, x, skipped, first_values, conditioning, phases, plan)
+            x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan)
             first_values = values if first_values is None else first_values
             if index < self.depth // 2:
                 skips.append(x)
@@ -147,12 +147,6 @@ class Transformer(nn.Module):
     def _trains(self, x: Tensor, conditioning: Conditioning | None) -> bool:
         inputs = (x, *self.parameters(), *(() if conditioning is None else (conditioning.spans,)))
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-
-    def _layer_call(self, plan: AttentionPlan) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """How this pass calls its layers."""
-        plain = forces_plain_formulas()
-        checkpointing = torch.is_grad_enabled() and not plain and self.use_checkpoint
-        return partial(layer_call(self.compile_options if compiles(plan) and not plain else None), checkpointing)
 
     def compile(self, **options: Any) -> None:
         """From now on layers run compiled, with flex or dense attention inside: one graph for each kind of layer.
@@ -179,7 +173,7 @@ class Transformer(nn.Module):
         """See `use_checkpoint`."""
         if mode not in (True, False, "selective"):
             raise ValueError(f"use_checkpoint must be True, False or 'selective', got {mode!r}")
-        self.use_checkpoint = mode
+        self.use_checkpoint: Checkpointing = mode
 
     def gradient_checkpointing_disable(self) -> None:
         self.use_checkpoint = False

@@ -80,8 +80,10 @@ class Batch(Moving):
     - `times`: the time of every span, NaN where it is to be drawn; `has_times` if the caller gave them
     - `span_weight`: the weight of the sample of every span
     - `is_droppable`: text that a learned modality follows, which classifier-free guidance may take away
-    - `dropout_number`: one uniform number for each sample, whose text is dropped where that is below `prob_uncond`
-    - `caption_number`: one for each span: a captioned span is clean where that is below `prob_clean_captioned`
+    - `drop_text_number`: one uniform number for each sample, whose text is dropped where that is below `prob_uncond`
+    - `clean_number`: one for each span: a captioned span is clean where that is below `prob_clean_captioned`
+    - `time_number`, `noise`: of a batch that was packed with seeds: a uniform number for the time of each span, and the
+      noise of each modality's latents `(k, c)`
     - `signature`: vocabulary and modalities of the models that it fits
     - `names`, `sources`: what the caller calls each sample, and where it comes from
 
@@ -95,14 +97,16 @@ class Batch(Moving):
     times: Float[Tensor, " m"]
     span_weight: Float[Tensor, " m"]
     is_droppable: Bool[Tensor, " n"]
-    dropout_number: Float[Tensor, " b"]
-    caption_number: Float[Tensor, " m"]
+    drop_text_number: Float[Tensor, " b"]
+    clean_number: Float[Tensor, " m"]
     prob_uncond: float
     prob_clean_captioned: float
     signature: tuple[Any, ...]
     names: tuple[str | None, ...]
     sources: tuple[str | None, ...]
     has_times: bool = False
+    time_number: Float[Tensor, " m"] | None = None
+    noise: Mapping[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.stream.lengths)
@@ -140,7 +144,7 @@ class Batch(Moving):
 
     def for_training(self, null: int, prob_uncond: float | None = None) -> "Batch":
         """As training sees it: without some text, and with some images clean that a caption follows."""
-        is_clean = self.stream.spans.is_captioned & (self.caption_number < self.prob_clean_captioned)
+        is_clean = self.stream.spans.is_captioned & (self.clean_number < self.prob_clean_captioned)
         times = self.times.masked_fill(is_clean & self.times.isnan(), 1)
         return replace(self.drop_text(null, prob_uncond), times=times)
 
@@ -148,9 +152,9 @@ class Batch(Moving):
         """Text that conditions a modality becomes `null` in some samples, for classifier-free guidance (arXiv
         2207.12598). Neither a dropped token nor the one after it has a text loss.
 
-        Which samples is settled by their `dropout_number`, so the same batch drops the same text.
+        Which samples is settled by their `drop_text_number`, so the same batch drops the same text.
         """
-        dropped = self.dropout_number < (self.prob_uncond if probability is None else probability)
+        dropped = self.drop_text_number < (self.prob_uncond if probability is None else probability)
         goes = self.is_droppable & dropped[self.stream.sample]
         leaves = self.targets.is_droppable & dropped[self.targets.sample]
         return replace(

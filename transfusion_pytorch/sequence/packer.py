@@ -5,8 +5,7 @@ n tokens, b samples, m spans, s spans of one modality.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
 from transfusion_pytorch.sequence.moving import on_cpu
+from transfusion_pytorch.sequence.randomness import StateNumbers, seeded_numbers
 from transfusion_pytorch.sequence.samples import (
     Modality,
     ModalitySpec,
@@ -71,7 +71,7 @@ class Packer:
     - `checks_devices`: latents on these kinds of device are searched for NaN; None for all, which waits for a GPU
     - `takes_tuples`: a sample may be a tuple of parts, as datasets give it
     - `live_device`: that of the model, where it packs for itself: its random state settles which text is dropped
-    - `calls`, `last_state`: how many batches it has packed since the random state moved last
+    - `numbers`: where the random numbers of batches without seeds come from
     """
 
     vocabulary: Vocabulary
@@ -86,8 +86,7 @@ class Packer:
     checks_devices: tuple[str, ...] | None = ("cpu",)
     takes_tuples: bool = True
     live_device: torch.device | None = None
-    calls: int = 0
-    last_state: bytes = b""
+    numbers: StateNumbers = field(default_factory=StateNumbers)
 
     def __call__(
         self,
@@ -100,14 +99,16 @@ class Packer:
         names: Sequence[str | None] | None = None,
         sources: Sequence[str | None] | None = None,
         generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
         refuses_gradients: bool = True,
     ) -> Batch:
         """Packs a list of samples, ids `(b, n)`, or floats `(b, ...)` of one `modality_type`.
 
         `labels` replace ids as targets (see `Transfusion.forward`), `times` are those of the modalities, and
-        `sample_weights` `(b,)`, `names` and `sources` override those of each `Sample`. Latents with a flow loss that
-        require gradients are an error unless `refuses_gradients` is False. Raises `TypeError` or `ValueError` that
-        names the sample and part at fault.
+        `sample_weights` `(b,)`, `names` and `sources` override those of each `Sample`. With `seeds`, one for each
+        sample, everything random of training (dropped text, times, noise) is settled here: a sample gets the same in
+        whatever batch and process. Latents with a flow loss that require gradients are an error unless
+        `refuses_gradients` is False. Raises `TypeError` or `ValueError` that names the sample and part at fault.
         """
         with on_cpu():
             samples, described = _described(samples, self.takes_tuples)
@@ -127,7 +128,8 @@ class Packer:
                 batch = batch.with_droppable()
             else:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
-            return self._padded(self._with_numbers(batch, generator))
+            batch = self._with_numbers(batch, generator) if seeds is None else self._seeded(batch, seeds)
+            return self._padded(batch)
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""
@@ -215,8 +217,8 @@ class Packer:
             times=torch.full((len(spans),), torch.nan, dtype=self.dtype).masked_fill(~spans.is_learned, 1.0),
             span_weight=weights[spans.sample],
             is_droppable=none,
-            dropout_number=torch.ones(len(samples)),
-            caption_number=torch.ones(len(spans)),
+            drop_text_number=torch.ones(len(samples)),
+            clean_number=torch.ones(len(spans)),
             prob_uncond=self.prob_uncond,
             prob_clean_captioned=self.prob_clean_captioned,
             signature=self.signature,
@@ -234,27 +236,20 @@ class Packer:
         spans = batch.stream.spans
         if not (batch.is_droppable.any() or spans.is_captioned.any()):
             return batch
-        of_samples, of_spans = self._uniform_numbers(len(batch) + len(spans), generator).split([len(batch), len(spans)])
-        return replace(batch, dropout_number=of_samples, caption_number=of_spans)
+        numbers = self.numbers.draw(len(batch) + len(spans), generator, self.live_device)
+        of_samples, of_spans = numbers.split([len(batch), len(spans)])
+        return replace(batch, drop_text_number=of_samples, clean_number=of_spans)
 
-    def _uniform_numbers(self, count: int, generator: torch.Generator | None) -> Float[Tensor, " count"]:
-        """Uniform numbers that depend on the state of a generator (torch's by default), and on how many batches were
-        packed at that state, as data workers do.
-
-        The generator does not move: times and noise are then the same whether a batch is packed before or by the model,
-        and evaluation, which drops nothing, draws nothing.
-        """
-        generators = [torch.default_generator if generator is None else generator]
-        if self.live_device is not None and self.live_device.type == "cuda":  # where times and noise are drawn
-            index = self.live_device.index
-            generators.append(torch.cuda.default_generators[torch.cuda.current_device() if index is None else index])
-        states = b"".join(each.get_state().numpy().tobytes() for each in generators)
-        state = blake2b(states, digest_size=16).digest()
-        self.calls = self.calls + 1 if state == self.last_state else 0
-        self.last_state = state
-        digest = blake2b(state, digest_size=7, key=self.calls.to_bytes(8, "little"))
-        own = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
-        return torch.rand(count, generator=own)
+    def _seeded(self, batch: Batch, seeds: Sequence[int]) -> Batch:
+        """Settles everything random, from a seed for each sample."""
+        numbers = seeded_numbers(seeds, batch.stream, {kind: data.channels for kind, data in batch.data.items()})
+        return replace(
+            batch,
+            drop_text_number=numbers.drop_text,
+            clean_number=numbers.clean,
+            time_number=numbers.time,
+            noise=numbers.noise,
+        )
 
     def _data(
         self, stream: TokenStream, samples: Sequence[Sequence[Piece]], places: Sequence[str]

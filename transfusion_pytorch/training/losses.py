@@ -1,17 +1,15 @@
-"""The losses: errors of every kind, and their means over the targets.
+"""The losses: means of the errors of every kind over their targets.
 
-b samples, e errors of one kind, s spans of one modality, k latents, c channels.
+b samples, e errors of one kind.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
-from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.training.distributed import Processes
 
@@ -76,19 +74,6 @@ class ErrorSum(NamedTuple):
             return cls(total.sum(), count.sum())
         sums = [part.new_zeros(num_samples).index_add(0, errors.sample, part) for part in (total, count)]
         return cls(sums[0], sums[1])
-
-
-def squared_error(prediction: Shaped[Tensor, "k c"], target: Shaped[Tensor, "k c"]) -> Float[Tensor, " k"]:
-    """Squared error of each row, in single precision at least. No gradient flows into the target."""
-    prediction, exact = (x.to(precise(x.dtype)) for x in (prediction, target.detach()))
-    return (prediction - exact).square().sum(dim=-1)
-
-
-def flow_target(sample: FlowSample, *, of_clean: bool) -> Float[Tensor, "k c"]:
-    """The velocity to predict; `of_clean` says that velocities are made from predictions of the clean latent."""
-    if of_clean:  # damped as the prediction is, so that the perfect prediction scores zero
-        return velocity_towards(estimate_clean(*sample), sample.x_t, sample.t)
-    return sample.velocity
 
 
 def combine(

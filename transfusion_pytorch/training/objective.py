@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_towards
-from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.modalities.latents import LatentsByType, latent_times, unflatten
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.training.cross_entropy import cross_entropy_per_target, summed_cross_entropy
@@ -26,8 +26,6 @@ from transfusion_pytorch.training.losses import (
     LossWeights,
     SpanLosses,
     combine,
-    flow_target,
-    squared_error,
 )
 
 REDUCTIONS = ("mean", "none", "span")
@@ -36,7 +34,7 @@ REDUCTIONS = ("mean", "none", "span")
 class Predictions(NamedTuple):
     """What the model made of a batch: outputs of the transformer, velocities, and what they should have been."""
 
-    tokens: Shaped[Tensor, "n d"]
+    hidden: Shaped[Tensor, "n d"]
     velocities: LatentsByType
     flow: Mapping[int, FlowSample]
     t: Float[Tensor, " m"]
@@ -47,10 +45,6 @@ class Teacher(NamedTuple):
 
     model: Any
     ahead: float
-
-    def leave_room(self, t: Float[Tensor, " m"], batch: Batch) -> Float[Tensor, " m"]:
-        """Clamps the times of learned spans to `1 - ahead`; those of other spans stay."""
-        return torch.where(batch.is_learned, t.clamp(max=CLEAN - self.ahead), t)
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class Objective:
         if self.weights.recon:
             recon = reconstruction_errors(velocities, flow, batch, model.modalities, of_clean=self.of_clean)
         breakdown = combine(
-            text=text_errors(predictions.tokens, batch, model.to_logits, per_sample=rows is not None),
+            text=text_errors(predictions.hidden, batch, model.to_logits, per_sample=rows is not None),
             flow={modality: ErrorSum.of(each, rows) for modality, each in errors.items()},
             velocity={modality: ErrorSum.of(each, rows) for modality, each in consistency.items()},
             recon={modality: ErrorSum.of(each, rows) for modality, each in recon.items()},
@@ -139,7 +133,7 @@ def consistency_errors(
         for modality, sample in flow.items()
     }
     with evaluating(teacher.model):
-        targets = teacher.model.velocities(teacher.model.run(stream, x_later, later), stream, x_later, later)
+        targets = teacher.model.velocities(teacher.model.forward_stream(stream, x_later, later), stream, x_later, later)
     if of_clean:  # the same clean latent, seen from where we stand: damping depends on the time
         for modality, target in targets.items():
             times = latent_times(stream, modality, later)
@@ -176,10 +170,23 @@ def latent_errors(prediction: Tensor, target: Tensor, modality: int, batch: Batc
     return Errors(squared_error(prediction, target), batch.latent_weight(modality), prediction.shape[-1], sample)
 
 
+def squared_error(prediction: Shaped[Tensor, "k c"], target: Shaped[Tensor, "k c"]) -> Float[Tensor, " k"]:
+    """Squared error of each row, in single precision at least. No gradient flows into the target."""
+    prediction, exact = (x.to(precise(x.dtype)) for x in (prediction, target.detach()))
+    return (prediction - exact).square().sum(dim=-1)
+
+
+def flow_target(sample: FlowSample, *, of_clean: bool) -> Float[Tensor, "k c"]:
+    """The velocity to predict; `of_clean` says that velocities are made from predictions of the clean latent."""
+    if of_clean:  # damped as the prediction is, so that the perfect prediction scores zero
+        return velocity_towards(estimate_clean(*sample), sample.x_t, sample.t)
+    return sample.velocity
+
+
 def span_losses(errors: Mapping[int, Errors], batch: Batch, predictions: Predictions) -> SpanLosses:
     """The flow loss of every span, a mean over its own latents."""
     spans, t = batch.stream.spans, predictions.t
-    flow = t.new_zeros(len(spans)) + predictions.tokens[:0].sum()  # with a gradient, if only of nothing
+    flow = t.new_zeros(len(spans)) + predictions.hidden[:0].sum()  # with a gradient, if only of nothing
     for modality, each in errors.items():
         placement = batch.stream.placements[modality]
         means = each.error * (each.weight > 0) / each.size / _sizes_of_latents(placement.sizes, each.error)
