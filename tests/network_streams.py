@@ -12,7 +12,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from transfusion_pytorch.network.modulation import Conditioning
+from transfusion_pytorch.network.norms import Conditioning
 from transfusion_pytorch.sequence.masks import Layout
 
 LONG = "t" * 230 + "A" * 200 + "t" * 90  # more than 512, taken in chunks of queries; the span crosses their edges

@@ -113,7 +113,7 @@ ROOMS = {
     "flow/path.py": "",
     "typecheck.py": "",
     "network/__init__.py": "",
-    "network/attention.py": f"from {NAME}.sequence.masks import Layout\nfrom {NAME}.sequence import masks",
+    "network/layer.py": f"from {NAME}.sequence.masks import Layout\nfrom {NAME}.sequence import masks",
 }
 
 
@@ -135,14 +135,14 @@ def test_allowed_imports_pass(tmp_path):
 @pytest.mark.parametrize(
     ("file", "source", "line", "imported"),
     [
-        ("network/attention.py", f"import torch\nfrom {NAME}.flow.path import interpolate", 2, "flow.path"),
-        ("network/attention.py", "from ..flow import path", 1, "flow.path"),
-        ("network/attention.py", "from .. import flow", 1, "flow"),
-        ("network/attention.py", f"from {NAME}.flow.path import interpolate, estimate_clean", 1, "flow.path"),
-        ("network/attention.py", f"import {NAME}.flow.path as path", 1, "flow.path"),
-        ("network/attention.py", f"def late():\n    from {NAME}.flow import path", 2, "flow.path"),
-        ("network/attention.py", f"from {NAME}.sequence import TokenStream", 1, "sequence"),
-        ("network/attention.py", f"from {NAME}.sequence.stream import TokenStream", 1, "sequence.stream"),
+        ("network/layer.py", f"import torch\nfrom {NAME}.flow.path import interpolate", 2, "flow.path"),
+        ("network/layer.py", "from ..flow import path", 1, "flow.path"),
+        ("network/layer.py", "from .. import flow", 1, "flow"),
+        ("network/layer.py", f"from {NAME}.flow.path import interpolate, estimate_clean", 1, "flow.path"),
+        ("network/layer.py", f"import {NAME}.flow.path as path", 1, "flow.path"),
+        ("network/layer.py", f"def late():\n    from {NAME}.flow import path", 2, "flow.path"),
+        ("network/layer.py", f"from {NAME}.sequence import TokenStream", 1, "sequence"),
+        ("network/layer.py", f"from {NAME}.sequence.stream import TokenStream", 1, "sequence.stream"),
         ("network/__init__.py", "from ..flow.path import interpolate", 1, "flow.path"),
         ("flow/path.py", f"from {NAME} import Transfusion", 1, "__init__"),
         ("flow/path.py", f"import {NAME}", 1, "__init__"),

@@ -388,7 +388,7 @@ INTERRUPTIONS = ["in a processor", "while reading", "while drawing"]
 def interrupted(monkeypatch, model, engine, place, error):
     """`sample_many`, which `error` comes out of."""
     options = options_with(force_modality_at_start=(LINE, (3,)), modality_steps=3)
-    run = model.run
+    run = model.forward_stream
     if place == "in a processor":
         options["logits_processors"] = [fail(error, at=9)]
     else:
@@ -399,7 +399,7 @@ def interrupted(monkeypatch, model, engine, place, error):
                 raise error
             return run(*args, **given)
 
-        monkeypatch.setattr(model, "run", stumble)
+        monkeypatch.setattr(model, "forward_stream", stumble)
     with pytest.raises(type(error)):
         engine.sample_many([text(2), text(3), text(0)], **options)
     monkeypatch.undo()
@@ -462,7 +462,7 @@ def test_a_modality_that_was_interrupted_as_it_was_shown_is_finished_later():
 
 def test_a_step_that_was_interrupted_may_be_tried_again(monkeypatch):
     model = build(seed=3)
-    engine, run = model.create_engine(), model.run
+    engine, run = model.create_engine(), model.forward_stream
     request, turn = engine.submit(text(1), **options_with(cfg_scale=2.0)), iter(range(10_000))
 
     def stumble(*args, **given):
@@ -470,7 +470,7 @@ def test_a_step_that_was_interrupted_may_be_tried_again(monkeypatch):
             raise KeyboardInterrupt
         return run(*args, **given)
 
-    monkeypatch.setattr(model, "run", stumble)
+    monkeypatch.setattr(model, "forward_stream", stumble)
     failures = 0
     while not request.is_done:
         try:
@@ -487,14 +487,14 @@ def test_a_forward_that_fails_for_many_is_tried_for_each(monkeypatch):
     model, options = build(seed=3), options_with(cfg_scale=1.0)
     prompts = [text(1), [text(2), latents(LINE, 2)], text(3, 3, 3, 3, 3, 3), None]
     expected = [alone(model, prompt, **options) for prompt in prompts]
-    engine, run = model.create_engine(), model.run
+    engine, run = model.create_engine(), model.forward_stream
 
     def too_much(stream, *args, **given):
         if len(stream.lengths) > 1 or (stream.token[:7] == 3).sum() > 5:
             raise MemoryError("too much")
         return run(stream, *args, **given)
 
-    monkeypatch.setattr(model, "run", too_much)
+    monkeypatch.setattr(model, "forward_stream", too_much)
     requests = [engine.submit(prompt, **options) for prompt in prompts]
     engine.run()
     for request, sample in zip(requests[:2] + requests[3:], expected[:2] + expected[3:], strict=True):
@@ -887,14 +887,14 @@ def test_masks_are_made_where_the_cache_is():
 def test_long_prompts_are_read_a_part_at_a_time(monkeypatch):
     model, options = build(seed=3), options_with()
     prompts = [text(*[i % 4] * (3 + i)) for i in range(6)]
-    expected, sizes, run = model.sample_many(prompts, **options), [], model.run
+    expected, sizes, run = model.sample_many(prompts, **options), [], model.forward_stream
     monkeypatch.setattr(context, "READ_AT_ONCE", 12)
 
     def watch(stream, *args):
         sizes.append(len(stream.token) if len(stream.lengths) > 1 and not args[0] else 0)  # several texts
         return run(stream, *args)
 
-    monkeypatch.setattr(model, "run", watch)
+    monkeypatch.setattr(model, "forward_stream", watch)
     for sample, other in zip(model.sample_many(prompts, **options), expected, strict=True):
         assert_same(sample, other)
     assert max(sizes) <= 12

@@ -254,7 +254,7 @@ REFUSED = {
 @pytest.fixture
 def idle(model, monkeypatch):
     """A model that must not be run."""
-    monkeypatch.setattr(model, "run", lambda *args, **options: pytest.fail("something was computed"))
+    monkeypatch.setattr(model, "forward_stream", lambda *args, **options: pytest.fail("something was computed"))
     return model
 
 

@@ -69,8 +69,8 @@ def test_sampling_leaves_modes_gradients_and_weights_alone(name):
 def test_failure_leaves_modes_gradients_and_weights_alone(monkeypatch, name):
     model = mixed_modes(build(push=dict(eos=-9.0)))
     before, modes, expected = weights(model), flags(model), CALLS[name](model)
-    countdown, run = chain([1, 1], repeat(0)), model.run
-    monkeypatch.setattr(model, "run", lambda *args, **options: 1 / next(countdown) and run(*args, **options))
+    countdown, run = chain([1, 1], repeat(0)), model.forward_stream
+    monkeypatch.setattr(model, "forward_stream", lambda *args, **options: 1 / next(countdown) and run(*args, **options))
     with pytest.raises(ZeroDivisionError):
         CALLS[name](model)
     monkeypatch.undo()

@@ -257,8 +257,8 @@ def test_listeners_may_do_what_they_like_with_what_they_are_told():
 
 
 def count_runs(monkeypatch, model) -> list:
-    runs, run = [], model.run
-    monkeypatch.setattr(model, "run", lambda *args, **given: runs.append(1) or run(*args, **given))
+    runs, run = [], model.forward_stream
+    monkeypatch.setattr(model, "forward_stream", lambda *args, **given: runs.append(1) or run(*args, **given))
     return runs
 
 

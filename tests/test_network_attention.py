@@ -10,7 +10,7 @@ from network_streams import LONG, STREAMS, naive_attention, perturb, projections
 
 from transfusion_pytorch.network import attend as backends
 from transfusion_pytorch.network.attend import plan_attention
-from transfusion_pytorch.network.attention import LASER_LIMIT, Attention
+from transfusion_pytorch.network.layer import LASER_LIMIT, Attention
 from transfusion_pytorch.sequence.positions import rotary_phases, rotate
 
 # attend

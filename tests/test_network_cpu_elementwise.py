@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from transfusion_pytorch.network.attention import Attention
 from transfusion_pytorch.network.cpu import elementwise, products
 from transfusion_pytorch.network.cpu.elementwise import sum_by_index
-from transfusion_pytorch.network.layer import FeedForward
+from transfusion_pytorch.network.layer import Attention, FeedForward
 from transfusion_pytorch.network.linear import Linear
-from transfusion_pytorch.network.modulation import IndexedModulation
+from transfusion_pytorch.network.norms import IndexedModulation
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.sequence.positions import rotary_phases
 

@@ -8,7 +8,7 @@ from checks import TYPECHECK
 from network_streams import STREAMS, perturb, stream
 from torch import nn
 
-from transfusion_pytorch.network.modulation import Conditioning
+from transfusion_pytorch.network.norms import Conditioning
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.training.cross_entropy import cross_entropy_per_target, summed_cross_entropy
 

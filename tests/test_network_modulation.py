@@ -17,8 +17,13 @@ from transfusion_pytorch.network.attend import (
 )
 from transfusion_pytorch.network.cache import KVCache
 from transfusion_pytorch.network.lookup import SEGMENT, Segments, look_up, sum_segments
-from transfusion_pytorch.network.modulation import Conditioning, IndexedModulation, SpanModulation, TextModulation
-from transfusion_pytorch.network.norms import AdaptiveNorm
+from transfusion_pytorch.network.norms import (
+    AdaptiveNorm,
+    Conditioning,
+    IndexedModulation,
+    SpanModulation,
+    TextModulation,
+)
 from transfusion_pytorch.network.shortcuts import plain_formulas
 
 DIM = 6

@@ -20,8 +20,7 @@ from transfusion_pytorch import (
     print_modality_sample,
 )
 from transfusion_pytorch.display import describe_sample
-from transfusion_pytorch.training.losses import Errors, ErrorSum, LossWeights, combine, divided
-from transfusion_pytorch.training.objective import squared_error
+from transfusion_pytorch.training.losses import Errors, ErrorSum, LossWeights, combine, divided, squared_error
 
 # losses
 

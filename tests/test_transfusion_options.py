@@ -530,8 +530,8 @@ def test_saved_weights_load_without_trust():
 def test_times_and_latents_are_precise_in_a_model_of_low_precision(monkeypatch):
     """bfloat16 tells times near 1 apart by 1/256, and latents by as much of themselves."""
     model = tiny().bfloat16()
-    seen, run = [], model.run
-    monkeypatch.setattr(model, "run", lambda *args, **kw: seen.append(args[1:3]) or run(*args, **kw))
+    seen, run = [], model.forward_stream
+    monkeypatch.setattr(model, "forward_stream", lambda *args, **kw: seen.append(args[1:3]) or run(*args, **kw))
     loss = model(ragged_batch(), times=0.999)
     loss.backward()
     [(latents, t)] = seen

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ema_pytorch import EMA
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 from transfusion_pytorch.batching import BatchingMethods, check_probability
 from transfusion_pytorch.flow.path import velocity_towards
@@ -33,12 +31,17 @@ from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
 from transfusion_pytorch.sequence.vocabulary import MarkerIds, Vocabulary
-from transfusion_pytorch.training.data import create_dataloader
 from transfusion_pytorch.training.distributed import Processes, training_processes
-from transfusion_pytorch.training.ema import create_ema
-from transfusion_pytorch.training.losses import LossBreakdown, LossWeights, SpanLosses
-from transfusion_pytorch.training.objective import REDUCTIONS, Objective, Predictions, as_teacher
-from transfusion_pytorch.training.parameters import hidden_matrices, parameter_groups, reset_parameters
+from transfusion_pytorch.training.losses import (
+    REDUCTIONS,
+    LossBreakdown,
+    LossWeights,
+    Objective,
+    Predictions,
+    SpanLosses,
+    as_teacher,
+)
+from transfusion_pytorch.training.methods import TrainingMethods
 
 
 class StreamOutput(NamedTuple):
@@ -54,7 +57,7 @@ class StreamOutput(NamedTuple):
     adapter_state: dict[int, Any]
 
 
-class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
+class Transfusion(BatchingMethods, TrainingMethods, SamplingMethods, MarkerIds, nn.Module):
     """Autoregressive text and flow matching over any number of modalities, in one transformer (arXiv 2408.11039).
 
     Every call, whether a batch of mixed samples, plain text, plain images or a decoding step, is one packed stream
@@ -342,58 +345,6 @@ class Transfusion(BatchingMethods, SamplingMethods, MarkerIds, nn.Module):
         if modality_type is None or not 0 <= modality_type < self.num_modalities:
             raise ValueError(f"unknown modality type {modality_type}, this model has {self.num_modalities} (from 0)")
         return self.modalities[modality_type].info(self.vocabulary)
-
-    def compile(self, **options: Any) -> None:
-        """Compiles the transformer's layers (see `Transformer.compile`); the rest is too small to gain by it.
-
-        Raises `TypeError` if the transformer is a module of the user's own.
-        """
-        if not isinstance(self.transformer, Transformer):
-            raise TypeError(f"only a Transformer is compiled from here, this is a {type(self.transformer).__name__}")
-        self.transformer.compile(**options)
-
-    def create_ema(self, beta: float = 0.99, **options: Any) -> EMA:
-        """A moving average that can sample. It starts after 100 updates; `options` as in `training.ema.create_ema`."""
-        return create_ema(self, beta=beta, **options)
-
-    def create_dataloader(self, dataset: Any, **options: Any) -> DataLoader:
-        """Batches of a dataset of samples, as this model takes them."""
-        return create_dataloader(dataset, **options)
-
-    def parameters_without_encoder_decoder(self) -> list[nn.Parameter]:
-        """What is to be trained: all parameters but those of the frozen autoencoders."""
-        frozen = {id(parameter) for io in self.modalities for module in io.frozen for parameter in module.parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in frozen]
-
-    def muon_parameters(self) -> list[nn.Parameter]:
-        """The hidden matrices, for the Muon optimizer; the rest goes to AdamW."""
-        return hidden_matrices(self.transformer)
-
-    def parameter_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Trained parameters for AdamW: what decays, and what does not (biases, gains)."""
-        return parameter_groups(self, weight_decay=weight_decay)
-
-    def gradient_checkpointing_enable(self, kind: Any = True) -> None:
-        """Activations are computed again in the backward pass instead of being kept (see `Transformer`).
-
-        Raises `TypeError` if the transformer is a module of the user's own that cannot do that.
-        """
-        if not hasattr(self.transformer, "gradient_checkpointing_enable"):
-            raise TypeError(
-                f"the trunk, of type {type(self.transformer).__name__}, has no gradient_checkpointing_enable"
-            )
-        self.transformer.gradient_checkpointing_enable(kind)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.gradient_checkpointing_enable(False)
-
-    def reset_parameters(self) -> None:
-        """Initial values for all parameters but those of the frozen autoencoders, which have none.
-
-        For a model built on the `meta` device: `model.to_empty(device=...)`, then this.
-        """
-        reset_parameters(self, but={module for io in self.modalities for module in io.frozen})
-        self._reset_embeddings()
 
     def _reset_embeddings(self) -> None:
         nn.init.normal_(self.text_embedding.weight, std=0.02)

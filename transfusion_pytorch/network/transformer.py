@@ -22,8 +22,7 @@ from transfusion_pytorch.network.attend import (
 from transfusion_pytorch.network.cache import CacheView, KVCache
 from transfusion_pytorch.network.compile import Checkpointing, layer_caller
 from transfusion_pytorch.network.layer import Layer, residual_connection
-from transfusion_pytorch.network.modulation import Conditioning
-from transfusion_pytorch.network.norms import AdaptiveNorm
+from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases

@@ -3,7 +3,7 @@
 Between two matrix products a step of training is bound by memory. Autograd would keep every intermediate and write
 every gradient of a slice into zeros of its own; these keep little but their inputs, take what they need from them once
 more, and write each gradient where it belongs. They have no second derivatives. The plain formulas stand where these
-are called: in `layer.py`, `modulation.py` and `attention.py`.
+are called: in `layer.py` and `norms.py`.
 
 n tokens, m rows of a table, d model, f features, h query heads, k key/value heads, e channels of a head.
 """
