@@ -7,7 +7,7 @@ A JSON object whose only key starts with `$` stands for what JSON has not:
 | `{"$tensor": name}`, `{"$array": name}`, `{"$scalar": name}` | a tensor; a NumPy array or scalar, kept as a tensor |
 | `{"$tuple": [...]}` | a tuple |
 | `{"$float": "inf"}` | a float that is not finite |
-| `{"$dtype": "float32"}`, `{"$device": "cuda:0"}`, `{"$size": [2, 3]}` | a `torch.dtype`, `torch.device`, `torch.Size` |
+| `{"$dtype": "float32"}`, `{"$device": "cpu"}`, `{"$size": [2, 3]}` | a `torch.dtype`, `torch.device`, `torch.Size` |
 | `{"$items": [[key, value], ...]}` | a dict whose keys are not all strings, or look like one of these |
 | `{"$ordered": [[key, value], ...]}`, `{"$counter": ...}` | an `OrderedDict`, a `Counter` |
 """

@@ -55,7 +55,8 @@ def create_ema(
 
 def ema_state(ema: EMA) -> dict[str, Tensor]:
     """The average and its counters, without the model and what is shared with it (frozen autoencoders)."""
-    shared = {tensor.data_ptr() for tensor in ema.model.state_dict().values() if tensor.numel()}
+    model = cast(nn.Module, ema.model)
+    shared = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
     return {
         name: tensor
         for name, tensor in ema.state_dict().items()
