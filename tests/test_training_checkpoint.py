@@ -441,15 +441,16 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatc
     assert Checkpoints(tmp_path / "run", is_main=False).load().step == 1
 
 
-def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
-    Checkpoints(tmp_path).save(1, part(1))
+def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
+    Checkpoints(tmp_path, keep_last=1).save(1, part(1))
     left = tmp_path / f".step-00000002{PARTIAL}0123"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
-    Checkpoints(tmp_path, is_main=False)
-    assert left.exists()
-    Checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    reader, writer = Checkpoints(tmp_path), Checkpoints(tmp_path, keep_last=1)
+    assert reader.load().step == 1
+    assert left.exists(), "whoever reads while another saves must not delete what that one is writing"
+    writer.save(3, part(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_an_old_one_goes_only_after_the_new_one_is_there(tmp_path, monkeypatch):

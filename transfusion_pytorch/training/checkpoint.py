@@ -39,8 +39,8 @@ class Checkpoints:
     another identity is refused.
 
     A process killed at any moment leaves whole checkpoints only. What it was writing or removing is deleted by the
-    next `Checkpoints` of that folder; only one run at a time may use it. Where several processes train, all of them
-    may call everything, and those without `is_main` change nothing on the disk.
+    first `save` of the next run: one run at a time may save in a folder, others may read. Where several processes
+    train, all of them may call everything, and those without `is_main` change nothing on the disk.
 
     Raises `OSError` where the folder cannot be written.
     """
@@ -62,8 +62,9 @@ class Checkpoints:
         self.keep_last, self.keep_best = keep_last, keep_best
         self.metric, self.higher_is_better = metric, higher_is_better
         self.identity, self.is_main = identity, is_main
+        self._is_clean = False
         if is_main:
-            _prepare(self.folder)
+            _make_writable(self.folder)
 
     def path_of(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -91,6 +92,7 @@ class Checkpoints:
             raise FileExistsError(f"{path} exists already; discard_after({step - 1}) removes it and all later ones")
         if wrong := [name for name in parts if not PART_NAME.fullmatch(name)]:
             raise ValueError(f"names of parts are lower case words and not 'state', got {wrong}")
+        self._remove_leftovers()
         try:
             with whole_folder(path) as folder:
                 write_checkpoint(folder, step, parts, figures=figures or {}, identity=self.identity, per_rank=per_rank)
@@ -151,6 +153,13 @@ class Checkpoints:
         rated = [info for info in infos if math.isfinite(info.figures.get(self.metric, math.nan))]
         return sorted(rated, key=lambda info: info.figures[self.metric], reverse=self.higher_is_better)
 
+    def _remove_leftovers(self) -> None:
+        """Once: deletes what killed processes were writing or removing."""
+        if not self._is_clean:
+            for left in self.folder.glob(f".step-*{PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            self._is_clean = True
+
     def _remove_old(self) -> None:
         infos = self.infos()
         kept = {info.step for info in [*infos[-self.keep_last :], *self._ranking(infos)[: self.keep_best]]}
@@ -172,16 +181,15 @@ class Checkpoints:
         )
 
 
-def _prepare(folder: Path) -> None:
-    """Makes the folder, finds out whether it can be written, and deletes what killed processes left."""
-    probe = folder / f".probe{PARTIAL}{uuid4().hex[:8]}"
+def _make_writable(folder: Path) -> None:
+    """Makes the folder and finds out whether it can be written."""
+    probe = folder / f".probe-{uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise OSError(error.errno, f"checkpoints cannot be written to {folder}: {error.strerror}") from error
-    for left in folder.glob(f".*{PARTIAL}*"):  # the probe, too
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
