@@ -22,7 +22,7 @@ ALLOWED = {
     "modalities": ["sequence", "flow", "network"],
     "generation": ["sequence", "flow", "evaluating"],
     "display": ["generation.events", "generation.progress"],
-    "training": ["sequence", "flow", "network", "modalities.latents", "evaluating"],
+    "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving"],
     "batching": ["sequence", "modalities"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)

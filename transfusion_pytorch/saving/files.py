@@ -5,6 +5,7 @@ Tensors are safetensors, everything else is JSON. Nothing is pickled.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,7 +87,10 @@ def load_json(path: str | Path) -> Any:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors of any device. One that several names share is written once."""
+    """Writes tensors of any device. One that several names share is written once.
+
+    Raises `OSError` where the disk is full or fails.
+    """
     kept, aliases, names = {}, {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
@@ -97,7 +101,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             kept[name] = tensor.cpu().contiguous()
     separate = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in kept.items()}
     with whole_file(path) as partial:
-        save_file(separate, partial, metadata={**(metadata or {}), ALIASES: json.dumps(aliases)})
+        try:
+            save_file(separate, partial, metadata={**(metadata or {}), ALIASES: json.dumps(aliases)})
+        except SafetensorError as error:
+            raise _as_os_error(error, Path(path)) from error
 
 
 def load_tensors(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -127,6 +134,12 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}{uuid4().hex[:8]}")
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+    """safetensors has one exception for everything: `I/O error: No space left on device (os error 28)`."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), f"{path} could not be written: {error}") if number else error
 
 
 def _is_part(tensor: Tensor) -> bool:

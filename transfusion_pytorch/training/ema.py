@@ -1,10 +1,11 @@
 """An exponential moving average of a model that can do what the model can."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, cast
 
 from ema_pytorch import EMA
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 SAMPLING_METHODS = (
@@ -50,6 +51,24 @@ def create_ema(
         **options,
     )
     return cast(EMA, ema)
+
+
+def ema_state(ema: EMA) -> dict[str, Tensor]:
+    """The average and its counters, without the model and what is shared with it (frozen autoencoders)."""
+    model = cast(nn.Module, ema.model)
+    shared = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
+    return {
+        name: tensor
+        for name, tensor in ema.state_dict().items()
+        if not name.startswith("online_model.") and not (tensor.numel() and tensor.data_ptr() in shared)
+    }
+
+
+def load_ema_state(ema: EMA, state: Mapping[str, Tensor]) -> None:
+    """Puts back what `ema_state` gave. Raises `RuntimeError` where something is missing or too much."""
+    saved = ema_state(ema)
+    others = {name: tensor for name, tensor in ema.state_dict().items() if name not in saved}
+    ema.load_state_dict({**others, **state})
 
 
 def _is_frozen(module: nn.Module) -> bool:
