@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[1] / NAME
 # A file beside the rooms is a room of its own; `transfusion` wires them, `__init__` is the front door of the package.
 ALLOWED = {
     "typecheck": [],
-    "examples": [],
     "sequence": [],
     "flow": [],
     "evaluating": [],
@@ -24,6 +23,8 @@ ALLOWED = {
     "display": ["generation.events", "generation.progress"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating"],
     "batching": ["sequence", "modalities"],
+    "data": ["sequence", "modalities.preparation", "evaluating", "saving"],
+    "examples": ["data"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["__init__"] = list(ALLOWED)

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from transfusion_pytorch.batching import BatchingMethods, check_probability
+from transfusion_pytorch.data.loading import create_dataloader
 from transfusion_pytorch.flow.path import velocity_towards
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
@@ -33,7 +34,6 @@ from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.samples import Piece, Shape
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
 from transfusion_pytorch.sequence.vocabulary import MarkerIds, Vocabulary
-from transfusion_pytorch.training.data import create_dataloader
 from transfusion_pytorch.training.distributed import Processes, training_processes
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, LossWeights, SpanLosses
