@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[1] / NAME
 # A file beside the rooms is a room of its own; `transfusion` wires them, `__init__` is the front door of the package.
 ALLOWED = {
     "typecheck": [],
-    "examples": [],
     "sequence": [],
     "flow": [],
     "evaluating": [],
@@ -22,8 +21,10 @@ ALLOWED = {
     "modalities": ["sequence", "flow", "network"],
     "generation": ["sequence", "flow", "evaluating"],
     "display": ["generation.events", "generation.progress"],
-    "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving"],
+    "data": ["sequence", "modalities.preparation", "evaluating", "saving"],
+    "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving", "data"],
     "batching": ["sequence", "modalities"],
+    "examples": ["data"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["__init__"] = list(ALLOWED)

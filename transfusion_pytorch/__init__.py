@@ -13,6 +13,11 @@ if os.environ.get("TYPECHECK", "").lower() in ("1", "true"):
 
     install_import_hook("transfusion_pytorch", "transfusion_pytorch.typecheck.check")
 
+from transfusion_pytorch.data.loader import LoadedStep, StepLoader
+from transfusion_pytorch.data.loading import SampleError, SkipSample, collate_fn, create_dataloader
+from transfusion_pytorch.data.mixture import Mixture
+from transfusion_pytorch.data.order import SampleReference
+from transfusion_pytorch.data.plan import DataPlan, StepPlan
 from transfusion_pytorch.display import print_modality_sample, render_image, show_sample, show_samples, watch
 from transfusion_pytorch.flow.path import slerp
 from transfusion_pytorch.flow.times import TimePolicy
@@ -33,7 +38,6 @@ from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample
-from transfusion_pytorch.training.data import collate_fn, create_dataloader
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
 from transfusion_pytorch.transfusion import Transfusion
@@ -43,20 +47,28 @@ __version__ = version("transfusion-pytorch")
 __all__ = [
     "Batch",
     "Condition",
+    "DataPlan",
     "DrawingProgress",
     "EndReason",
     "Ended",
     "Engine",
     "EngineStats",
     "Latents",
+    "LoadedStep",
     "LossBreakdown",
+    "Mixture",
     "ModalityDone",
     "ModalityStarted",
     "Packer",
     "Request",
     "Sample",
+    "SampleError",
+    "SampleReference",
     "SamplingOptions",
+    "SkipSample",
     "SpanLosses",
+    "StepLoader",
+    "StepPlan",
     "TargetCounts",
     "TextToken",
     "TimePolicy",

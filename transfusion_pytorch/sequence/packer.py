@@ -6,6 +6,7 @@ n tokens, b samples, m spans, s spans of one modality.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -130,6 +131,31 @@ class Packer:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
             batch = self._with_numbers(batch, generator) if seeds is None else self._seeded(batch, seeds)
             return self._padded(batch)
+
+    def num_tokens(self, sample: Any) -> int:
+        """The tokens that a sample takes in a batch, markers included, from its shapes alone: modalities may be on the
+        `meta` device. Raises `TypeError` or `ValueError` as packing does.
+        """
+        with on_cpu():
+            samples, _ = _described([sample], takes_tuples=True)
+            (pieces,) = self._pieces(samples, None, None)
+            pieces = [
+                piece if isinstance(piece, Text) else piece._replace(axes=self._axes(piece, f"sample 0, part {i}"))
+                for i, piece in enumerate(pieces)
+            ]
+            return sum(
+                len(piece.ids) if isinstance(piece, Text) else prod(self._token_shape(piece.type, piece.shape))
+                for piece in mark(pieces, self.vocabulary)
+            )
+
+    def _axes(self, piece: Modality, where: str) -> Shape:
+        """The axial shape of the latents of an instance."""
+        shapes = self.modalities[piece.type]
+        if shapes.has_encoder and not piece.is_encoded:
+            return shapes.latent_shape(tuple(piece.tensor.shape), where)
+        axes = tuple(shapes.spec.to_channel_last(piece.tensor, where).shape[:-1])
+        _check_tokens(shapes, axes, where)
+        return axes
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""

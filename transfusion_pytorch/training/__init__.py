@@ -1,1 +1,1 @@
-"""What trains: losses, data loading, the EMA copy, parameter groups."""
+"""What trains: losses, the EMA copy, parameter groups."""

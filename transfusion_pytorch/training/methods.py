@@ -7,8 +7,8 @@ from ema_pytorch import EMA
 from torch import nn
 from torch.utils.data import DataLoader
 
+from transfusion_pytorch.data.loading import create_dataloader
 from transfusion_pytorch.network.transformer import Transformer
-from transfusion_pytorch.training.data import create_dataloader
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.parameters import hidden_matrices, parameter_groups, reset_parameters
 

@@ -1,0 +1,87 @@
+"""Samples out of datasets, with errors that say which one it was; and plain batches of them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+
+from transfusion_pytorch.data.order import SampleReference, generator_of, seed_of, seeded
+from transfusion_pytorch.sequence.samples import Sample, is_typed
+
+
+class SkipSample(Exception):
+    """Raised by a dataset for a sample that should be left out, with the reason: a broken file."""
+
+
+class SampleError(RuntimeError):
+    """A sample that could not be loaded or measured. Its message names the source, the index and the file."""
+
+
+class Skipped(NamedTuple):
+    """A sample that was left out, and why."""
+
+    reference: SampleReference
+    reason: str
+
+
+def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: int) -> Sample:
+    """Loads a sample, with its source and a name unless the dataset gives its own.
+
+    Its random numbers depend on `(seed, position)` alone. `dataset.sample(index, generator)` is called with a generator
+    of its own where there is such a method, `dataset[index]` otherwise; the global generators of Python, numpy and
+    torch are seeded for both. Raises `SkipSample`, and `SampleError` for anything else that goes wrong.
+    """
+    dataset, index = datasets[reference.source], reference.index
+    own = seed_of(seed, "sample", reference.position)
+    try:
+        with seeded(own):
+            loaded = dataset.sample(index, generator_of(own)) if hasattr(dataset, "sample") else dataset[index]
+    except SkipSample:
+        raise
+    except Exception as error:
+        raise SampleError(
+            f"{name_of(dataset, reference)} could not be loaded: {type(error).__name__}: {error}"
+        ) from error
+    return as_sample(loaded, f"{reference.source}[{index}]", reference.source)
+
+
+def as_sample(loaded: Any, name: str, source: str) -> Sample:
+    """With this name and source, unless it has its own."""
+    sample = loaded if isinstance(loaded, Sample) else Sample(loaded)
+    return replace(
+        sample,
+        parts=_as_parts(sample.parts),
+        name=name if sample.name is None else sample.name,
+        source=source if sample.source is None else sample.source,
+    )
+
+
+def name_of(dataset: Any, reference: SampleReference) -> str:
+    """For errors: the source, the index, and what the dataset says of it (its file)."""
+    described = f" ({dataset.describe(reference.index)})" if hasattr(dataset, "describe") else ""
+    return f"source {reference.source!r}, index {reference.index}{described}"
+
+
+def collate_fn(samples: list[Any]) -> list[list[Any] | Sample]:
+    """A batch is a list of samples, each a list of parts; shapes may differ, so nothing is stacked.
+
+    A dataset may give a sample as a tuple of parts as well; a lone tensor, or a modality `(type, tensor)`, is a
+    sample of one part. A `Sample` keeps its name, source and weight. To pack in data workers, use
+    `Transfusion.packer()` instead.
+    """
+    return [
+        replace(sample, parts=_as_parts(sample.parts)) if isinstance(sample, Sample) else _as_parts(sample)
+        for sample in samples
+    ]
+
+
+def _as_parts(sample: Any) -> list[Any]:
+    return list(sample) if isinstance(sample, (list, tuple)) and not is_typed(sample) else [sample]
+
+
+def create_dataloader(dataset: Any, *, batch_size: int = 16, shuffle: bool = False, **options: Any) -> DataLoader:
+    """Batches that `Transfusion` takes as they are, of a `Dataset` or a list of samples. `options` are those of
+    `DataLoader`.
+    """
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_fn, **options)
