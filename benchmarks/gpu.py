@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the package of this checkout, wh
 
 import torch  # noqa: E402
 from gpu_checks import check_equality, check_waits  # noqa: E402
-from gpu_device import Run, peak_flops  # noqa: E402
+from gpu_device import Run  # noqa: E402
 from gpu_page import Page  # noqa: E402
 from gpu_training import train_large, train_small  # noqa: E402
 from gpu_workloads import LARGE, QUICK_LARGE, QUICK_SMALL, SMALL, Size  # noqa: E402
@@ -84,7 +84,7 @@ def where(run: Run) -> None:
     facts |= {name: package_version(name) for name in ("triton", "transfusion-pytorch")}
     if run.has_gpu:
         properties = torch.cuda.get_device_properties(run.device)
-        peak = peak_flops(properties.name)
+        peak = peak_flops(run.device)
         facts |= {
             "device": properties.name,
             "memory GiB": properties.total_memory / 2**30,

@@ -14,16 +14,6 @@ from gpu_workloads import Size
 from torch import Tensor, nn
 
 NOT_COMPILED = "not compiled: takes minutes on a CPU, see --compile"
-# Dense bf16 FLOP/s without sparsity, from the vendor's data sheets. The first name that is part of the device's counts.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
 
 
 @dataclass
@@ -52,10 +42,6 @@ class Run:
         if self.left >= seconds:
             return None
         return f"skipped: takes about {seconds:.0f} s, {max(self.left, 0):.0f} s are left"
-
-
-def peak_flops(name: str) -> float | None:
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def build_model(size: Size, device: torch.device, **transformer: Any) -> nn.Module:

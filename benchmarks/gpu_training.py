@@ -16,7 +16,6 @@ from gpu_device import (
     intervals,
     mark,
     num_parameters,
-    peak_flops,
     release,
     synchronize,
 )
@@ -26,60 +25,13 @@ from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from transfusion_pytorch.training.flops import FlopCounter, Flops, peak_flops
+
 WARMUPS, STEPS = 3, 12
 Step = Callable[[Any], torch.Tensor]
 # triton_tem_: templates of inductor, which are flex attention alone unless matrix products are autotuned
 ATTENTION_KERNELS = ("flex_attention", "triton_tem_", "flash", "fmha", "scaled_dot_product", "packedattention")
 KINDS = ("mixed", "causal", "text")
-
-
-class Weights(NamedTuple):
-    """Elements of the matrices that each of these is multiplied with."""
-
-    token: int
-    span: int
-    latent: int
-    target: int
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Weights":
-        sums = dict.fromkeys(cls._fields, 0)
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and ".positions." not in name:  # made once for each shape
-                sums[_multiplied_by(name)] += module.weight.numel()
-        return cls(**sums)
-
-
-def _multiplied_by(name: str) -> str:
-    if name == "to_logits":
-        return "target"
-    if "to_modulation" in name or name.startswith("time_embedding"):
-        return "span"
-    return "latent" if name.startswith("modalities") else "token"
-
-
-class Flops(NamedTuple):
-    """Floating point operations of a step, forward and backward, without padding and without what is made twice."""
-
-    linear: float
-    attention: float
-
-    @property
-    def total(self) -> float:
-        return self.linear + self.attention
-
-    @classmethod
-    def of(cls, weights: Weights, size: Size, batch: Any) -> "Flops":
-        """A weight multiplies and adds, forward, for the gradient of the input and for its own: 6. A visible key of a
-        query is 2 products (q k and p v) of `dim_head` numbers forward and 4 backward, 2 operations each: 12.
-        """
-        stream, tokens = batch.stream, batch.num_tokens
-        latents = sum(len(placement.slots) for placement in stream.placements.values())
-        counts = Weights(tokens, len(stream.spans), latents, len(batch.targets.label))
-        linear = 6 * sum(weight * count for weight, count in zip(weights, counts, strict=True))
-        visible = int(stream.layout.end[:tokens].sum())
-        trunk = size.transformer
-        return cls(linear, 12 * trunk["depth"] * trunk["heads"] * trunk["dim_head"] * visible)
 
 
 class Measured(NamedTuple):
@@ -159,7 +111,7 @@ def make_batches(model: Any, size: Size, kind: str, run: Run) -> Batches:
     """`mixed` samples, `text` of the same lengths, or their `causal` twins."""
     generator = torch.Generator().manual_seed(3)
     count = 4 if run.quick else WARMUPS + STEPS
-    pack, weights = model.packer(token_budget=size.token_budget), Weights.of(model)
+    pack, count_flops = model.packer(token_budget=size.token_budget), FlopCounter(model)
     make = dict(mixed=lambda sample, *_: sample.parts, text=text_of, causal=causal_twin)[kind]
     batches, seconds, latents = [], [], 0
     for _ in range(count):
@@ -169,7 +121,7 @@ def make_batches(model: Any, size: Size, kind: str, run: Run) -> Batches:
         start = time.perf_counter()
         batches.append(pack(samples))
         seconds.append(time.perf_counter() - start)
-    flops = [Flops.of(weights, size, batch) for batch in batches]
+    flops = [count_flops(batch) for batch in batches]
     mean = Flops(*(statistics.mean(column) for column in zip(*flops, strict=True)))
     tokens = statistics.mean(batch.num_tokens for batch in batches)
     pinned = [batch.pin_memory() if run.has_gpu else batch for batch in batches]
@@ -255,7 +207,7 @@ def _measure_kind(model: Any, step: Step, size: Size, kind: str, run: Run) -> tu
 
 def figures(model: nn.Module, made: Batches, measured: Measured, run: Run) -> dict[str, Any]:
     """A row of the table."""
-    seconds, weights = measured.median / 1000, Weights.of(model)
+    seconds, weights = measured.median / 1000, FlopCounter(model).weights
     return {
         "parameters": f"{num_parameters(model) / 1e6:.1f}M",
         "weights a token": f"{(weights.token + weights.target) / 1e6:.1f}M",
@@ -279,7 +231,7 @@ def figures(model: nn.Module, made: Batches, measured: Measured, run: Run) -> di
 
 
 def mfu(flops: Flops, measured: Measured, run: Run) -> float | None:
-    peak = peak_flops(torch.cuda.get_device_name()) if run.has_gpu else None
+    peak = peak_flops(run.device)
     return None if peak is None else 100 * flops.total / (measured.median / 1000) / peak
 
 

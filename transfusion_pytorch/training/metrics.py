@@ -1,0 +1,184 @@
+"""Figures of a run, added up on the device and read when somebody looks at them.
+
+b samples, m spans.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.network.precision import precise
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
+
+QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the times
+
+
+class RunningMeans:
+    """Means of scalars since they were last read. The device is waited for in `read` alone.
+
+    >>> means.add({"loss": loss, "text": breakdown.text})
+    >>> means.read()
+    {"loss": 2.31, "text": 1.12}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+
+    def add(self, values: Mapping[str, Tensor | float], *, count: Tensor | float = 1) -> None:
+        """Adds one value for each name, with the weight `count`. A name may be missing, and come later."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                value = value.detach().to(precise(value.dtype))
+            total, counts = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + value * count, counts + count)
+
+    def read(self) -> dict[str, float]:
+        """The mean of each name that has a count, in the order in which they came; starts again."""
+        sums, self._sums = self._sums, {}
+        numbers = _to_host([number for pair in sums.values() for number in pair])
+        pairs = zip(sums, numbers[::2], numbers[1::2], strict=True)
+        return {name: total / count for name, total, count in pairs if count}
+
+
+class LossTable:
+    """Losses by modality, by quarter of the times, and by the source of the samples. The device is waited for in
+    `read` alone.
+    """
+
+    def __init__(self, num_modalities: int) -> None:
+        self.num_modalities = num_modalities
+        self._sources: dict[str | None, int] = {}
+        self._flow = Cells((num_modalities, len(QUARTERS)))
+        self._text = Cells(())
+
+    def add_spans(self, losses: SpanLosses) -> None:
+        """Flow losses of spans, as `model(batch, reduction="span")` gives them; every span that is noised counts
+        once. Those at t = 1 (conditions) have no loss.
+        """
+        source = self._rows_of(losses.sources, losses.flow.device)[losses.sample]
+        quarter = (losses.time * len(QUARTERS)).long().clamp(0, len(QUARTERS) - 1)
+        cell = (source * self.num_modalities + losses.modality) * len(QUARTERS) + quarter
+        self._flow.add(cell, losses.flow.detach(), (losses.time < 1).to(losses.flow.dtype), len(self._sources))
+
+    def add_text(self, rows: LossBreakdown, batch: Batch) -> None:
+        """Text losses of samples, as `model(batch, reduction="none")` gives them in evaluation mode; every target
+        counts once.
+        """
+        targets = batch.targets
+        counts = (targets.weight > 0).to(rows.text.dtype)
+        counts = counts.new_zeros(len(batch)).index_add(0, targets.sample, counts)
+        source = self._rows_of(batch.sources, rows.text.device)
+        counts = counts.to(rows.text.device, non_blocking=True)
+        self._text.add(source, rows.text.detach() * counts, counts, len(self._sources))
+
+    def read(self) -> dict[str, float]:
+        """Means where there is something: `flow_0`, `flow_0/t_0.25-0.50`, `flow_0/source_web`, `text`,
+        `text/source_web`; starts again. Sources are left out where no sample has one.
+        """
+        names = list(self._sources)
+        means = {}
+        for name, (totals, counts) in (("text", self._text.read()), *self._read_flow()):
+            means[name] = divided(totals.sum(), counts.sum())
+            if totals.ndim == 2:
+                by_quarter = zip(QUARTERS, totals.sum(0), counts.sum(0), strict=True)
+                means |= {f"{name}/t_{quarter}": divided(*sums) for quarter, *sums in by_quarter}
+                totals, counts = totals.sum(1), counts.sum(1)
+            if names != [None]:
+                by_source = zip(names, totals, counts, strict=False)  # a table may have seen fewer sources
+                means |= {f"{name}/source_{source or 'unknown'}": divided(*sums) for source, *sums in by_source}
+        self._sources = {}
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    def _read_flow(self) -> list[tuple[str, "Sums"]]:
+        """For each modality, sums by source and quarter."""
+        totals, counts = self._flow.read()
+        return [(f"flow_{kind}", Sums(totals[:, kind], counts[:, kind])) for kind in range(self.num_modalities)]
+
+    def _rows_of(self, sources: Sequence[str | None], device: torch.device) -> Int[Tensor, " b"]:
+        """The row of the table for each sample; a new source gets a new row."""
+        rows = [self._sources.setdefault(source, len(self._sources)) for source in sources]
+        return torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
+
+
+class Sums(NamedTuple):
+    """What was added up, and how much of it: a row for each source."""
+
+    total: Float[Tensor, "rows *cells"]
+    count: Float[Tensor, "rows *cells"]
+
+
+class Cells:
+    """A table of sums with a row for each source, which grows. `shape` is that of a row."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.size = shape, math.prod(shape)
+        self.sums: Float[Tensor, "2 cells"] | None = None
+
+    def add(self, cell: Int[Tensor, " m"], values: Float[Tensor, " m"], counts: Float[Tensor, " m"], rows: int) -> None:
+        """Adds `values`, already times their `counts`, to flat cells of a table of that many rows."""
+        added = torch.stack((torch.where(counts > 0, values, 0), counts)).to(precise(values.dtype))
+        sums = added.new_zeros(2, 0) if self.sums is None else self.sums
+        sums = F.pad(sums, (0, rows * self.size - sums.shape[1]))
+        self.sums = sums.index_add(1, cell, added)
+
+    def read(self) -> Sums:
+        """On the CPU; starts again."""
+        sums, self.sums = self.sums, None
+        sums = torch.zeros(2, 0) if sums is None else sums.cpu()
+        total, count = sums.view(2, sums.shape[1] // self.size, *self.shape)
+        return Sums(total, count)
+
+
+def divided(total: Tensor, count: Tensor) -> float | None:
+    return total.item() / count.item() if count.item() else None
+
+
+def describe_bad_batch(batch: Batch) -> str:
+    """Names the samples whose latents or raw data have NaN or infinity, or says that there are none.
+
+    Waits for the device of the batch: for the message of an error.
+    """
+    spans, found = batch.stream.spans, []
+    for kind, data in batch.data.items():
+        placement = batch.stream.placements[kind]
+        parts = [(span, instance) for raw in data.raw for span, instance in zip(raw.order, raw.data, strict=True)]
+        if data.latents is not None:
+            sizes = [placement.sizes[span] for span in data.order]
+            parts += zip(data.order, data.latents.split(sizes), strict=True)
+        for span, part in parts:
+            if not part.isfinite().all():
+                what = "NaN" if part.isnan().any() else "infinity"
+                sample = int(spans.sample[placement.spans[span]])
+                found.append((sample, f"{_name(batch, sample)} has {what} in modality {kind}"))
+    if found:
+        return "; ".join(phrase for _, phrase in sorted(found))
+    names = ", ".join(_name(batch, sample) for sample in range(len(batch)))
+    return f"the data of its samples are finite ({names})"
+
+
+def _name(batch: Batch, sample: int) -> str:
+    """`sample 3 'cat.png' of 'web'`"""
+    name, source = batch.names[sample], batch.sources[sample]
+    return f"sample {sample}" + (f" '{name}'" if name else "") + (f" of '{source}'" if source else "")
+
+
+def _to_host(numbers: Sequence[Tensor | float]) -> list[float]:
+    """One transfer for all that lie on one device."""
+    values = [number if isinstance(number, float) else 0.0 for number in numbers]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, number in enumerate(numbers):
+        if isinstance(number, Tensor):
+            by_device.setdefault(number.device, []).append(index)
+        else:
+            values[index] = float(number)
+    for indices in by_device.values():
+        stacked = torch.stack([torch.as_tensor(numbers[index]).reshape(()) for index in indices])
+        for index, value in zip(indices, stacked.tolist(), strict=True):
+            values[index] = value
+    return values
