@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from transfusion_pytorch.network.attention import Attention
+from transfusion_pytorch.network.layer import Attention
 from transfusion_pytorch.sequence.batch import Batch
 
 # Dense bf16 FLOP/s without sparsity, from the vendor's data sheets. The first name that is part of the device's counts.
