@@ -48,6 +48,8 @@ class TrainConfig:
     ema_every: int = option(10, "steps between its updates")
     ema_start: int = option(100, "steps before it starts, at most a quarter of all")
 
+    velocity_consistency: bool = option(False, "add the velocity consistency loss against the moving average")
+
     device: str | None = option(None, "cpu, cuda or mps (the best one that is here)")
     precision: Literal["fp32", "bf16", "fp16"] | None = option(None, "autocast (fp32, or what accelerate says)")
     checkpointing: Literal["none", "full", "selective"] = option("none", "of activations, which saves memory")
@@ -80,6 +82,8 @@ class TrainConfig:
             raise ValueError("accumulation goes with batch_size; with a token_budget, set packs_per_step")
         if self.compile and self.token_budget is None:
             raise ValueError("compile needs a token_budget, to which batches are padded: one graph for one shape")
+        if self.velocity_consistency and self.ema_beta is None:
+            raise ValueError("velocity_consistency needs a moving average, but ema_beta is none")
         for name in _POSITIVE:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -94,7 +98,7 @@ class TrainConfig:
         """With every default that depends on something filled in. `num_steps` are those that the epochs come to."""
         steps = num_steps if self.steps is None else self.steps
         if steps is None:
-            raise ValueError("the number of steps is unknown where samples are packed by tokens: give steps, not epochs")
+            raise ValueError("how many steps epochs have is unknown where samples are packed by tokens: give steps")
         tenth = max(steps // 10, 1)
         sizes = dict(batch_size=16) if self.batch_size is None and self.token_budget is None else {}
         every = {
@@ -237,5 +241,14 @@ _POSITIVE = (
     *("muon_learning_rate", "clip", "ema_every", "log_every", "keep_last", "validate_every", "sample_every"),
     *("explosion",),
 )
-_NOT_NEGATIVE = ("num_workers", "seed", "weight_decay", "warmup", "ema_start", "details_every", "save_every", "keep_best")
+_NOT_NEGATIVE = (
+    "num_workers",
+    "seed",
+    "weight_decay",
+    "warmup",
+    "ema_start",
+    "details_every",
+    "save_every",
+    "keep_best",
+)
 assert all(spec.default is not MISSING for spec in fields(TrainConfig))

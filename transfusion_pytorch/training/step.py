@@ -1,0 +1,130 @@
+"""One step of the optimizer: micro-batches, gradients, and what must not reach the weights."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.training.config import TrainConfig
+from transfusion_pytorch.training.launch import Launch, is_sharded
+from transfusion_pytorch.training.losses import LossBreakdown
+from transfusion_pytorch.training.optimizers import clip_gradients, set_learning_rates
+
+USUAL_STEPS = 100  # whose median length of the gradient is the usual one
+FEWEST_STEPS = 20  # before which nothing counts as an explosion
+
+
+class StepResult(NamedTuple):
+    """What a step came to.
+
+    - `losses`: by name, on the device, over all processes
+    - `gradient_norm`: before clipping
+    - `problem`: why the weights were left as they are; None for a step that was made
+    """
+
+    losses: dict[str, Tensor]
+    gradient_norm: float
+    learning_rate: float
+    problem: str | None
+
+
+class TrainStep:
+    """Makes steps with a model. `call` is the model as all processes call it (see `Launch.wrap`).
+
+    The device is waited for once a step: whether the gradient is finite must be known before the weights change.
+    """
+
+    def __init__(
+        self, model: Any, call: Any, optimizers: dict[str, Optimizer], ema: Any, launch: Launch, config: TrainConfig
+    ) -> None:
+        self.model, self.call, self.optimizers, self.ema = model, call, optimizers, ema
+        self.launch, self.config = launch, config
+        self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.precision == "fp16")
+        self.usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        self._teacher = dict(velocity_consistency_ema_model=ema) if config.velocity_consistency else {}
+
+    def __call__(self, batches: Sequence[Batch], step: int) -> StepResult:
+        """`step` is counted from 0. Every process has equally many micro-batches."""
+        rate = set_learning_rates(self.optimizers, step, self.config)
+        losses = self._accumulate(batches)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        norm = clip_gradients(self.model, self.config.clip).item()
+        problem = self._problem(norm)
+        if problem is None:
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update()
+            if math.isfinite(norm):  # float16 overflows now and then: the scaler has left that step out
+                self.usual.append(norm)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        return StepResult(losses, norm, rate, problem)
+
+    def state(self) -> dict[str, Any]:
+        return {"usual": list(self.usual), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.usual = deque(state["usual"], maxlen=USUAL_STEPS)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Gradients of all micro-batches, divided by the targets of all of them in all processes."""
+        counts = self._counts(batches)
+        sums: LossBreakdown | None = None
+        for index, batch in enumerate(batches):
+            batch = batch.to(self.launch.device)
+            with self._exchange(index == len(batches) - 1):
+                with self.launch.autocast():
+                    loss, parts = self.call(batch, counts=counts, return_breakdown=True, **self._teacher)
+                self.scaler.scale(loss).backward()
+            parts = LossBreakdown(*(part.detach() for part in parts))
+            sums = parts if sums is None else LossBreakdown(*map(torch.add, sums, parts))
+        assert sums is not None
+        return named_losses(sums, has_velocity=bool(self._teacher), has_recon=self.model.loss_weights.recon != 0)
+
+    def _counts(self, batches: Sequence[Batch]) -> TargetCounts | None:
+        """None where the model counts by itself: one batch in a step, in every process."""
+        if len(batches) == 1:
+            return None
+        counts: TargetCounts = sum(batch.counts for batch in batches)  # type: ignore[assignment]
+        counts = counts.to(self.launch.device)
+        return counts.all_reduce() if self.launch.size > 1 else counts
+
+    def _exchange(self, is_last: bool) -> AbstractContextManager:
+        """Gradients travel between the processes with the last micro-batch of a step."""
+        if isinstance(self.call, DistributedDataParallel):
+            return nullcontext() if is_last else self.call.no_sync()
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(is_last)
+        return nullcontext()
+
+    def _problem(self, norm: float) -> str | None:
+        """Equal in all processes, since the gradient is."""
+        if not math.isfinite(norm):
+            return None if self.scaler.is_enabled() else f"the gradient is not finite ({norm})"
+        limit = self.config.explosion
+        if limit is not None and len(self.usual) >= FEWEST_STEPS and norm > limit * (usual := median(self.usual)):
+            return f"the gradient explodes: its length is {norm:.3g}, the usual one {usual:.3g}"
+        return None
+
+
+def named_losses(parts: LossBreakdown, *, has_velocity: bool = False, has_recon: bool = False) -> dict[str, Tensor]:
+    """`loss`, `text`, `flow_0`, `flow_1`, ... by modality, and the other losses if they are used."""
+    losses = {"loss": parts.total, "text": parts.text}
+    kinds = [("flow", parts.flow), ("velocity", parts.velocity), ("recon", parts.recon)]
+    for (kind, values), is_used in zip(kinds, (True, has_velocity, has_recon), strict=True):
+        losses |= {f"{kind}_{modality}": value for modality, value in enumerate(values.unbind(-1)) if is_used}
+    return losses

@@ -1,0 +1,447 @@
+"""`Trainer`: a training run from data to a model that can be kept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from transfusion_pytorch.data.loader import LoadedStep, StepLoader
+from transfusion_pytorch.data.loading import load_sample
+from transfusion_pytorch.data.mixture import as_mixture
+from transfusion_pytorch.data.order import seed_of
+from transfusion_pytorch.data.plan import DataPlan
+from transfusion_pytorch.evaluating import evaluating
+from transfusion_pytorch.network.attend import choose_attention
+from transfusion_pytorch.saving.files import save_json
+from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.training.callbacks import Callback
+from transfusion_pytorch.training.checkpoint import Checkpoints
+from transfusion_pytorch.training.collate import Packed, PackSeeded, idle
+from transfusion_pytorch.training.config import TrainConfig
+from transfusion_pytorch.training.flops import FlopCounter, peak_flops
+from transfusion_pytorch.training.launch import (
+    Launch,
+    load_model_state,
+    load_optimizer_state,
+    load_whole_ema_state,
+    shard,
+    whole_ema_state,
+    whole_model_state,
+    whole_optimizer_state,
+)
+from transfusion_pytorch.training.metrics import LossTable, RunningMeans, describe_bad_batch
+from transfusion_pytorch.training.metrics_file import MetricsFile
+from transfusion_pytorch.training.optimizers import create_optimizers
+from transfusion_pytorch.training.random_states import random_states, set_random_states
+from transfusion_pytorch.training.reporting import ProgressReporter
+from transfusion_pytorch.training.step import StepResult, TrainStep
+from transfusion_pytorch.training.stopping import StopSignals
+from transfusion_pytorch.training.trackers import Tracker, create_tracker
+from transfusion_pytorch.training.validation import Validation
+
+REPEATED = 10  # problems of samples are told so often, then counted
+
+
+class TrainingError(RuntimeError):
+    """A run that stops because a step came out wrong, with the names of the samples in it."""
+
+
+class Fitted(NamedTuple):
+    """How a run ended.
+
+    - `step`: steps that were done, of all
+    - `figures`: the last validation losses, or the last training losses without validation data
+    - `was_stopped`: by a signal, before the last step
+    """
+
+    step: int
+    figures: dict[str, float]
+    was_stopped: bool
+
+
+class Trainer:
+    """Trains a `Transfusion` on one process or many.
+
+    `data` is a dataset of samples, a list of them, or a `Mixture`; `validation` one of these. Everything is written
+    to `folder`: `config.json`, `metrics.csv` and `checkpoints/`. Start it by itself, or on several processes with
+    `accelerate launch`: a step sees the same samples either way, with the same times and noise.
+
+    `callbacks` see the run and add to it (`Callback`). The model is moved to its device and trained in place;
+    `average` is its EMA, if there is one. `packer` replaces `model.packer()`, for its options.
+
+    A run of `Trainer` goes like this:
+
+        trainer = Trainer(model, samples, TrainConfig(steps=10_000), validation=held_out)
+        trainer.fit(resume=True)
+        trainer.average.save_pretrained("model")
+
+    Raises `ImportError` without accelerate (the extra `train`), and `ValueError` for options that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        config: TrainConfig,
+        *,
+        folder: str | Path = "run",
+        validation: Any = None,
+        callbacks: Sequence[Callback] = (),
+        packer: Any = None,
+    ) -> None:
+        self.launch = Launch(device=config.device, precision=config.precision)
+        self.model, self.folder, self.callbacks = model.to(self.launch.device), Path(folder), tuple(callbacks)
+        budget = config.token_budget if config.compile or self.launch.device.type == "cuda" else None
+        packer = model.packer(token_budget=budget) if packer is None else packer
+        self.plan, self.config = self._plan(as_mixture(data), config, packer)
+        self.pack = PackSeeded(packer, config.seed, skips_bad=config.on_bad_sample == "skip")
+        self.validation: Validation | None = None
+        if validation is not None:
+            size, skips = min(self.config.batch_size or 16, 64), self.pack.skips_bad
+            self.validation = Validation(validation, model.packer(), self.launch, batch_size=size, skips_bad=skips)
+        self.step, self.figures = 0, dict[str, float]()
+        self._prepare_model()
+        self._problems: dict[str, int] = {}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.launch.is_main
+
+    @property
+    def average(self) -> Any:
+        """The model that is sampled from and validated: the moving average, or what is trained if there is none."""
+        return self.model if self.ema is None else self.ema.ema_model
+
+    def fit(self, *, resume: bool | str | Path = False) -> Fitted:
+        """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.
+
+        `resume=True` goes on from the latest checkpoint of the folder, if there is one; a path goes on from that
+        checkpoint, and later ones are removed. Otherwise the run starts anew, in a folder without checkpoints.
+
+        Raises `TrainingError` where `on_bad_step` is "stop", `SampleError` for a sample that cannot be loaded,
+        `FileExistsError` for a folder that holds another run, and whatever `Checkpoints` raises.
+        """
+        checkpoints = self._checkpoints()
+        self._resume(checkpoints, resume)
+        self._describe()
+        metrics = MetricsFile(self.folder / "metrics.csv", resumed_step=self.step) if self.is_main else None
+        tracker = self._tracker()
+        self.log = RunLog(metrics, tracker)
+        progress = ProgressReporter(
+            self._total,
+            initial=self.step,
+            device=self.launch.device,
+            processes=self.launch.size,
+            is_main=self.is_main,
+        )
+        try:
+            with StopSignals() as signals, progress:
+                self._call("on_start")
+                was_stopped = self._run(checkpoints, progress, signals)
+                self._call("on_end")
+        finally:
+            self.log.close()
+        return Fitted(self.step, dict(self.figures), was_stopped)
+
+    def validate(self) -> dict[str, float]:
+        """Losses of the validation data with the average, at fixed times and noise. All processes must take part."""
+        if self.validation is None:
+            raise ValueError("there is no validation data: give Trainer(..., validation=...)")
+        return self.validation(self.average)
+
+    # preparing
+
+    def _plan(self, mixture: Any, config: TrainConfig, packer: Any) -> tuple[DataPlan, TrainConfig]:
+        options: dict[str, Any] = dict(seed=config.seed, packer=packer)
+        if config.token_budget is not None:
+            skips = "skip" if config.on_bad_sample == "skip" else "error"
+            options |= dict(token_budget=config.token_budget, packs_per_step=config.packs_per_step, too_long=skips)
+        else:
+            options |= dict(batch_size=config.batch_size or 16)
+        num_steps = DataPlan(mixture, epochs=config.epochs, **options).num_steps if config.epochs else None
+        return DataPlan(mixture, **options), config.resolved(num_steps)
+
+    def _prepare_model(self) -> None:
+        config = self.config
+        self.launch.synchronise(self.model)
+        self.model.train()
+        if config.checkpointing != "none":
+            self.model.gradient_checkpointing_enable(True if config.checkpointing == "full" else config.checkpointing)
+        self.ema: Any = None
+        if config.ema_beta is not None:
+            every = dict(update_every=config.ema_every, update_after_step=config.ema_start)
+            self.ema = self.model.create_ema(beta=config.ema_beta, **every)
+        if config.compile:
+            self.model.compile()
+        if self.launch.size > 1 and self.launch.shards and config.optimizer == "muon":
+            raise ValueError("Muon needs whole matrices, and FSDP splits them: use adamw, or DDP")
+        call = self.launch.wrap(self.model)
+        if self.ema is not None and self.launch.size > 1 and self.launch.shards:
+            shard(self.ema.ema_model)
+        optimizers = create_optimizers(self.model, config)
+        self._train_step = TrainStep(self.model, call, optimizers, self.ema, self.launch, config)
+        # counted where it is compared with something
+        self._flops = FlopCounter(self.model) if peak_flops(self.launch.device) else None
+        self._stand_in: Batch | None = None
+
+    @property
+    def _total(self) -> int:
+        assert self.config.steps is not None
+        return self.config.steps
+
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(
+            self.folder / "checkpoints",
+            keep_last=self.config.keep_last,
+            keep_best=self.config.keep_best,
+            is_main=self.is_main,
+        )
+
+    def _tracker(self) -> Tracker | None:
+        if self.config.tracker == "none" or not self.is_main:
+            return None
+        name, config = self.folder.resolve().name, self.config.as_dict()
+        return create_tracker(
+            self.config.tracker, project=self.config.project, run=name, folder=self.folder, config=config
+        )
+
+    def _describe(self) -> None:
+        """Says what is about to happen, and writes it down."""
+        if not self.is_main:
+            return
+        save_json(self.folder / "config.json", self.config.as_dict())
+        kind = getattr(self.model.transformer, "attention", None)
+        attention = "of the trunk" if kind is None else choose_attention(kind, self.launch.device.type, True)
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        processes = "1 process" if self.launch.size == 1 else f"{self.launch.size} processes"
+        shared = "" if self.launch.size == 1 else " (FSDP2)" if self.launch.shards else " (DDP)"
+        differs = {
+            spec.name: getattr(self.config, spec.name)
+            for spec in fields(TrainConfig)
+            if getattr(self.config, spec.name) != spec.default
+        }
+        print(f"model: {trained:,} parameters on {self.launch.device}, {processes}{shared}")
+        print(f"precision: {self.launch.precision}; attention: {attention}; compiled: {self.config.compile}")
+        print(f"config: {', '.join(f'{name}={value}' for name, value in differs.items())}")
+        print(f"run: {self.folder}, step {self.step} of {self._total}", flush=True)
+
+    # resuming and saving
+
+    def _resume(self, checkpoints: Checkpoints, resume: bool | str | Path) -> None:
+        if resume is False:
+            if checkpoints.infos():
+                raise FileExistsError(
+                    f"{self.folder} has checkpoints of a run: resume it, or give another folder to start anew"
+                )
+            self._seed()
+            return
+        try:
+            loaded = checkpoints.load("latest" if resume is True else resume)
+        except FileNotFoundError:
+            if resume is not True:
+                raise
+            self._seed()
+            return
+        load_model_state(self.model, loaded.part_for("model", whole_model_state(self.model)))
+        if self.ema is not None:
+            load_whole_ema_state(self.ema, loaded.parts["ema"])
+        for name, optimizer in self._train_step.optimizers.items():
+            load_optimizer_state(self.model, optimizer, loaded.parts[name])
+        self.plan.load_state(loaded.parts["data"])
+        self._train_step.load_state(loaded.parts["training"])
+        self.step, self.figures = loaded.step, dict(loaded.figures)
+        own = loaded.of_rank(self.launch.rank, self.launch.size)
+        if own is None:  # the number of processes is another one
+            self._seed()
+        else:
+            set_random_states(own)
+        checkpoints.discard_after(loaded.step)
+
+    def _seed(self) -> None:
+        """What is random beside samples, times and noise: dropout. Every process has its own."""
+        torch.manual_seed(seed_of(self.config.seed, "process", self.launch.rank, self.step))
+
+    def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
+        parts = {"model": whole_model_state(self.model)}
+        if self.ema is not None:
+            parts["ema"] = whole_ema_state(self.ema)
+        for name, optimizer in self._train_step.optimizers.items():
+            parts[name] = whole_optimizer_state(self.model, optimizer)
+        parts |= {"data": data_state, "training": self._train_step.state()}
+        per_rank = self.launch.gather(random_states())
+        path = checkpoints.save(self.step, parts, figures=self.figures, per_rank=per_rank)
+        self.launch.wait()
+        self._call("on_save", path)
+
+    # the loop
+
+    def _loader(self) -> StepLoader:
+        return StepLoader(
+            self.plan,
+            self.pack,
+            rank=self.launch.rank,
+            num_processes=self.launch.size,
+            num_workers=self.config.num_workers,
+            pin_memory=self.launch.device.type == "cuda",
+            persistent_workers=self.config.num_workers > 0,
+            accumulation=None if self.config.batch_size is None else self.config.accumulation,
+        )
+
+    def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
+        """Steps until the last one. Returns whether a signal ended it before."""
+        means = RunningMeans()
+        for loaded in self._steps():
+            batches = self._batches_of(loaded, progress)
+            if batches:
+                result = self._train_step(batches, self.step)
+                self._check(result, batches, progress)
+            self.step += 1
+            if batches:
+                self._report(result, batches, means, progress)
+            is_last = self.step == self._total
+            stops = self.launch.any(signals.received is not None)
+            if self._is_due(self.config.log_every) or is_last or stops:
+                self.log.write(self.step, means.read())
+            self._look(batches, is_last, progress)
+            self.log.flush()
+            if self._is_due(self.config.save_every) or is_last or stops:
+                self._save(checkpoints, loaded.state)
+            if stops and not is_last:
+                reason = signals.received or "a signal to another process"
+                progress.write(f"stopped by {reason}: step {self.step} is saved, and resume goes on from it")
+                return True
+        return False
+
+    def _steps(self) -> Iterator[LoadedStep]:
+        if self.step >= self._total:
+            return
+        for loaded in self._loader():
+            yield loaded
+            if self.step >= self._total:
+                return
+
+    def _is_due(self, every: int | None) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _batches_of(self, loaded: LoadedStep, progress: ProgressReporter) -> list[Batch]:
+        """The micro-batches of this process, empty if no process has a sample. Reports what was left out."""
+        packs = [packed if packed is not None else Packed(None, []) for packed in loaded.batches]
+        for skipped in [*loaded.skipped, *(entry for packed in packs for entry in packed.skipped)]:
+            self._tell("left out", f"{skipped.reference.source}[{skipped.reference.index}]: {skipped.reason}", progress)
+        batches = [packed.batch for packed in packs if packed.batch is not None]
+        missing = len(packs) - len(batches)
+        if self.launch.size == 1:
+            return batches
+        if not self.launch.any(bool(batches)):
+            return []
+        return batches + [self._idle_batch() for _ in range(missing)]
+
+    def _idle_batch(self) -> Batch:
+        """For a process without samples in a step: it computes one without weight, and waits for nobody."""
+        if self._stand_in is None:
+            reference = self.plan.mixture.reference(0, seed=self.plan.seed)
+            sample = load_sample(self.plan.mixture.datasets, reference, self.plan.seed)
+            packed = self.pack([sample], [reference])
+            assert packed.batch is not None
+            self._stand_in = idle(packed.batch)
+        return self._stand_in
+
+    def _check(self, result: StepResult, batches: Sequence[Batch], progress: ProgressReporter) -> None:
+        """Reports a step that was not made, or stops the run."""
+        if result.problem is None:
+            return
+        found = self.launch.gather([describe_bad_batch(batch) for batch in batches])
+        samples = "; ".join(text for texts in found for text in texts)
+        losses = ", ".join(f"{name} {value.item():.4g}" for name, value in result.losses.items())
+        message = f"step {self.step}: {result.problem}; losses: {losses}; {samples}"
+        if self.config.on_bad_step == "stop":
+            raise TrainingError(f"{message}; set on_bad_step='skip' to leave such steps out")
+        self._tell("step left out", message, progress)
+
+    def _tell(self, kind: str, message: str, progress: ProgressReporter) -> None:
+        times = self._problems[kind] = self._problems.get(kind, 0) + 1
+        if times <= REPEATED:
+            progress.write(f"{kind}: {message}")
+        if times == REPEATED:
+            progress.write(f"{kind}: more of these are counted, and no longer told")
+
+    def _report(
+        self, result: StepResult, batches: Sequence[Batch], means: RunningMeans, progress: ProgressReporter
+    ) -> None:
+        if result.problem is None:
+            means.add({**result.losses, "gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate})
+        size = self.launch.size
+        progress.update(
+            result.losses if result.problem is None else {},
+            tokens=size * sum(batch.num_tokens for batch in batches),
+            samples=size * sum(len(batch) for batch in batches),
+            flops=0.0 if self._flops is None else size * sum(self._flops(batch).total for batch in batches),
+            learning_rate=result.learning_rate,
+        )
+        self._call("on_step", result.losses)
+
+    def _look(self, batches: Sequence[Batch], is_last: bool, progress: ProgressReporter) -> None:
+        """Details, validation and samples, where they are due."""
+        if batches and self._is_due(self.config.details_every):
+            self.log.write(self.step, self._details(batches), prefix="details/")
+        if self.validation is not None and (self._is_due(self.config.validate_every) or is_last):
+            figures = self.validate()
+            self.figures = figures
+            self.log.write(self.step, figures, prefix="validation/")
+            told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            progress.write(f"step {self.step:,}: validation {told}")
+            self._call("on_validation", figures)
+        if self._is_due(self.config.sample_every) or is_last:
+            for callback in self.callbacks:
+                with evaluating(self.average):
+                    seen = callback.on_sample(self)
+                self.log.track(self.step, seen or {})
+
+    def _details(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Losses by modality, source and quarter of the times, of this step's samples in this process."""
+        table = LossTable(self.model.num_modalities)
+        with evaluating(self.model), self.launch.autocast():
+            for batch in batches:
+                batch = batch.to(self.launch.device)
+                if batch.data:
+                    table.add_spans(self.model(batch, reduction="span"))
+                table.add_text(self.model(batch, reduction="none"), batch)
+        return table.read()
+
+    def _call(self, name: str, *details: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, name)(self, *details)
+
+
+class RunLog:
+    """Figures to `metrics.csv`, a row for each step that has any, and to a tracker, where there are these."""
+
+    def __init__(self, metrics: MetricsFile | None, tracker: Tracker | None) -> None:
+        self.metrics, self.tracker = metrics, tracker
+        self._step, self._row = 0, dict[str, float]()
+
+    def write(self, step: int, figures: Mapping[str, float], *, prefix: str = "") -> None:
+        named = {prefix + name: value for name, value in figures.items()}
+        self._step = step
+        self._row |= named
+        self.track(step, named)
+
+    def track(self, step: int, values: Mapping[str, Any]) -> None:
+        if self.tracker is not None and values:
+            self.tracker.log(values, step)
+
+    def flush(self) -> None:
+        """Writes the row of a step, before its checkpoint."""
+        if self.metrics is not None and self._row:
+            self.metrics.append(self._step, self._row)
+        self._row = {}
+
+    def close(self) -> None:
+        self.flush()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.tracker is not None:
+            self.tracker.finish()
