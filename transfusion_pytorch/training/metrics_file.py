@@ -32,21 +32,16 @@ class MetricsFile:
         row = {STEP: str(step), **{name: _as_text(value) for name, value in values.items()}}
         if new := [name for name in row if name not in self.columns]:
             rows = self._read()
-            self._file.close()
             self.columns += new
             self._rewrite([*rows, row])
             return
-        self._file.write(_as_csv([_cells(row, self.columns)]))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(_as_csv([_cells(row, self.columns)]))
 
     def _rewrite(self, rows: Sequence[Row]) -> None:
         with whole_file(self.path) as partial:
             lines = [self.columns, *(_cells(row, self.columns) for row in rows)]
             partial.write_text(_as_csv(lines), encoding="utf-8", newline="")
-        self._file = self.path.open("a", encoding="utf-8", newline="")
 
     def _read_until(self, step: int) -> list[Row]:
         if not self.path.exists():
