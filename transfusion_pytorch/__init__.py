@@ -33,15 +33,18 @@ from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample
+from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.data import collate_fn, create_dataloader
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
+from transfusion_pytorch.training.random_states import random_states, set_random_states
 from transfusion_pytorch.transfusion import Transfusion
 
 __version__ = version("transfusion-pytorch")
 
 __all__ = [
     "Batch",
+    "Checkpoints",
     "Condition",
     "DrawingProgress",
     "EndReason",
@@ -69,7 +72,9 @@ __all__ = [
     "create_ema",
     "plain_formulas",
     "print_modality_sample",
+    "random_states",
     "render_image",
+    "set_random_states",
     "show_sample",
     "show_samples",
     "slerp",

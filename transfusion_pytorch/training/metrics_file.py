@@ -63,8 +63,8 @@ class MetricsFile:
 
 
 def _as_text(value: float | int | str | None) -> str:
-    """Floats with all their digits."""
-    return "" if value is None else value if isinstance(value, str) else repr(value)
+    """Floats with all their digits, and texts on one line, as a row is one."""
+    return "" if value is None else value.replace("\n", " ") if isinstance(value, str) else repr(value)
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:
