@@ -105,6 +105,15 @@ def test_what_cannot_be_saved_is_named(tmp_path, value):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shard_is_refused():
+    class Shard(torch.Tensor):
+        def full_tensor(self):
+            raise AssertionError("a state is gathered by all processes together, not here")
+
+    with pytest.raises(TypeError, match=r"'model\.w' of the state is one shard of a tensor; gather the state"):
+        flatten_state({"model": {"w": torch.ones(2).as_subclass(Shard)}})
+
+
 def test_unknown_tags_and_missing_tensors_are_errors():
     with pytest.raises(ValueError, match="'\\$later' is nothing that this version knows"):
         unflatten_state({}, {"$later": 1})

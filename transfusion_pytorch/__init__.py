@@ -38,14 +38,21 @@ from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample
+from transfusion_pytorch.training.callbacks import Callback
+from transfusion_pytorch.training.checkpoint import Checkpoints
+from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
+from transfusion_pytorch.training.random_states import random_states, set_random_states
+from transfusion_pytorch.training.trainer import Fitted, Trainer, TrainingError
 from transfusion_pytorch.transfusion import Transfusion
 
 __version__ = version("transfusion-pytorch")
 
 __all__ = [
     "Batch",
+    "Callback",
+    "Checkpoints",
     "Condition",
     "DataPlan",
     "DrawingProgress",
@@ -53,6 +60,7 @@ __all__ = [
     "Ended",
     "Engine",
     "EngineStats",
+    "Fitted",
     "Latents",
     "LoadedStep",
     "LossBreakdown",
@@ -72,6 +80,9 @@ __all__ = [
     "TargetCounts",
     "TextToken",
     "TimePolicy",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
     "Transformer",
     "Transfusion",
     "UNetDown",
@@ -81,7 +92,9 @@ __all__ = [
     "create_ema",
     "plain_formulas",
     "print_modality_sample",
+    "random_states",
     "render_image",
+    "set_random_states",
     "show_sample",
     "show_samples",
     "slerp",

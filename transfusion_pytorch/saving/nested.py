@@ -37,8 +37,8 @@ def flatten_state(state: Any) -> FlatState:
     """Splits a state into tensors and JSON; `unflatten_state` makes the same of them again, types included.
 
     Takes dicts with keys of any of these types, lists, tuples, numbers, strings, None, tensors, NumPy arrays and
-    scalars, and the types of torch that the table above lists. Nothing is copied. Raises `TypeError` that names the
-    place of anything else, such as a function.
+    scalars, and the types of torch that the table above lists. Nothing is copied; a parameter becomes a tensor. Raises
+    `TypeError` that names the place of anything else, such as a function or a shard of FSDP.
     """
     flattening = Flattening()
     json = flattening.encode(state, "")
@@ -89,6 +89,8 @@ class Flattening:
         if kind is tuple:
             return {"$tuple": [self.encode(item, _join(place, index)) for index, item in enumerate(value)]}
         if isinstance(value, Tensor):
+            if hasattr(value, "full_tensor"):  # a DTensor
+                raise TypeError(f"'{place}' of the state is one shard of a tensor; gather the state before it is saved")
             return {"$tensor": self.keep(value.detach(), place, key=id(value))}
         if kind in MAPPINGS.values():
             return self.encode_mapping(value, place)

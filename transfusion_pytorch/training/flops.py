@@ -1,5 +1,6 @@
 """Floating point operations of a training step, for the utilisation of the device (MFU)."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -32,21 +33,22 @@ class Flops(NamedTuple):
 
 
 class MultipliedWeights(NamedTuple):
-    """Elements of the matrices that each of these is multiplied with."""
+    """Elements of the matrices that each of these is multiplied with; `latents` by modality."""
 
     token: int
     span: int
-    latent: int
     target: int
+    latents: dict[int, int]
 
     @classmethod
     def of(cls, model: nn.Module) -> "MultipliedWeights":
         """Linear layers alone: convolutions (of a U-Net) and frozen autoencoders are left out."""
-        sums = dict.fromkeys(cls._fields, 0)
+        sums: Counter[str | int] = Counter()
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and (kind := _multiplied_by(name)):
+            if isinstance(module, nn.Linear) and (kind := _multiplied_by(name)) is not None:
                 sums[kind] += module.weight.numel()
-        return cls(**sums)
+        latents = {kind: number for kind, number in sums.items() if isinstance(kind, int)}
+        return cls(sums["token"], sums["span"], sums["target"], latents)
 
 
 class FlopCounter:
@@ -65,12 +67,12 @@ class FlopCounter:
         self.width = sum(layer.heads * layer.dim_head for layer in layers)  # of all layers together
 
     def __call__(self, batch: Batch) -> Flops:
-        stream, tokens = batch.stream, batch.num_tokens
-        latents = sum(len(placement.slots) for placement in stream.placements.values())
-        counts = MultipliedWeights(tokens, len(stream.spans), latents, len(batch.targets.label))
-        linear = 6 * sum(weight * count for weight, count in zip(self.weights, counts, strict=True))
+        stream, weights, tokens = batch.stream, self.weights, batch.num_tokens
+        products = weights.token * tokens + weights.span * len(stream.spans) + weights.target * len(batch.targets.label)
+        for kind, placement in stream.placements.items():
+            products += weights.latents.get(kind, 0) * len(placement.slots)
         visible = int(stream.layout.end[:tokens].sum())  # stays on the CPU
-        return Flops(linear, 12 * self.width * visible)
+        return Flops(6 * products, 12 * self.width * visible)
 
 
 def peak_flops(device: torch.device | str) -> float | None:
@@ -82,11 +84,12 @@ def peak_flops(device: torch.device | str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def _multiplied_by(name: str) -> str | None:
-    if name.startswith("modalities.") and {"positions", "encoder", "decoder"} & set(name.split(".")):
-        return None  # positions are made once for each shape
+def _multiplied_by(name: str) -> str | int | None:
+    """A field of `MultipliedWeights`, or a modality, for the linear layer `modalities.0.adapter.to_model`."""
+    parts = name.split(".")
+    if parts[0] == "modalities":
+        is_extra = {"positions", "encoder", "decoder"} & set(parts)  # positions are made once for each shape
+        return None if is_extra else int(parts[1])
     if name == "to_logits":
         return "target"
-    if "to_modulation" in name or name.startswith("time_embedding"):
-        return "span"
-    return "latent" if name.startswith("modalities.") else "token"
+    return "span" if "to_modulation" in parts or parts[0] == "time_embedding" else "token"

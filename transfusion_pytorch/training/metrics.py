@@ -19,6 +19,23 @@ from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the times
 
 
+class Sum(NamedTuple):
+    """What was added up, and how much of it."""
+
+    total: float
+    count: float
+
+
+def means_of(*tables: Mapping[str, Sum]) -> dict[str, float]:
+    """Means over one or several tables of sums, such as those of all processes; what has no count is left out."""
+    sums: dict[str, Sum] = {}
+    for table in tables:
+        for name, (total, count) in table.items():
+            before = sums.get(name, Sum(0.0, 0.0))
+            sums[name] = Sum(before.total + total, before.count + count)
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
 class RunningMeans:
     """Means of scalars since they were last read. The device is waited for in `read` alone.
 
@@ -42,13 +59,22 @@ class RunningMeans:
         """The mean of each name that has a count, in the order in which they came; starts again."""
         sums, self._sums = self._sums, {}
         numbers = _to_host([number for pair in sums.values() for number in pair])
-        pairs = zip(sums, numbers[::2], numbers[1::2], strict=True)
-        return {name: total / count for name, total, count in pairs if count}
+        return means_of({name: Sum(*pair) for name, *pair in zip(sums, numbers[::2], numbers[1::2], strict=True)})
 
 
 class LossTable:
     """Losses by modality, by quarter of the times, and by the source of the samples. The device is waited for in
-    `read` alone.
+    `read_sums` alone.
+
+    | name | what |
+    |---|---|
+    | `flow_0` | the flow loss of modality 0 |
+    | `flow_0/t_0.25-0.50` | that of its spans at these times |
+    | `flow_0/source_web` | that of its spans in samples of this source |
+    | `text`, `text/source_web` | the text loss |
+
+    >>> table.add_spans(model(batch, reduction="span"))
+    >>> means_of(table.read_sums())
     """
 
     def __init__(self, num_modalities: int) -> None:
@@ -77,28 +103,23 @@ class LossTable:
         counts = counts.to(rows.text.device, non_blocking=True)
         self._text.add(source, rows.text.detach() * counts, counts, len(self._sources))
 
-    def read(self) -> dict[str, float]:
-        """Means where there is something: `flow_0`, `flow_0/t_0.25-0.50`, `flow_0/source_web`, `text`,
-        `text/source_web`; starts again. Sources are left out where no sample has one.
-        """
-        names = list(self._sources)
-        means = {}
+    def read_sums(self) -> dict[str, Sum]:
+        """For `means_of`, with those of other processes if there are any; starts again."""
+        sums = {}
         for name, (totals, counts) in (("text", self._text.read()), *self._read_flow()):
-            means[name] = divided(totals.sum(), counts.sum())
+            sums[name] = _sum(totals, counts)
             if totals.ndim == 2:
-                by_quarter = zip(QUARTERS, totals.sum(0), counts.sum(0), strict=True)
-                means |= {f"{name}/t_{quarter}": divided(*sums) for quarter, *sums in by_quarter}
-                totals, counts = totals.sum(1), counts.sum(1)
-            if names != [None]:
-                by_source = zip(names, totals, counts, strict=False)  # a table may have seen fewer sources
-                means |= {f"{name}/source_{source or 'unknown'}": divided(*sums) for source, *sums in by_source}
+                by_quarter = zip(QUARTERS, totals.unbind(1), counts.unbind(1), strict=True)
+                sums |= {f"{name}/t_{quarter}": _sum(*parts) for quarter, *parts in by_quarter}
+            by_source = zip(self._sources, totals, counts, strict=False)  # a table may have seen fewer sources
+            sums |= {f"{name}/source_{source}": _sum(*parts) for source, *parts in by_source if source is not None}
         self._sources = {}
-        return {name: mean for name, mean in means.items() if mean is not None}
+        return sums
 
-    def _read_flow(self) -> list[tuple[str, "Sums"]]:
+    def _read_flow(self) -> list[tuple[str, "Table"]]:
         """For each modality, sums by source and quarter."""
         totals, counts = self._flow.read()
-        return [(f"flow_{kind}", Sums(totals[:, kind], counts[:, kind])) for kind in range(self.num_modalities)]
+        return [(f"flow_{kind}", Table(totals[:, kind], counts[:, kind])) for kind in range(self.num_modalities)]
 
     def _rows_of(self, sources: Sequence[str | None], device: torch.device) -> Int[Tensor, " b"]:
         """The row of the table for each sample; a new source gets a new row."""
@@ -106,8 +127,8 @@ class LossTable:
         return torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
 
 
-class Sums(NamedTuple):
-    """What was added up, and how much of it: a row for each source."""
+class Table(NamedTuple):
+    """Sums: a row for each source."""
 
     total: Float[Tensor, "rows *cells"]
     count: Float[Tensor, "rows *cells"]
@@ -127,16 +148,16 @@ class Cells:
         sums = F.pad(sums, (0, rows * self.size - sums.shape[1]))
         self.sums = sums.index_add(1, cell, added)
 
-    def read(self) -> Sums:
+    def read(self) -> Table:
         """On the CPU; starts again."""
         sums, self.sums = self.sums, None
         sums = torch.zeros(2, 0) if sums is None else sums.cpu()
         total, count = sums.view(2, sums.shape[1] // self.size, *self.shape)
-        return Sums(total, count)
+        return Table(total, count)
 
 
-def divided(total: Tensor, count: Tensor) -> float | None:
-    return total.item() / count.item() if count.item() else None
+def _sum(totals: Tensor, counts: Tensor) -> Sum:
+    return Sum(totals.sum().item(), counts.sum().item())
 
 
 def describe_bad_batch(batch: Batch) -> str:

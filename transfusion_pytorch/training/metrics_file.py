@@ -32,21 +32,16 @@ class MetricsFile:
         row = {STEP: str(step), **{name: _as_text(value) for name, value in values.items()}}
         if new := [name for name in row if name not in self.columns]:
             rows = self._read()
-            self._file.close()
             self.columns += new
             self._rewrite([*rows, row])
             return
-        self._file.write(_as_csv([_cells(row, self.columns)]))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(_as_csv([_cells(row, self.columns)]))
 
     def _rewrite(self, rows: Sequence[Row]) -> None:
         with whole_file(self.path) as partial:
             lines = [self.columns, *(_cells(row, self.columns) for row in rows)]
             partial.write_text(_as_csv(lines), encoding="utf-8", newline="")
-        self._file = self.path.open("a", encoding="utf-8", newline="")
 
     def _read_until(self, step: int) -> list[Row]:
         if not self.path.exists():
@@ -68,8 +63,8 @@ class MetricsFile:
 
 
 def _as_text(value: float | int | str | None) -> str:
-    """Floats with all their digits."""
-    return "" if value is None else value if isinstance(value, str) else repr(value)
+    """Floats with all their digits, and texts on one line, as a row is one."""
+    return "" if value is None else value.replace("\n", " ") if isinstance(value, str) else repr(value)
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ SECONDS_ON_TERMINAL, SECONDS_IN_LOG = 1.0, 10.0  # between two readings of the d
 
 
 class ProgressReporter:
-    """A progress bar where `file` is a terminal, and a plain line every so many `seconds` where it is not.
+    """A progress bar where `file` (stderr) is a terminal, and a plain line every so many `seconds` where it is not.
 
     >>> with ProgressReporter(total_steps=1000, device="cuda") as progress:
     ...     progress.update({"loss": loss}, tokens=32_768, samples=64, learning_rate=3e-4)
@@ -40,7 +40,7 @@ class ProgressReporter:
         device: torch.device | str = "cpu",
         processes: int = 1,
         seconds: float | None = None,
-        file: TextIO | None = None,
+        file: Any = None,
         is_main: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -160,7 +160,7 @@ class ProgressReporter:
         return (now - since) / (self.step - first) * (self.total_steps - self.step)
 
 
-def _open_bar(total: int, initial: int, file: TextIO) -> Any:
+def _open_bar(total: int, initial: int, file: Any) -> Any:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:

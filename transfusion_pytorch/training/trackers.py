@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What the trainer reports to."""
 
@@ -78,10 +79,11 @@ TRACKERS = tuple(IMAGE_LOGGERS)
 def create_tracker(
     name: str, *, project: str, run: str, folder: str | Path, config: Mapping[str, Any] | None = None
 ) -> Tracker:
-    """Opens a tracker: `"trackio"` (local), `"tensorboard"` (files in `folder/project`) or `"wandb"`.
+    """Opens a tracker: `"trackio"` (local), `"tensorboard"` (files in `folder/project/run`) or `"wandb"`.
 
-    To be called by one process. A run of the same name goes on. `config` describes it; what is no number or text is
-    written as JSON. Raises `ValueError` for an unknown name and `ImportError` that says what to install.
+    To be called by one process, after the `Accelerator` was made if there is one. A run of the same name goes on.
+    `config` describes it; what is no number or text is written as JSON. Raises `ValueError` for an unknown name and
+    `ImportError` that says what to install.
     """
     if name not in TRACKERS:
         raise ValueError(f"unknown tracker '{name}'; there are {', '.join(TRACKERS)}")
@@ -91,11 +93,13 @@ def create_tracker(
                 f"the tracker '{name}' needs {package}, which is not installed: "
                 f'pip install "transfusion-pytorch[train]" {name}'
             )
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    PartialState()  # which accelerate's trackers ask whether this is the main process
     kind = LOGGER_TYPE_TO_CLASS[name]
-    place = (str(Path(folder)),) if kind.requires_logging_directory else ()
-    tracker = kind(project, *place, **OPTIONS[name](run))
+    place = (f"{project}/{run}", str(folder)) if kind.requires_logging_directory else (project,)
+    tracker = kind(*place, **OPTIONS[name](run))
     tracker.start()
     if config:
         tracker.store_init_configuration({key: _as_setting(value) for key, value in config.items()})
