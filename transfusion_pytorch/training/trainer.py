@@ -31,7 +31,7 @@ from transfusion_pytorch.training.launch import (
     whole_model_state,
     whole_optimizer_state,
 )
-from transfusion_pytorch.training.metrics import LossTable, RunningMeans, describe_bad_batch
+from transfusion_pytorch.training.metrics import LossTable, RunningMeans, describe_bad_batch, means_of
 from transfusion_pytorch.training.metrics_file import MetricsFile
 from transfusion_pytorch.training.optimizers import create_optimizers
 from transfusion_pytorch.training.random_states import random_states, set_random_states
@@ -401,7 +401,7 @@ class Trainer:
                 self.log.track(self.step, seen or {})
 
     def _details(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Losses by modality, source and quarter of the times, of this step's samples in this process."""
+        """Losses by modality, source and quarter of the times, of this step's samples, for the main process."""
         table = LossTable(self.model.num_modalities)
         with evaluating(self.model), self.launch.autocast():
             for batch in batches:
@@ -409,7 +409,7 @@ class Trainer:
                 if batch.data:
                     table.add_spans(self.model(batch, reduction="span"))
                 table.add_text(self.model(batch, reduction="none"), batch)
-        return table.read()
+        return means_of(*self.launch.gather(table.read_sums()))
 
     def _call(self, name: str, *details: Any) -> None:
         for callback in self.callbacks:
@@ -441,7 +441,5 @@ class RunLog:
 
     def close(self) -> None:
         self.flush()
-        if self.metrics is not None:
-            self.metrics.close()
         if self.tracker is not None:
             self.tracker.finish()

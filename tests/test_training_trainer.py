@@ -1,0 +1,332 @@
+"""The trainer: equal to a loop written by hand, to itself when it is resumed, and to itself on more processes."""
+
+import csv
+import os
+import signal
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import CHANNELS, NUM_TEXT, tiny
+from torch import tensor
+from torch.utils.data import Dataset
+
+from transfusion_pytorch import Callback, Mixture, SampleError, TrainConfig, Trainer, TrainingError
+from transfusion_pytorch.data.order import seed_of
+
+CONFIG = TrainConfig(steps=12, batch_size=4, log_every=1, validate_every=4, save_every=5, details_every=6, device="cpu")
+
+
+def samples(count: int = 40) -> list:
+    """Text and both modalities, of several lengths."""
+    generator = torch.Generator().manual_seed(5)
+
+    def latents(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    kinds = [
+        lambda i: [tensor([i % NUM_TEXT]), latents(2, 2, CHANNELS[0])],
+        lambda i: [(1, latents(1 + i % 3, CHANNELS[1])), tensor([1, 2, i % NUM_TEXT])],
+        lambda i: [torch.arange(1 + i % 5)],
+    ]
+    return [kinds[i % 3](i) for i in range(count)]
+
+
+def fresh_model(**options):
+    torch.manual_seed(1)
+    return tiny(**options)
+
+
+def trainer(folder, config=CONFIG, *, data=None, model=None, **options):
+    model = fresh_model() if model is None else model
+    return Trainer(model, samples() if data is None else data, config, folder=folder, **options)
+
+
+def weights(model) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_states(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def rows(folder) -> list[dict]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class StopAt(Callback):
+    """Raises, or sends a signal, after so many steps."""
+
+    def __init__(self, step, signal_number=None):
+        self.at, self.signal = step, signal_number
+
+    def on_step(self, trainer, losses):
+        if trainer.step == self.at:
+            if self.signal is None:
+                raise RuntimeError("pulled the plug")
+            os.kill(os.getpid(), self.signal)
+
+
+def test_a_run_is_the_loop_that_one_would_write(tmp_path):
+    config = replace(CONFIG, ema_beta=None, schedule="constant", warmup=0, cooldown=0.0, clip=None)
+    model = fresh_model()
+    run = trainer(tmp_path, config, model=model)
+    run.fit()
+
+    by_hand = fresh_model().train()
+    groups = by_hand.parameter_groups(weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    pack, mixture, data = by_hand.packer(), run.plan.mixture, samples()
+    for step in range(12):
+        positions = range(4 * step, 4 * step + 4)
+        chosen = [data[mixture.reference(position, seed=0).index] for position in positions]
+        batch = pack(chosen, seeds=[seed_of(0, "draws", position) for position in positions])
+        by_hand(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_equal_states(weights(model), weights(by_hand))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(num_workers=2),
+        dict(accumulation=2, precision="bf16"),
+        dict(batch_size=None, token_budget=40, packs_per_step=2),
+        dict(optimizer="muon", velocity_consistency=True),
+    ],
+    ids=["plain", "workers", "accumulation", "packed", "muon"],
+)
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path, options):
+    """Stopped between two checkpoints, in the middle of an epoch; dropout draws from torch's own random numbers."""
+    config, dropout = replace(CONFIG, **options), dict(trunk=dict(dropout=0.1))
+
+    def run(name, **given):
+        return trainer(tmp_path / name, config, model=fresh_model(**dropout), validation=samples(7), **given)
+
+    whole = run("whole")
+    end = whole.fit()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run("cut", callbacks=[StopAt(8)]).fit()
+    torch.manual_seed(99)  # a new process stands somewhere else
+    again = run("cut")
+    assert again.fit(resume=True) == end
+    assert_equal_states(weights(again.model), weights(whole.model))
+    assert_equal_states(weights(again.average), weights(whole.average))
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert [int(row["step"]) for row in rows(tmp_path / "whole")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(tmp_path, capfd, number):
+    fitted = trainer(tmp_path, callbacks=[StopAt(3, number)]).fit()
+    assert fitted.was_stopped
+    assert fitted.step == 3
+    assert f"stopped by {number.name}: step 3 is saved" in capfd.readouterr().err
+    assert signal.getsignal(number) is not None
+    again = trainer(tmp_path)
+    assert again.fit(resume=True).step == 12
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    assert_equal_states(weights(again.model), weights(whole.model))
+
+
+def test_it_runs_in_another_thread(tmp_path):
+    """Where Python allows no signal handlers."""
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(trainer(tmp_path).fit()))
+    thread.start()
+    thread.join()
+    assert ended[0].step == 12
+
+
+def test_accumulation_is_one_large_batch(tmp_path):
+    states = []
+    for accumulation in (1, 3):
+        model = fresh_model().double()
+        trainer(tmp_path / str(accumulation), replace(CONFIG, accumulation=accumulation), model=model).fit()
+        states.append(weights(model))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-6, atol=1e-8)
+
+
+class Poisoned(Dataset):
+    """One sample has latents that are fine by themselves, and whose loss is not finite."""
+
+    def __init__(self, value=1e30):
+        self.samples, self.value = samples(), value
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if index == 21:
+            return [tensor([0]), torch.full((2, 2, CHANNELS[0]), self.value)]
+        return self.samples[index]
+
+    def describe(self, index):
+        return f"photo-{index}.png"
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_named(tmp_path, capfd):
+    run = trainer(tmp_path, data=Poisoned())
+    run.fit()
+    told = capfd.readouterr().err
+    assert told.count("step left out:") == 1
+    assert "the gradient is not finite" in told
+    assert "data[21]" in told
+    for model in (run.model, run.average):
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_step_that_is_not_finite_stops_the_run_on_request(tmp_path):
+    with pytest.raises(TrainingError, match=r"step \d+: the gradient is not finite.*data\[21\].*on_bad_step='skip'"):
+        trainer(tmp_path, replace(CONFIG, on_bad_step="stop"), data=Poisoned()).fit()
+
+
+def test_a_gradient_that_explodes_is_left_out(tmp_path, capfd):
+    config = replace(CONFIG, steps=40, explosion=20.0, validate_every=100, save_every=0)
+    trainer(tmp_path, config, data=Poisoned(1e4), model=fresh_model(flow_loss_weight=1.0)).fit()
+    told = capfd.readouterr().err
+    assert "the gradient explodes: its length is" in told
+    assert "data[21]" in told
+
+
+def test_a_sample_that_cannot_be_packed_is_named(tmp_path):
+    with pytest.raises(SampleError, match=r"source 'data', index 21 \(data\[21\]\): .*(NaN|infinity|finite)"):
+        trainer(tmp_path, data=Poisoned(torch.nan)).fit()
+
+
+def test_a_sample_that_cannot_be_packed_is_left_out_on_request(tmp_path, capfd):
+    fitted = trainer(tmp_path, replace(CONFIG, on_bad_sample="skip"), data=Poisoned(torch.nan)).fit()
+    assert fitted.step == 12
+    assert "left out: data[21]: source 'data', index 21" in capfd.readouterr().err
+
+
+def test_validation_is_the_same_whenever_it_is_asked(tmp_path):
+    """The same times and noise for any state of the random numbers, any batch size, and in evaluation."""
+    run = trainer(tmp_path, validation=samples(9))
+    first = run.validate()
+    torch.manual_seed(3)
+    assert run.validate() == first
+    run.validation.batch_size = 2
+    assert run.validate() == pytest.approx(first, rel=1e-5)
+    assert set(first) == {"loss", "text", "flow_0", "flow_1"}
+    weights_of = run.model.loss_weights
+    assert first["loss"] == pytest.approx(weights_of.text * first["text"] + first["flow_0"] + first["flow_1"])
+    assert run.model.training
+
+
+def test_metrics_tell_of_sources_and_times(tmp_path):
+    data = Mixture({"web": samples(12), "books": [[tensor([1, 2, 3])]] * 12})
+    trainer(tmp_path, replace(CONFIG, batch_size=16, details_every=2), data=data).fit()
+    [row] = [row for row in rows(tmp_path) if row["step"] == "2"]
+    assert float(row["details/text/source_books"]) > 0
+    assert float(row["details/flow_0/source_web"]) > 0
+    assert {name.partition("/t_")[2] for name in row if "/t_" in name} <= {
+        "0.00-0.25",
+        "0.25-0.50",
+        "0.50-0.75",
+        "0.75-1.00",
+    }
+
+
+def test_callbacks_see_the_run(tmp_path):
+    class Seen(Callback):
+        def __init__(self):
+            self.calls = []
+
+        def on_start(self, trainer):
+            self.calls.append(("start", trainer.step))
+
+        def on_validation(self, trainer, figures):
+            self.calls.append(("validation", trainer.step))
+
+        def on_sample(self, trainer):
+            self.calls.append(("sample", trainer.step))
+            assert not trainer.average.training
+            assert not torch.is_grad_enabled()
+            return {"quality": 1.0}
+
+        def on_save(self, trainer, path):
+            assert path.is_dir()
+            self.calls.append(("save", trainer.step))
+
+        def on_end(self, trainer):
+            self.calls.append(("end", trainer.step))
+
+    seen = Seen()
+    trainer(tmp_path, replace(CONFIG, sample_every=6), callbacks=[seen], validation=samples(3)).fit()
+    expected = [("start", 0), ("validation", 4), ("save", 5), ("sample", 6), ("validation", 8), ("save", 10)]
+    assert seen.calls == [*expected, ("validation", 12), ("sample", 12), ("save", 12), ("end", 12)]
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path):
+    trainer(tmp_path).fit()
+    with pytest.raises(FileExistsError, match="has checkpoints of a run: resume it"):
+        trainer(tmp_path).fit()
+    assert trainer(tmp_path).fit(resume=True).step == 12
+
+
+def test_a_run_goes_on_from_any_of_its_checkpoints(tmp_path):
+    whole = trainer(tmp_path)
+    whole.fit()
+    again = trainer(tmp_path)
+    again.fit(resume=tmp_path / "checkpoints" / "step-00000010")
+    assert_equal_states(weights(again.model), weights(whole.model))
+
+
+def test_a_run_of_another_model_is_refused(tmp_path):
+    trainer(tmp_path).fit()
+    with pytest.raises(ValueError, match="belongs to another model than this one"):
+        trainer(tmp_path, model=tiny(trunk=dict(depth=3))).fit(resume=True)
+
+
+def test_a_run_on_other_data_is_refused(tmp_path):
+    trainer(tmp_path).fit()
+    with pytest.raises(ValueError, match=r"the data are not those.*sizes was \{'data': 40\} and is \{'data': 41\}"):
+        trainer(tmp_path, data=samples(41)).fit(resume=True)
+
+
+def test_epochs_are_steps(tmp_path):
+    run = trainer(tmp_path, replace(CONFIG, steps=None, epochs=2))
+    assert run.config.steps == 20
+    assert run.fit().step == 20
+
+
+def test_without_validation_data_nothing_can_be_validated(tmp_path):
+    with pytest.raises(ValueError, match="give Trainer"):
+        trainer(tmp_path).validate()
+
+
+def test_without_accelerate_an_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"transfusion-pytorch\[train\]"):
+        trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(steps=1, epochs=1), ValueError, "steps or epochs, not both"),
+        (dict(steps=0), ValueError, "steps must be positive, got 0"),
+        (dict(steps=1.5), TypeError, "steps must be a whole number or none, got 1.5"),
+        (dict(optimizer="sgd"), TypeError, "optimizer must be 'adamw' or 'muon', got 'sgd'"),
+        (dict(batch_size=4, token_budget=100), ValueError, "batch_size or token_budget, not both"),
+        (dict(token_budget=100, accumulation=2), ValueError, "set packs_per_step"),
+        (dict(compile=True), ValueError, "compile needs a token_budget"),
+        (dict(warmup=-1), ValueError, "warmup must not be negative"),
+        (dict(cooldown=1.5), ValueError, "cooldown must lie between 0 and 1"),
+        (dict(velocity_consistency=True, ema_beta=None), ValueError, "needs a moving average"),
+        (dict(keep_last=True), TypeError, "keep_last must be a whole number"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig(**options)
