@@ -229,6 +229,21 @@ def test_random_states_cover_every_source(tmp_path):
         set_random_states(states, other=generator)
 
 
+def test_random_states_of_gpus_go_back_to_as_many_as_there_are(monkeypatch):
+    states = {0: torch.tensor([1]), 1: torch.tensor([2])}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states.values()))
+    saved = random_states()
+    for count in (1, 2):
+        back = {}
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device, back=back: back.update({device: state}))
+        set_random_states(saved)
+        assert_same(back, {device: states[device] for device in range(count)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_random_states(saved)  # a run that goes on without GPUs
+
+
 def test_an_average_is_kept_without_the_model(tmp_path):
     model = tiny(modality_encoder=(nn.Linear(3, 3), None), modality_decoder=(nn.Linear(3, 3), None))
     ema = create_ema(model, update_after_step=0, update_every=1, include_online_model=True)
