@@ -23,7 +23,7 @@ ALLOWED = {
     "display": ["generation.events", "generation.progress"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating"],
     "batching": ["sequence", "modalities"],
-    "data": ["sequence", "modalities.preparation", "evaluating", "saving"],
+    "data": ["sequence", "modalities", "saving"],
     "examples": ["data"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
