@@ -99,4 +99,4 @@ def _bytes_of(image: Any) -> bytes:
 def _captions_of(value: Any, class_names: Sequence[str] | None) -> list[str]:
     """Text, a list of texts, or a class."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(value) if class_names is None else class_names[value] for value in values]
+    return [str(each if class_names is None else class_names[each]) for each in values]

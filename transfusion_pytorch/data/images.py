@@ -4,8 +4,11 @@ h height, w width, c channels, p side of a patch. Pixels are in [-1, 1], channel
 """
 
 import math
+import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,6 +27,7 @@ Size = tuple[int, int]  # height, width
 Mode = Literal["RGB", "L"]
 
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, height and width are exchanged
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, struct.error)  # what Pillow raises
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -62,13 +66,14 @@ class BucketedSize:
         if not self.sizes:
             raise ValueError(f"no size of about {self.area} pixels has sides that are multiples of {self.multiple}")
 
-    @property
+    @cached_property
     def sizes(self) -> list[Size]:
-        """For each height, the width that comes closest to the area."""
-        most = int(math.sqrt(self.area * self.max_aspect)) // self.multiple
-        sides = [self.multiple * count for count in range(1, most + 1)]
-        pairs = [(side, self.multiple * round(self.area / side / self.multiple)) for side in sides]
-        return [(h, w) for h, w in pairs if w and 1 / self.max_aspect <= w / h <= self.max_aspect]
+        """For each short side, the long side that comes closest to the area; lying and standing."""
+        most = int(math.sqrt(self.area)) // self.multiple
+        short = [self.multiple * count for count in range(1, most + 1)]
+        pairs = [(side, self.multiple * round(self.area / side / self.multiple)) for side in short]
+        kept = [(side, long) for side, long in pairs if side <= long <= side * self.max_aspect]
+        return sorted({*kept, *((long, side) for side, long in kept)})
 
     def __call__(self, size: Size) -> Size:
         aspect = math.log(size[1] / size[0])
@@ -177,11 +182,15 @@ def to_pixels(image: "Image") -> Float[Tensor, "h w c"]:
 
 def _reading(data: bytes, read: Callable[["Image"], Any]) -> Any:
     module = import_optional("PIL.Image", extra="data")
-    try:
-        with module.open(BytesIO(data)) as image:
-            return read(image)
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, module.DecompressionBombError) as error:
-        raise SkipSample(f"not a whole image: {error}") from error  # Pillow raises all of these for broken files
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; what cannot be read is an error as well
+        try:
+            with module.open(BytesIO(data)) as image:
+                if image.format == "TIFF":  # loading turns it, and no other kind
+                    image.load()
+                return read(image)
+        except (*BROKEN, module.DecompressionBombError) as error:
+            raise SkipSample(f"not a whole image: {error}") from error
 
 
 def _turned_size(image: "Image") -> Size:

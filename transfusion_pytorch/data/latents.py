@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from transfusion_pytorch.data.loading import SkipSample, as_sample
+from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample, name_of
 from transfusion_pytorch.data.order import generator_of
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
@@ -50,8 +50,8 @@ def cache_latents(
         raise ValueError(f"batch_size is at least 1, got {batch_size}")
     if hasattr(dataset, "sample") and not hasattr(dataset, "arrange"):
         raise ValueError(
-            f"a {type(dataset).__name__} has random samples, of which only one could be kept; give it modalities(index) "
-            "and arrange(index, modalities, generator)"
+            f"a {type(dataset).__name__} has random samples, of which only one could be kept; give it "
+            "modalities(index) and arrange(index, modalities, generator)"
         )
     if data_key is None and not hasattr(dataset, "fingerprint"):
         raise ValueError(f"a {type(dataset).__name__} has no fingerprint(); give a data_key that changes with the data")
@@ -161,30 +161,30 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _write_shard(dataset: Any, model: Any, folder: Path, number: int, batch_size: int) -> None:
     first = number * SHARD_SIZE
+    end = min(first + SHARD_SIZE, len(dataset))
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    for start in range(first, min(first + SHARD_SIZE, len(dataset)), batch_size):
-        stop = min(start + batch_size, first + SHARD_SIZE, len(dataset))
-        loaded = [_load(dataset, index, len(model.modalities)) for index in range(start, stop)]
-        whole = [pieces for _, pieces in loaded if pieces]
-        with torch.no_grad(), drawing_from(generator_of(0, "latents", start)):
-            encoded = iter(
-                preparation.encode(
-                    whole, model.modalities, device=model.device, dtype=model.precision, name="encoded sample"
-                )
-                if whole
-                else []
-            )
+    for start in range(first, end, batch_size):
+        loaded = [_load(dataset, index, len(model.modalities)) for index in range(start, min(start + batch_size, end))]
+        encoded = iter(_encode([pieces for _, pieces in loaded if pieces], model, start))
         for entry, pieces in loaded:
-            place = len(entries)
-            entries.append(entry)
-            if not pieces:
-                continue
-            for i, piece in enumerate(next(encoded)):
-                tensors[f"{place}.{i}"] = _kept(piece, model)
+            for i, piece in enumerate(next(encoded) if pieces else []):
+                tensors[f"{len(entries)}.{i}"] = _kept(piece, model)
                 kind = piece.type if isinstance(piece, Modality) else None
                 entry["parts"].append({"type": kind, "is_learned": piece.is_learned})
+            entries.append(entry)
     save_tensors(_shard(folder, number), tensors, {"samples": json.dumps(entries)})
+
+
+@torch.no_grad()
+def _encode(samples: list[list[Piece]], model: Any, start: int) -> list[list[Piece]]:
+    if not samples:
+        return []
+    try:
+        with drawing_from(generator_of(0, "latents", start)):
+            return preparation.encode(samples, model.modalities, device=model.device, dtype=model.precision)
+    except ValueError as error:
+        raise ValueError(f"among {len(samples)} samples from index {start}: {error}") from error
 
 
 def _kept(piece: Piece, model: Any) -> Tensor:
@@ -197,9 +197,10 @@ def _load(dataset: Any, index: int, num_modalities: int) -> tuple[dict[str, Any]
     """What is written of a sample beside its tensors, and its pieces: none where it is left out."""
     try:
         loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
+        sample = as_sample(loaded)
+        pieces = parse_sample(sample.parts, num_modalities, "sample")
     except SkipSample as reason:
         return {"skipped": str(reason)}, []
-    sample = loaded if isinstance(loaded, Sample) else Sample(loaded)
-    parts = as_sample(sample, "", "").parts
-    pieces = parse_sample(parts, num_modalities, f"sample {index}")
+    except Exception as error:
+        raise SampleError(f"{name_of(dataset, index)} could not be loaded: {type(error).__name__}: {error}") from error
     return {"name": sample.name, "source": sample.source, "weight": sample.weight, "parts": []}, pieces
