@@ -199,7 +199,7 @@ def test_a_stream_that_cannot_go_on_says_so():
     def fail(number, generator):
         raise OSError("gone")
 
-    with pytest.raises(SampleError, match=r"source 'stream', index \d could not be prepared: OSError: gone"):
+    with pytest.raises(SampleError, match=r"source 'stream', index \d+ could not be prepared: OSError: gone"):
         next(iter(StreamLoader(Stream(), together, prepare=fail, batch_size=2)))
 
 
@@ -247,4 +247,4 @@ def test_a_stream_of_hugging_face_resumes_by_its_own_state(workers):
     for start in (1, 4, 9, 12):
         resumed = make()
         resumed.load_state(json.loads(json.dumps(whole[start - 1].state)))
-        assert list(resumed) == whole[start:]
+        assert [step._replace(state={}) for step in resumed] == [step._replace(state={}) for step in whole[start:]]
