@@ -15,8 +15,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from transfusion_pytorch import Transfusion
+from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples import run
-from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images, patchify, unpatchify
+from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images
 from transfusion_pytorch.examples.judge import recognised, train_judge
 from transfusion_pytorch.examples.pairs import TASKS, LabelImagePairs, endless
 from transfusion_pytorch.examples.pictures import save_curves, save_grid

@@ -36,7 +36,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from train_toy import MOST_BARS, PICTURE, VECTOR, WIDTHS, bars
 from transfusion_pytorch import TimePolicy, Transfusion
-from transfusion_pytorch.examples.data import load_images, patchify, unpatchify
+from transfusion_pytorch.data.images import patchify, unpatchify
+from transfusion_pytorch.examples.data import load_images
 from transfusion_pytorch.examples.judge import augment, recognised, train_judge
 from transfusion_pytorch.examples.run import cosine_schedule, positive_int, seed_everything
 from transfusion_pytorch.flow.times import CLEAN

@@ -21,7 +21,7 @@ ALLOWED = {
     "modalities": ["sequence", "flow", "network"],
     "generation": ["sequence", "flow", "evaluating"],
     "display": ["generation.events", "generation.progress"],
-    "data": ["sequence", "modalities.preparation", "evaluating", "saving"],
+    "data": ["sequence", "modalities", "saving"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving", "data"],
     "batching": ["sequence", "modalities"],
     "examples": ["data"],

@@ -14,9 +14,10 @@ import numpy
 import pytest
 import torch
 
+from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples import data as data_module
 from transfusion_pytorch.examples import run
-from transfusion_pytorch.examples.data import LabelledImages, load_images, load_text, patchify, read_idx, unpatchify
+from transfusion_pytorch.examples.data import LabelledImages, load_images, load_text, read_idx
 from transfusion_pytorch.examples.judge import Judge, accuracy, augment, recognised, train_judge
 from transfusion_pytorch.examples.pairs import LabelImagePairs, endless
 from transfusion_pytorch.examples.pictures import points, save_curves, save_grid, smooth

@@ -13,11 +13,24 @@ if os.environ.get("TYPECHECK", "").lower() in ("1", "true"):
 
     install_import_hook("transfusion_pytorch", "transfusion_pytorch.typecheck.check")
 
-from transfusion_pytorch.data.loader import LoadedStep, StepLoader
-from transfusion_pytorch.data.loading import SampleError, SkipSample, collate_fn, create_dataloader
-from transfusion_pytorch.data.mixture import Mixture
-from transfusion_pytorch.data.order import SampleReference
-from transfusion_pytorch.data.plan import DataPlan, StepPlan
+from transfusion_pytorch.data import (
+    ByteText,
+    CaptionedImages,
+    DataPlan,
+    ImageReader,
+    LoadedStep,
+    Mixture,
+    SampleError,
+    SampleReference,
+    SkipSample,
+    StepLoader,
+    StreamLoader,
+    TokenizerText,
+    cache_latents,
+    collate_fn,
+    create_dataloader,
+    train_bpe,
+)
 from transfusion_pytorch.display import print_modality_sample, render_image, show_sample, show_samples, watch
 from transfusion_pytorch.flow.path import slerp
 from transfusion_pytorch.flow.times import TimePolicy
@@ -51,7 +64,9 @@ __version__ = version("transfusion-pytorch")
 
 __all__ = [
     "Batch",
+    "ByteText",
     "Callback",
+    "CaptionedImages",
     "Checkpoints",
     "Condition",
     "DataPlan",
@@ -61,6 +76,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Fitted",
+    "ImageReader",
     "Latents",
     "LoadedStep",
     "LossBreakdown",
@@ -76,10 +92,11 @@ __all__ = [
     "SkipSample",
     "SpanLosses",
     "StepLoader",
-    "StepPlan",
+    "StreamLoader",
     "TargetCounts",
     "TextToken",
     "TimePolicy",
+    "TokenizerText",
     "TrainConfig",
     "Trainer",
     "TrainingError",
@@ -87,6 +104,7 @@ __all__ = [
     "Transfusion",
     "UNetDown",
     "UNetUp",
+    "cache_latents",
     "collate_fn",
     "create_dataloader",
     "create_ema",
@@ -98,5 +116,6 @@ __all__ = [
     "show_sample",
     "show_samples",
     "slerp",
+    "train_bpe",
     "watch",
 ]

@@ -41,8 +41,8 @@ class Lengths:
             except SampleError:
                 raise
             except Exception as error:
-                message = f"{name_of(dataset, reference)} could not be measured: {type(error).__name__}: {error}"
-                raise SampleError(message) from error
+                where = f"source {reference.source!r}, {name_of(dataset, reference.index)}"
+                raise SampleError(f"{where} could not be measured: {type(error).__name__}: {error}") from error
             if not self._is_fixed(dataset):
                 return _unless_skipped(length)
             self._known[key] = length

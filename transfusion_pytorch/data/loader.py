@@ -69,13 +69,21 @@ class StepLoader:
             _MicroBatches(plan.mixture.datasets, plan.seed, collate),
             batch_size=None,
             sampler=self._upcoming,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
             generator=torch.Generator(),  # the loader would draw from torch's own otherwise
         )
+
+    def state(self) -> dict[str, Any]:
+        """That of the plan."""
+        return self.plan.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state` was taken: the steps after it follow."""
+        self.plan.load_state(state)
 
     def __iter__(self) -> Iterator[LoadedStep]:
         loaded = iter(self._loader)
@@ -154,6 +162,6 @@ def split_evenly(samples: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
     return [tuple(samples[len(samples) * i // count : len(samples) * (i + 1) // count]) for i in range(count)]
 
 
-def _as_it_is(loaded: Any) -> Any:
+def as_it_is(loaded: Any) -> Any:
     """In place of torch's conversion of what a dataset gives."""
     return loaded

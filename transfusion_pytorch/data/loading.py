@@ -40,14 +40,13 @@ def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: i
     except SkipSample:
         raise
     except Exception as error:
-        raise SampleError(
-            f"{name_of(dataset, reference)} could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    return as_sample(loaded, f"{reference.source}[{index}]", reference.source)
+        where = f"source {reference.source!r}, {name_of(dataset, index)}"
+        raise SampleError(f"{where} could not be loaded: {type(error).__name__}: {error}") from error
+    return as_sample(loaded, name=f"{reference.source}[{index}]", source=reference.source)
 
 
-def as_sample(loaded: Any, name: str, source: str) -> Sample:
-    """With this name and source, unless it has its own."""
+def as_sample(loaded: Any, *, name: str | None = None, source: str | None = None) -> Sample:
+    """What a dataset gave, with this name and source unless it has its own."""
     sample = loaded if isinstance(loaded, Sample) else Sample(loaded)
     return replace(
         sample,
@@ -57,10 +56,10 @@ def as_sample(loaded: Any, name: str, source: str) -> Sample:
     )
 
 
-def name_of(dataset: Any, reference: SampleReference) -> str:
-    """For errors: the source, the index, and what the dataset says of it (its file)."""
-    described = f" ({dataset.describe(reference.index)})" if hasattr(dataset, "describe") else ""
-    return f"source {reference.source!r}, index {reference.index}{described}"
+def name_of(dataset: Any, index: int) -> str:
+    """For errors: the index, and what the dataset says of it (its file)."""
+    described = f" ({dataset.describe(index)})" if hasattr(dataset, "describe") else ""
+    return f"index {index}{described}"
 
 
 def collate_fn(samples: list[Any]) -> list[list[Any] | Sample]:

@@ -1,6 +1,6 @@
 """Real data for the examples, images and text, most of it without a download.
 
-n images, c channels, h height, w width, p side of a patch. Pixels are in [-1, 1].
+n images, c channels, h height, w width. Pixels are in [-1, 1].
 """
 
 import gzip
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -156,21 +155,6 @@ def read_idx(file: str | Path) -> UInt8[Tensor, "..."]:
     if len(data) - start != math.prod(shape) or not math.prod(shape):
         raise ValueError(f"{file} is corrupt: its header says {shape}, but {len(data) - start} bytes follow")
     return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).reshape(shape)
-
-
-def patchify(images: Float[Tensor, "*b c h w"], size: int) -> Float[Tensor, "*b rows columns d"]:
-    """Cuts images into patches of `size` x `size` pixels: (b, c, h, w) -> (b, h/p, w/p, c*p*p)."""
-    height, width = images.shape[-2:]
-    if size < 1 or height % size or width % size:
-        raise ValueError(f"patches of {size}x{size} do not divide images of {height}x{width}; choose a divisor of both")
-    return rearrange(images, "... c (h p) (w q) -> ... h w (c p q)", p=size, q=size)
-
-
-def unpatchify(latents: Float[Tensor, "*b rows columns d"], size: int) -> Float[Tensor, "*b c h w"]:
-    """The inverse of `patchify` with the same size: (b, h/p, w/p, c*p*p) -> (b, c, h, w)."""
-    if size < 1 or latents.shape[-1] % size**2:
-        raise ValueError(f"latents of {latents.shape[-1]} channels do not hold whole patches of {size}x{size} pixels")
-    return rearrange(latents, "... h w (c p q) -> ... c (h p) (w q)", p=size, q=size)
 
 
 # text

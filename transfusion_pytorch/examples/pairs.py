@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import LabelledImages, patchify
+from transfusion_pytorch.data.images import patchify
+
+from .data import LabelledImages
 from .judge import augment
 
 TASKS = {"draw": ("draw",), "caption": ("caption",), "both": ("draw", "caption")}

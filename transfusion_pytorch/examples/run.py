@@ -1,7 +1,6 @@
 """What every example script does alike: its arguments, device, seed, result folder, progress bar and learning rate."""
 
 import argparse
-import importlib
 import math
 import random
 from collections.abc import Iterable
@@ -12,16 +11,12 @@ from typing import Any
 
 import torch
 
+from transfusion_pytorch.data.optional import import_optional
+
 
 def optional(module: str, *, extra: str = "examples") -> ModuleType:
     """Imports a module of an optional dependency, or says which extra installs it (`ImportError`)."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        raise ImportError(
-            f'the examples need {package} here, which is not installed: pip install "transfusion-pytorch[{extra}]"'
-        ) from error
+    return import_optional(module, extra=extra)
 
 
 def positive_int(text: str) -> int:

@@ -121,6 +121,17 @@ def load_tensors(path: str | Path, *, device: torch.device | str = "cpu") -> dic
     return tensors | {name: tensors[first] for name, first in aliases.items()}
 
 
+def open_tensors(path: str | Path) -> Any:
+    """A safetensors file whose tensors are read one by one: `get_tensor(name)`, `get_slice(name).get_shape()`.
+
+    Errors as in `load_tensors`.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
 def load_metadata(path: str | Path) -> dict[str, str]:
     """What was written beside the tensors. Errors as in `load_tensors`."""
     try:

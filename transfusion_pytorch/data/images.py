@@ -1,0 +1,230 @@
+"""Images as tensors: opened right, brought to a size that a model takes, and cut into patches.
+
+h height, w width, c channels, p side of a patch. Pixels are in [-1, 1], channels last.
+"""
+
+import math
+import struct
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from transfusion_pytorch.data.loading import SkipSample
+from transfusion_pytorch.data.optional import import_optional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Size = tuple[int, int]  # height, width
+Mode = Literal["RGB", "L"]
+
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on, height and width are exchanged
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, struct.error)  # what Pillow raises
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+# sizes
+
+
+class Sizing(Protocol):
+    """The size to which an image of some size is brought: it is scaled to cover that, and cropped around its centre."""
+
+    def __call__(self, size: Size) -> Size: ...
+
+
+@dataclass(frozen=True)
+class FixedSize:
+    """Every image becomes `height` x `width`."""
+
+    height: int
+    width: int
+
+    def __call__(self, size: Size) -> Size:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class BucketedSize:
+    """The best of a few sizes of about `area` pixels, by aspect ratio, so that little is cropped.
+
+    Sides are multiples of `multiple` (of the patch), and neither is more than `max_aspect` times the other.
+    """
+
+    area: int
+    multiple: int
+    max_aspect: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            raise ValueError(f"no size of about {self.area} pixels has sides that are multiples of {self.multiple}")
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """For each short side, the long side that comes closest to the area; lying and standing."""
+        most = int(math.sqrt(self.area)) // self.multiple
+        short = [self.multiple * count for count in range(1, most + 1)]
+        pairs = [(side, self.multiple * round(self.area / side / self.multiple)) for side in short]
+        kept = [(side, long) for side, long in pairs if side <= long <= side * self.max_aspect]
+        return sorted({*kept, *((long, side) for side, long in kept)})
+
+    def __call__(self, size: Size) -> Size:
+        aspect = math.log(size[1] / size[0])
+        return min(self.sizes, key=lambda bucket: (abs(math.log(bucket[1] / bucket[0]) - aspect), bucket))
+
+
+@dataclass(frozen=True)
+class NativeSize:
+    """The image's own size, cropped to multiples of `multiple` (of the patch), and scaled only where its area is below
+    `min_area` or above `max_area`, which are in pixels.
+    """
+
+    multiple: int
+    min_area: int
+    max_area: int
+
+    def __post_init__(self) -> None:
+        if not self.multiple**2 <= self.min_area <= self.max_area:
+            raise ValueError(
+                f"expected multiple² <= min_area <= max_area, got {self.multiple}², {self.min_area}, {self.max_area}"
+            )
+
+    def __call__(self, size: Size) -> Size:
+        area = size[0] * size[1]
+        scale = math.sqrt(min(max(area, self.min_area), self.max_area) / area)
+        return self._fitted(size[0] * scale), self._fitted(size[1] * scale)
+
+    def _fitted(self, side: float) -> int:
+        return self.multiple * max(1, math.floor(side / self.multiple + 1e-9))
+
+
+# reading
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """The bytes of an image file to a tensor, `(h, w, c)`.
+
+    - `size`: a side for squares, or what chooses the size: `FixedSize`, `BucketedSize`, `NativeSize`
+    - `mode`: "RGB" (three channels) or "L" (one, luminance)
+    - `patch_size`: cuts the image into patches, `(h / p, w / p, c * p * p)`: latents for a model without an encoder
+    - `channels_first`: `(c, h, w)`, as most encoders take it
+    """
+
+    size: int | Sizing
+    mode: Mode = "RGB"
+    patch_size: int | None = None
+    channels_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.patch_size is not None and self.channels_first:
+            raise ValueError("patches have their channels last; leave out patch_size or channels_first")
+
+    def __call__(self, data: bytes) -> Float[Tensor, "..."]:
+        """Raises `SkipSample` where the image is broken."""
+        image = decode_image(data, mode=self.mode)
+        pixels = to_pixels(fit(image, self._size_for((image.height, image.width))))
+        if self.channels_first:
+            return pixels.movedim(-1, 0).contiguous()
+        return pixels if self.patch_size is None else patchify(pixels.movedim(-1, 0), self.patch_size)
+
+    def shape_of(self, size: Size) -> tuple[int, ...]:
+        """The shape that an image of some size gets."""
+        (height, width), channels, patch = self._size_for(size), len(self.mode), self.patch_size
+        if self.channels_first:
+            return channels, height, width
+        return (height, width, channels) if patch is None else (height // patch, width // patch, channels * patch**2)
+
+    def _size_for(self, size: Size) -> Size:
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size(size)
+        if self.patch_size is not None and (height % self.patch_size or width % self.patch_size):
+            raise ValueError(
+                f"patches of {self.patch_size}x{self.patch_size} do not divide images of {height}x{width}; "
+                "set the multiple of the size to that of the patch"
+            )
+        return height, width
+
+
+def decode_image(data: bytes, *, mode: Mode = "RGB") -> "Image":
+    """The image in a file's bytes: turned as its EXIF orientation says, on white where it is transparent, in 8 bits.
+
+    Of an animation, the first frame. Raises `SkipSample` where the data are cut off or no image.
+    """
+    return _reading(data, lambda image: _converted(image, mode))
+
+
+def size_of_image(data: bytes) -> Size:
+    """Height and width as `decode_image` would give them, from the header alone. Errors as there."""
+    return _reading(data, _turned_size)
+
+
+def fit(image: "Image", size: Size) -> "Image":
+    """Scales an image, antialiased, until it covers a size, and crops it around its centre."""
+    height, width = size
+    if (image.height, image.width) == size:
+        return image
+    lanczos = import_optional("PIL.Image", extra="data").Resampling.LANCZOS
+    return import_optional("PIL.ImageOps", extra="data").fit(image, (width, height), method=lanczos)
+
+
+def to_pixels(image: "Image") -> Float[Tensor, "h w c"]:
+    """An 8-bit image as numbers from -1 to 1."""
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.reshape(image.height, image.width, len(image.getbands())).float() / 127.5 - 1
+
+
+def _reading(data: bytes, read: Callable[["Image"], Any]) -> Any:
+    module = import_optional("PIL.Image", extra="data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; what cannot be read is an error as well
+        try:
+            with module.open(BytesIO(data)) as image:
+                if image.format == "TIFF":  # loading turns it, and no other kind
+                    image.load()
+                return read(image)
+        except (*BROKEN, module.DecompressionBombError) as error:
+            raise SkipSample(f"not a whole image: {error}") from error
+
+
+def _turned_size(image: "Image") -> Size:
+    is_turned = image.getexif().get(ORIENTATION, 1) >= 5
+    return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+def _converted(image: "Image", mode: Mode) -> "Image":
+    image = import_optional("PIL.ImageOps", extra="data").exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    elif image.mode == "F":
+        raise ValueError("floating point pixels, whose range is unknown")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = import_optional("PIL.Image", extra="data").new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert(mode)
+
+
+# patches
+
+
+def patchify(images: Float[Tensor, "*b c h w"], size: int) -> Float[Tensor, "*b rows columns d"]:
+    """Cuts images into patches of `size` x `size` pixels: (b, c, h, w) -> (b, h/p, w/p, c*p*p)."""
+    height, width = images.shape[-2:]
+    if size < 1 or height % size or width % size:
+        raise ValueError(f"patches of {size}x{size} do not divide images of {height}x{width}; choose a divisor of both")
+    return rearrange(images, "... c (h p) (w q) -> ... h w (c p q)", p=size, q=size)
+
+
+def unpatchify(latents: Float[Tensor, "*b rows columns d"], size: int) -> Float[Tensor, "*b c h w"]:
+    """The inverse of `patchify` with the same size: (b, h/p, w/p, c*p*p) -> (b, c, h, w)."""
+    if size < 1 or latents.shape[-1] % size**2:
+        raise ValueError(f"latents of {latents.shape[-1]} channels do not hold whole patches of {size}x{size} pixels")
+    return rearrange(latents, "... h w (c p q) -> ... c (h p) (w q)", p=size, q=size)
