@@ -29,6 +29,8 @@ from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.saving.card import ModelCard
+from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
@@ -52,6 +54,7 @@ __all__ = [
     "LossBreakdown",
     "ModalityDone",
     "ModalityStarted",
+    "ModelCard",
     "Packer",
     "Request",
     "Sample",
@@ -69,6 +72,7 @@ __all__ = [
     "create_ema",
     "plain_formulas",
     "print_modality_sample",
+    "register_component",
     "render_image",
     "show_sample",
     "show_samples",

@@ -118,7 +118,7 @@ class ModalityIO(nn.Module):
 
     @torch.no_grad()
     def encode(self, data: Sequence[Float[Tensor, "..."]], places: Sequence[str]) -> list[Float[Tensor, "..."]]:
-        """Raw instances to channel-last latents in the encoder's scale; `places` say where each came from, for errors."""
+        """Raw instances to channel-last latents in the encoder's scale; `places` say where each is from, for errors."""
         if self.encoder is not None:
             data = self._by_shape(self.encoder, data, places)
         encoded = [self.spec.to_channel_last(latents, where) for latents, where in zip(data, places, strict=True)]

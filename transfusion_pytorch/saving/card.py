@@ -87,7 +87,8 @@ def _facts(arguments: Mapping[str, Any], num_parameters: int) -> dict[str, Any]:
         built = trunk.get("arguments", {})
         facts["transformer"] = ", ".join(f"{name} {built[name]}" for name in ("dim", "depth", "heads") if name in built)
         facts["transformer"] = facts["transformer"] or trunk.get("module", "")
-    channels, shapes = arguments.get("dim_latent"), arguments.get("modality_default_shape")
+    channels: Any = arguments.get("dim_latent")
+    shapes: Any = arguments.get("modality_default_shape")
     if isinstance(channels, list):
         is_one = shapes is None or all(isinstance(size, int) for size in shapes)  # of all modalities
         shapes = [shapes] * len(channels) if is_one else shapes

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 Class = TypeVar("Class", bound=type)
 
-COMPONENT, MODULE, DTYPE = "component", "module", "dtype"  # the keys that say what a dict of a configuration stands for
+COMPONENT, MODULE, DTYPE = "component", "module", "torch.dtype"  # the keys that say what a dict of a configuration stands for
 ARGUMENTS = "_constructor_arguments"  # the attribute of a component that has them
 
 
@@ -164,8 +164,8 @@ def encode(value: Any, where: str, *, may_name: bool = True) -> Any:
     if (component := component_of(value)) is not None:
         arguments = {key: encode(each, f"{where}.{key}", may_name=False) for key, each in arguments_of(value).items()}
         return {COMPONENT: component.name, "version": component.version, "arguments": arguments}
-    if type(value).__name__ == "bool_":  # that of numpy, which is none of Python's
-        return bool(value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:  # its bool is none of Python's
+        return encode(value.item(), where)
     if may_name and (callable(value) or isinstance(value, nn.Module) or dataclasses.is_dataclass(value)):
         return {MODULE: qualified_name(value)}
     kinds = "numbers, strings, None, dtypes, lists and dicts of those, and registered components"

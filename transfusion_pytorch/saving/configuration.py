@@ -46,7 +46,7 @@ def check_names(cls: type, arguments: Mapping[str, Any]) -> None:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """What `describe` wrote. Raises `ValueError` that names the file where it is something else, or of a newer format."""
+    """What `describe` wrote. Raises `ValueError` that names the file where it is something else, or too new."""
     config = load_json(path)
     if not isinstance(config, dict) or config.get("library") != LIBRARY:
         others = [config[key] for key in ("library", "model_type", "_class_name") if key in config] if config else []
@@ -87,7 +87,7 @@ def _in_place(name: str, given: Any, described: Any) -> Any:
     is_pair = name == PAIRS and _is_list(given) and len(given) == 2 and not any(map(_is_list, given))
     if _is_list(given) and not is_pair and len(given) == len(described):
         return [was if now is None and _is_named(was, name) else now for now, was in zip(given, described, strict=True)]
-    if _is_list(given) and not is_pair or not any(_is_named(was, name) for was in described):
+    if (_is_list(given) and not is_pair) or not any(_is_named(was, name) for was in described):
         return given
     return [given if _is_named(was, name) else was for was in described]
 

@@ -209,4 +209,9 @@ def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: 
 def _checked_device_and_dtype(device: Any, dtype: Any) -> torch.device:
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating point type such as torch.bfloat16, got {dtype!r}")
-    return torch.device("cpu" if device is None else device)
+    target = torch.device("cpu" if device is None else device)
+    try:
+        torch.empty(1, device=target).cpu()
+    except (AssertionError, RuntimeError) as error:  # torch built without CUDA asserts that it is there
+        raise ValueError(f"weights cannot be loaded to device {str(target)!r}: {error}") from error
+    return target

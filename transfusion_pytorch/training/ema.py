@@ -28,8 +28,8 @@ def create_ema(
     of them. From then on every `update_every`-th update moves it: `beta` old and `1 - beta` new (less at the
     beginning, see `EMA`). Shorter runs than that want smaller numbers.
 
-    Frozen autoencoders and latent statistics are shared with the model, not copied. Its `state_dict` has the average without the model
-    (`include_online_model=True` adds it). `options` are those of `EMA`.
+    Frozen autoencoders and latent statistics are shared with the model, not copied. Its `state_dict` has the average
+    without the model (`include_online_model=True` adds it). `options` are those of `EMA`.
 
     Raises `TypeError` for a model that `fully_shard` has split already: create the average first, then shard both.
     """
