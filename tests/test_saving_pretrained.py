@@ -126,7 +126,18 @@ def batch_for(model: Transfusion, name: str) -> list:
     pictures = [torch.randn(4, 4, 3), torch.randn(4, 4, 3)]
     if not model.vocabulary.num_text:
         return [[picture] for picture in pictures]
-    other = [] if model.num_modalities == 1 else [(1, torch.randn(*(() if name != "one pair for two" else (2, 4)), CHANNELS[1] if name != "one pair for two" else 3))]
+    other = (
+        []
+        if model.num_modalities == 1
+        else [
+            (
+                1,
+                torch.randn(
+                    *(() if name != "one pair for two" else (2, 4)), CHANNELS[1] if name != "one pair for two" else 3
+                ),
+            )
+        ]
+    )
     return [[tensor([1, 2, 3]), pictures[0], *other], [pictures[1], tensor([4, 5])], [tensor([6, 7])]]
 
 
@@ -181,7 +192,9 @@ def test_the_same_bits_come_back(name, tmp_path):
     assert loaded.prob_uncond == model.prob_uncond
     loaded.save_pretrained(tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(tmp_path)
-    sampled = [each.eval().sample(max_length=20, generator=torch.Generator().manual_seed(1)) for each in (model, loaded)]
+    sampled = [
+        each.eval().sample(max_length=20, generator=torch.Generator().manual_seed(1)) for each in (model, loaded)
+    ]
     assert repr(sampled[0]) == repr(sampled[1])
 
 
@@ -348,14 +361,10 @@ def test_an_own_trunk_and_an_own_pair(tmp_path):
     ]
     batch = [[torch.randn(2, 2, 3), tensor([1, 2]), (1, torch.randn(2, 2, 3))]]
     for given in (pair(), [pair(), pair()]):
-        loaded = Transfusion.from_pretrained(
-            tmp_path, transformer=Trunk(width=16), pre_post_transformer_enc_dec=given
-        )
+        loaded = Transfusion.from_pretrained(tmp_path, transformer=Trunk(width=16), pre_post_transformer_enc_dec=given)
         assert_same(model, loaded, batch)
     with pytest.raises(ValueError, match="of modality 1: ") as error:
-        Transfusion.from_pretrained(
-            tmp_path, transformer=Trunk(width=16), pre_post_transformer_enc_dec=[pair(), None]
-        )
+        Transfusion.from_pretrained(tmp_path, transformer=Trunk(width=16), pre_post_transformer_enc_dec=[pair(), None])
     assert "modality 0" not in str(error.value)
 
 
@@ -464,7 +473,9 @@ def test_more_arguments_of_a_component_and_what_json_cannot_hold(tmp_path):
 
     def saved(**more):
         encoder = Open(**more)
-        Transfusion(num_text_tokens=10, **PICTURES, modality_encoder=encoder, transformer=TRUNK).save_pretrained(tmp_path)
+        Transfusion(num_text_tokens=10, **PICTURES, modality_encoder=encoder, transformer=TRUNK).save_pretrained(
+            tmp_path
+        )
         return config_of(tmp_path)["arguments"]["modality_encoder"][0]
 
     made = saved(size=numpy.int32(3), flag=numpy.bool_(True), inner=Shift(2), dtype=torch.float16)
@@ -512,7 +523,9 @@ def test_subclasses(tmp_path):
     sized.save_pretrained(tmp_path / "sized")
     assert config_of(tmp_path / "sized")["arguments"] == dict(size="small")
     assert torch.equal(Sized.from_pretrained(tmp_path / "sized").extra, sized.extra)
-    with pytest.raises(TypeError, match="Transfusion cannot be built without num_text_tokens, transformer and with size"):
+    with pytest.raises(
+        TypeError, match="Transfusion cannot be built without num_text_tokens, transformer and with size"
+    ):
         Transfusion.from_pretrained(tmp_path / "sized")
     Sized.constructor_arguments, own = Transfusion.constructor_arguments, Sized.constructor_arguments
     try:
@@ -630,7 +643,9 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
 def test_a_failure_in_the_middle_leaves_what_was_there(folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     full = OSError(28, "No space left on device")
-    monkeypatch.setattr("transfusion_pytorch.saving.files.save_file", lambda *args, **options: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(
+        "transfusion_pytorch.saving.files.save_file", lambda *args, **options: (_ for _ in ()).throw(full)
+    )
     with pytest.raises(OSError, match="No space left"):
         awake(tiny()).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -254,7 +254,10 @@ def test_sampling_gives_what_users_know():
                 torch.testing.assert_close(part[1], other[1], **CLOSE)
             else:
                 assert torch.equal(part, other)
-    made = [each.generate_modality_only(2, fixed_modality_shape=(2, 2), init_modality_noise=noise) for each in (plain, model)]
+    made = [
+        each.generate_modality_only(2, fixed_modality_shape=(2, 2), init_modality_noise=noise)
+        for each in (plain, model)
+    ]
     torch.testing.assert_close(made[1], scaled_part((0, made[0]))[1], **CLOSE)
 
 
@@ -281,7 +284,9 @@ def test_a_decoder_gets_the_scale_of_its_encoder():
     latents = model.sample(
         tensor([1]), return_unprocessed_modalities=True, generator=torch.Generator().manual_seed(1), **options
     )[1][1]
-    events = list(model.create_engine().submit(tensor([1]), generator=torch.Generator().manual_seed(1), **options).events())
+    events = list(
+        model.create_engine().submit(tensor([1]), generator=torch.Generator().manual_seed(1), **options).events()
+    )
     [done] = [event for event in events if isinstance(event, ModalityDone)]
     torch.testing.assert_close(spy.inputs[-1][0], latents)
     torch.testing.assert_close(done.modality, decoder(latents).detach())
@@ -374,7 +379,9 @@ def test_latents_far_from_unit_variance_are_told_once():
         tiny(modality_encoder=(nn.Linear(3, 3), None))([[Latents(0, torch.randn(400, 3) * 20)]])
 
 
-@pytest.mark.parametrize("options", [dict(count=ENOUGH - 2), dict(scale=0.3), dict(scale=4.0), dict(scale=1.0, shift=2.0)])
+@pytest.mark.parametrize(
+    "options", [dict(count=ENOUGH - 2), dict(scale=0.3), dict(scale=4.0), dict(scale=1.0, shift=2.0)]
+)
 def test_no_false_alarm(options):
     tiny()(far(**options))
 

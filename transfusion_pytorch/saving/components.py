@@ -17,7 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 
 Class = TypeVar("Class", bound=type)
 
-COMPONENT, MODULE, DTYPE = "component", "module", "torch.dtype"  # the keys that say what a dict of a configuration stands for
+COMPONENT, MODULE, DTYPE = (
+    "component",
+    "module",
+    "torch.dtype",
+)  # the keys that say what a dict of a configuration stands for
 ARGUMENTS = "_constructor_arguments"  # the attribute of a component that has them
 
 
