@@ -93,7 +93,7 @@ BUILT = {
         modality_num_dim=(None, numpy.int64(0)),
         add_pos_emb=(True, None),
         flow_loss_weight=(0.5, 2.0),
-        text_loss_weight=numpy.float32(0.3),
+        text_loss_weight=numpy.float64(0.3),
         model_output_clean=True,
         odeint_kwargs=dict(method="euler", atol=1e-3, rtol=1e-3, options=dict(dtype=torch.float64)),
         ignore_index=-7,

@@ -17,11 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 Class = TypeVar("Class", bound=type)
 
-COMPONENT, MODULE, DTYPE = (
-    "component",
-    "module",
-    "torch.dtype",
-)  # the keys that say what a dict of a configuration stands for
+# the keys that say what a dict of a configuration stands for
+COMPONENT, MODULE, DTYPE = "component", "module", "torch.dtype"
 ARGUMENTS = "_constructor_arguments"  # the attribute of a component that has them
 
 
