@@ -24,10 +24,12 @@ from transfusion_pytorch.network.compile import Checkpointing, layer_caller
 from transfusion_pytorch.network.layer import Layer, residual_connection
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
+from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 
+@register_component
 class Transformer(nn.Module):
     """The trunk that text and latents share.
 
