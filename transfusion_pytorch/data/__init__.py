@@ -2,17 +2,18 @@
 
 from transfusion_pytorch.data.captioned import CaptionedImages
 from transfusion_pytorch.data.hub import CaptionedRow, HuggingFaceImages
-from transfusion_pytorch.data.images import BucketedSize, FixedSize, ImageReader, NativeSize, patchify, unpatchify
+from transfusion_pytorch.data.images import BucketedSize, FixedSize, ImageReader, NativeSize
 from transfusion_pytorch.data.latents import CachedLatents, cache_latents
 from transfusion_pytorch.data.loader import LoadedStep, StepLoader
 from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, collate_fn, create_dataloader
 from transfusion_pytorch.data.mixture import Mixture
 from transfusion_pytorch.data.order import SampleReference, generator_of, seed_of
-from transfusion_pytorch.data.pairs import ImageCaptionPairs
+from transfusion_pytorch.data.pairs import ImageCaptionPairs, Selection, hold_out
 from transfusion_pytorch.data.plan import DataPlan, StepPlan
 from transfusion_pytorch.data.stream import StreamLoader
 from transfusion_pytorch.data.tars import WebDatasetTars
 from transfusion_pytorch.data.text import ByteText, TextCodec, TextWindows, TokenizerText, train_bpe
+from transfusion_pytorch.modalities.patches import patchify, unpatchify
 
 __all__ = [
     "BucketedSize",
@@ -30,6 +31,7 @@ __all__ = [
     "NativeSize",
     "SampleError",
     "SampleReference",
+    "Selection",
     "SkipSample",
     "Skipped",
     "StepLoader",
@@ -43,6 +45,7 @@ __all__ = [
     "collate_fn",
     "create_dataloader",
     "generator_of",
+    "hold_out",
     "patchify",
     "seed_of",
     "train_bpe",

@@ -13,12 +13,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.data.loading import SkipSample
 from transfusion_pytorch.data.optional import import_optional
+from transfusion_pytorch.modalities.patches import patchify, unpatchify  # noqa: F401 - for whoever has images
+from transfusion_pytorch.saving.components import register_component
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +41,7 @@ class Sizing(Protocol):
     def __call__(self, size: Size) -> Size: ...
 
 
+@register_component
 @dataclass(frozen=True)
 class FixedSize:
     """Every image becomes `height` x `width`."""
@@ -51,6 +53,7 @@ class FixedSize:
         return self.height, self.width
 
 
+@register_component
 @dataclass(frozen=True)
 class BucketedSize:
     """The best of a few sizes of about `area` pixels, by aspect ratio, so that little is cropped.
@@ -80,6 +83,7 @@ class BucketedSize:
         return min(self.sizes, key=lambda bucket: (abs(math.log(bucket[1] / bucket[0]) - aspect), bucket))
 
 
+@register_component
 @dataclass(frozen=True)
 class NativeSize:
     """The image's own size, cropped to multiples of `multiple` (of the patch), and scaled only where its area is below
@@ -210,21 +214,3 @@ def _converted(image: "Image", mode: Mode) -> "Image":
         white.alpha_composite(image)
         image = white
     return image.convert(mode)
-
-
-# patches
-
-
-def patchify(images: Float[Tensor, "*b c h w"], size: int) -> Float[Tensor, "*b rows columns d"]:
-    """Cuts images into patches of `size` x `size` pixels: (b, c, h, w) -> (b, h/p, w/p, c*p*p)."""
-    height, width = images.shape[-2:]
-    if size < 1 or height % size or width % size:
-        raise ValueError(f"patches of {size}x{size} do not divide images of {height}x{width}; choose a divisor of both")
-    return rearrange(images, "... c (h p) (w q) -> ... h w (c p q)", p=size, q=size)
-
-
-def unpatchify(latents: Float[Tensor, "*b rows columns d"], size: int) -> Float[Tensor, "*b c h w"]:
-    """The inverse of `patchify` with the same size: (b, h/p, w/p, c*p*p) -> (b, c, h, w)."""
-    if size < 1 or latents.shape[-1] % size**2:
-        raise ValueError(f"latents of {latents.shape[-1]} channels do not hold whole patches of {size}x{size} pixels")
-    return rearrange(latents, "... h w (c p q) -> ... c (h p) (w q)", p=size, q=size)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from transfusion_pytorch.data.images import ImageReader, Size, size_of_image
 from transfusion_pytorch.data.loading import SkipSample
-from transfusion_pytorch.data.order import generator_of
+from transfusion_pytorch.data.order import generator_of, shuffled
 from transfusion_pytorch.data.text import ByteText, TextCodec
 from transfusion_pytorch.sequence.samples import Sample
 
@@ -109,6 +109,41 @@ class ImageCaptionPairs(Dataset, ABC):
         """Changes with the images and how they are read: with what `modalities` gives."""
         content = self.data_key(), self.images, self.modality_type
         return blake2b(repr(content).encode(), digest_size=16).hexdigest()
+
+
+class Selection(ImageCaptionPairs):
+    """Some of the images of other pairs, such as those that are held out."""
+
+    def __init__(self, pairs: ImageCaptionPairs, indices: Sequence[int]):
+        super().__init__(images=pairs.images, text=pairs.text, prob_describe=pairs.prob_describe)
+        self.modality_type = pairs.modality_type
+        self.pairs, self.indices = pairs, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read_image(self, index: int) -> bytes:
+        return self.pairs.read_image(self.indices[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.pairs.captions(self.indices[index])
+
+    def describe(self, index: int) -> str:
+        return self.pairs.describe(self.indices[index])
+
+    def data_key(self) -> Any:
+        return [self.pairs.data_key(), self.indices]
+
+
+def hold_out(pairs: ImageCaptionPairs, count: int, *, seed: int = 0) -> tuple[Selection, Selection]:
+    """All but `count` images to train on, and those `count` to validate on, which the seed chooses.
+
+    Raises `ValueError` where nothing would be left to train on.
+    """
+    if not 0 <= count < len(pairs):
+        raise ValueError(f"{count} images cannot be held out of {len(pairs)}: hold out fewer")
+    order = shuffled(len(pairs), seed, "held out").tolist()
+    return Selection(pairs, sorted(order[count:])), Selection(pairs, sorted(order[:count]))
 
 
 def arrange_pair(

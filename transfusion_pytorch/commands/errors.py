@@ -1,0 +1,32 @@
+"""Errors as whoever types a command should see them."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from transfusion_pytorch.data.loading import SampleError
+from transfusion_pytorch.training.trainer import TrainingError
+
+# What the library raises with a message for its user. Anything else is a fault of its own and shows where it came from.
+FOR_USERS = (ValueError, OSError, ImportError, SampleError, TrainingError)
+EXIT_CODE = 2  # that of argparse
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a script or command. An error that its user can mend is one line, and the exit code is 2.
+
+    With `TRACEBACK=1` in the environment it is a traceback, as any other error is.
+    """
+    try:
+        main()
+    except FOR_USERS as error:
+        if os.environ.get("TRACEBACK", "0") != "0":
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says. One of the system, which has no sentence of its own, gets its type."""
+    text = " ".join(str(error).split())
+    return text if text else type(error).__name__
