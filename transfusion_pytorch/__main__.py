@@ -7,7 +7,9 @@ from transfusion_pytorch.commands.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m transfusion_pytorch", description="One transformer that writes and draws.")
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_pytorch", description="One transformer that writes and draws."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sampling = commands.add_parser("sample", help="draw from captions, caption images", description=sample.__doc__)
     sample.add_arguments(sampling)

@@ -63,7 +63,9 @@ class PictureModel:
             scale = io.encoder.patch_size if is_patched else 1
             sizing = FixedSize(*(scale * side for side in io.spec.default_shape))
         channels_first = io.spec.channel_first and not is_patched
-        return ImageReader(sizing, mode="RGB" if _channels(self.model, kind) == 3 else "L", channels_first=channels_first)
+        return ImageReader(
+            sizing, mode="RGB" if _channels(self.model, kind) == 3 else "L", channels_first=channels_first
+        )
 
     def read(self, file: str | Path) -> Picture:
         """An image file. Raises `ValueError` where it is none, and `OSError` where it cannot be read."""

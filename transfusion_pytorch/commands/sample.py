@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, help="of text (default: 0 for one caption of an image, 1 for everything else)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples"), help="folder of the pictures (default: %(default)s)"
+    )
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is here)")
 
 
@@ -75,9 +77,7 @@ def samples(model: PictureModel, arguments: argparse.Namespace) -> Iterator[tupl
         yield f"{number:03}.png", prompt if picture is not None else f"{prompt}: the model wrote no size", picture
 
 
-def captions(
-    model: PictureModel, arguments: argparse.Namespace, options: dict
-) -> Iterator[tuple[str, str, None]]:
+def captions(model: PictureModel, arguments: argparse.Namespace, options: dict) -> Iterator[tuple[str, str, None]]:
     usual = 0.0 if arguments.num == 1 else 1.0
     options["text_temperature"] = usual if arguments.temperature is None else arguments.temperature
     beginning = arguments.prompts[0] if arguments.prompts else ""

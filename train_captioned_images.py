@@ -1,0 +1,315 @@
+"""A folder of images with captions becomes a model that draws from captions and captions images.
+
+python train_captioned_images.py                                  # handwritten digits with sentences, scored at the end
+python train_captioned_images.py --data FOLDER --size 32 --steps 3000
+python train_captioned_images.py --data FOLDER --unet --sizes bucketed --bpe 1000 --prompt "a red apple"
+python train_captioned_images.py --data one.tar two.tar           # WebDataset
+python train_captioned_images.py --resume                         # goes on with the latest run, given its own options
+
+A folder has its captions in captions.jsonl or metadata.csv, in name.txt beside name.png, or as names of subfolders.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer, Transfusion, UNetDown, UNetUp
+from transfusion_pytorch.commands.errors import run_command
+from transfusion_pytorch.commands.pictures import PictureModel
+from transfusion_pytorch.data import (
+    BucketedSize,
+    ByteText,
+    CaptionedImages,
+    FixedSize,
+    ImageCaptionPairs,
+    ImageReader,
+    NativeSize,
+    TextCodec,
+    TokenizerText,
+    WebDatasetTars,
+    hold_out,
+    train_bpe,
+)
+from transfusion_pytorch.examples import run
+from transfusion_pytorch.examples.captions import (
+    TEMPLATES,
+    LabelledCaptions,
+    as_one_size,
+    class_words,
+    longest_caption,
+    sentences,
+    share_of_right_captions,
+)
+from transfusion_pytorch.examples.data import ImageData, load_images
+from transfusion_pytorch.examples.judge import recognised, train_judge
+from transfusion_pytorch.examples.pictures import save_grid
+from transfusion_pytorch.examples.runs import open_run
+from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
+from transfusion_pytorch.saving.tokenizer import load_tokenizer, save_tokenizer, tokenizer_json
+from transfusion_pytorch.training.config import add_arguments, config_from_arguments
+
+
+class Recipe(NamedTuple):
+    """What suits a data set, on two CPU cores."""
+
+    size: int
+    patch: int
+    dim: int
+    depth: int
+    flow_loss_weight: float
+    training: TrainConfig
+
+
+RECIPES = {
+    "digits": Recipe(8, 2, 64, 4, 2.0, TrainConfig(steps=2000, batch_size=64, learning_rate=2e-3)),
+    "fashion": Recipe(28, 4, 96, 5, 5.0, TrainConfig(steps=4000, batch_size=32, learning_rate=2e-3)),
+    "folder": Recipe(32, 4, 128, 6, 5.0, TrainConfig(steps=3000, token_budget=4096, learning_rate=2e-3)),
+}
+EMBEDDED = ("digits", "fashion")
+
+
+class Captioned(NamedTuple):
+    """Images with captions. `labelled` is set where a judge can score what is drawn."""
+
+    train: ImageCaptionPairs
+    held_out: ImageCaptionPairs
+    source: str
+    labelled: ImageData | None = None
+
+
+def main() -> None:
+    arguments = parse()
+    recipe, config = recipe_of(arguments), config_of(arguments)
+    run.seed_everything(config.seed)
+    data = load_data(arguments, recipe)
+    print(f"data: {data.source}; {len(data.train):,} images to train on, {len(data.held_out):,} held out")
+    name = data.labelled.name if data.labelled else "captioned"
+    folder, checkpoint = open_run(arguments.results, f"images-{name}", resume=arguments.resume)
+    text = load_text(arguments.bpe, data, folder)
+    for pairs in (data.train, data.held_out):
+        pairs.text = text
+    sampling = dict(cfg_scale=arguments.cfg_scale, modality_steps=arguments.modality_steps)
+    callback = Samples(data, text, arguments.prompt, sampling)
+    trainer = Trainer(
+        build_model(arguments, recipe, text.num_tokens),
+        data.train,
+        config,
+        folder=folder,
+        validation=data.held_out if len(data.held_out) else None,
+        callbacks=[callback],
+    )
+    started = time.monotonic()
+    fitted = trainer.fit(resume=checkpoint)
+    if not trainer.is_main:
+        return
+    if fitted.was_stopped:
+        print(f"stopped: go on with the same options and --resume {folder}")
+        return
+    print(f"trained for {time.monotonic() - started:.0f} s")
+    figures: dict[str, Any] = {f"validation {name}": value for name, value in fitted.figures.items()}
+    if trainer.plan.fill is not None:
+        figures["fill of the token budget"] = f"{trainer.plan.fill:.1%}"
+        print(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.plan.fill:.1%}")
+    pictures = callback.pictures_of(trainer)
+    if data.labelled:
+        figures |= score(
+            pictures, data.labelled, folder, per_class=arguments.draw_per_class, seed=config.seed, **sampling
+        )
+    save_model(trainer, data, text, folder, figures, prompt=callback.prompts[0])
+    print(f"results in {folder} after {time.monotonic() - started:.0f} s; to use the model:")
+    print(f'python -m transfusion_pytorch sample {folder / "model"} "{callback.prompts[0]}"')
+
+
+# options
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", help="folder of images with captions, or WebDataset tars")
+    parser.add_argument("--dataset", choices=EMBEDDED, default="digits", help="without --data (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels, or of a square of their area")
+    parser.add_argument("--sizes", choices=("square", "bucketed", "native"), default="square", help="their shapes")
+    parser.add_argument("--grey", action="store_true", help="read the images of a folder without colour")
+    parser.add_argument("--patch", type=int, help="side of a patch in pixels")
+    parser.add_argument("--unet", action="store_true", help="halves of a U-Net around the transformer, not patches")
+    parser.add_argument("--dim", type=int, help="width of the transformer")
+    parser.add_argument("--depth", type=int, help="its layers")
+    parser.add_argument("--bpe", type=int, metavar="SIZE", help="train byte-pair encoding on the captions, not bytes")
+    parser.add_argument("--held-out", type=float, default=0.05, help="share of a folder to validate on (%(default)s)")
+    parser.add_argument("--prompt", action="append", default=[], help="a caption to draw; may be given several times")
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings (default: %(default)s)")
+    parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
+    parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end (%(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own folder")
+    parser.add_argument(
+        "--resume", nargs="?", type=Path, const=True, help="go on with the latest run, or with this one or checkpoint"
+    )
+    add_arguments(parser, RECIPES["digits"].training)
+    return parser.parse_args()
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What suits the data, under what was asked for. A patch of a folder's images is an eighth of their side."""
+    recipe = RECIPES["folder" if arguments.data else arguments.dataset]
+    size = arguments.size or recipe.size
+    usual = recipe.patch if size == recipe.size else max(1, size // 8)
+    patch = 1 if arguments.unet else arguments.patch or usual
+    if size % patch:
+        raise ValueError(f"patches of {patch} pixels do not divide images of {size}: choose --patch or --size")
+    return recipe._replace(
+        size=size, patch=patch, dim=arguments.dim or recipe.dim, depth=arguments.depth or recipe.depth
+    )
+
+
+def config_of(arguments: argparse.Namespace) -> TrainConfig:
+    usual = RECIPES["folder" if arguments.data else arguments.dataset].training
+    return config_from_arguments(arguments, usual)
+
+
+# data
+
+
+def sizing_of(arguments: argparse.Namespace, recipe: Recipe) -> FixedSize | BucketedSize | NativeSize:
+    multiple, area = 2 ** num_downsamples(recipe) if arguments.unet else recipe.patch, recipe.size**2
+    if arguments.sizes == "square":
+        return FixedSize(recipe.size, recipe.size)
+    return BucketedSize(area, multiple) if arguments.sizes == "bucketed" else NativeSize(multiple, multiple**2, area)
+
+
+def load_data(arguments: argparse.Namespace, recipe: Recipe) -> Captioned:
+    """Raises `ValueError` for a folder without images, and for captions that match none."""
+    mode = "L" if arguments.grey or not arguments.data else "RGB"
+    options: dict[str, Any] = dict(images=ImageReader(sizing_of(arguments, recipe), mode=mode), prob_describe=0.5)
+    if arguments.data:
+        paths = arguments.data
+        if len(paths) == 1 and paths[0].suffix != ".tar":
+            pairs: ImageCaptionPairs = CaptionedImages(paths[0], **options)
+        else:
+            pairs = WebDatasetTars(paths, **options)
+        return Captioned(*hold_out(pairs, round(arguments.held_out * len(pairs))), ", ".join(map(str, paths)))
+    labelled = load_images(arguments.dataset)
+    captions = [sentences(name, TEMPLATES[labelled.name]) for name in class_words(labelled)]
+    halves = [LabelledCaptions(half, captions, **options) for half in (labelled.train, labelled.test)]
+    return Captioned(*halves, labelled.source, labelled)
+
+
+def load_text(bpe_size: int | None, data: Captioned, folder: Path) -> TextCodec:
+    """Bytes, or byte-pair encoding, which the folder of a run keeps for when it is resumed."""
+    file = folder / "tokenizer.json"
+    if bpe_size is None:
+        return ByteText()
+    if file.is_file():
+        return TokenizerText(load_tokenizer(file.read_text(encoding="utf-8"), bpe_size, file))
+    text = train_bpe((caption for i in range(len(data.train)) for caption in data.train.captions(i)), bpe_size)
+    save_tokenizer(file, tokenizer_json(text.tokenizer, text.num_tokens))
+    print(f"text: byte-pair encoding of {text.num_tokens:,} tokens")
+    return text
+
+
+# the model
+
+
+def num_downsamples(recipe: Recipe) -> int:
+    """Halvings until the longer side has at most 8 tokens."""
+    return max(1, (recipe.size - 1).bit_length() - 3)
+
+
+def build_model(arguments: argparse.Namespace, recipe: Recipe, num_text_tokens: int) -> Transfusion:
+    channels = 1 if arguments.grey or not arguments.data else 3
+    sizing = None if arguments.sizes == "square" else sizing_of(arguments, recipe)
+    encoder = PatchEncoder(recipe.patch, channels=channels, sizing=sizing)
+    pair: Any = None
+    if arguments.unet:
+        shape = dict(dim_hidden=32, num_downsamples=num_downsamples(recipe))
+        pair = tuple(half(encoder.dim_latent, recipe.dim, **shape) for half in (UNetDown, UNetUp))
+    return Transfusion(
+        num_text_tokens=num_text_tokens,
+        dim_latent=encoder.dim_latent,
+        modality_encoder=encoder,
+        modality_decoder=PatchDecoder(recipe.patch),
+        modality_default_shape=(recipe.size // recipe.patch,) * 2,
+        fallback_to_default_shape_if_invalid=True,
+        pre_post_transformer_enc_dec=pair,
+        flow_loss_weight=recipe.flow_loss_weight,
+        transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=4, dim_head=recipe.dim // 4),
+    )
+
+
+# what is seen of it
+
+
+class Samples(Callback):
+    """Draws captions and captions held-out images while the model learns: `step-01000.png`, and lines of text."""
+
+    def __init__(self, data: Captioned, text: TextCodec, prompts: list[str], sampling: dict[str, Any]):
+        own = data.held_out if len(data.held_out) else data.train
+        seen = data.train if data.labelled is None else own
+        picked = range(0, len(seen), max(1, len(seen) // 20))[:20]
+        self.prompts = [*prompts, *(seen.captions(i)[i % len(seen.captions(i))] for i in picked if seen.captions(i))]
+        self.prompts = list(dict.fromkeys(self.prompts))
+        self.images = [own.modalities(i)[0][1] for i in range(min(len(own), 4))]
+        self.captions = [(own.captions(i) or [""])[0] for i in range(len(self.images))]
+        self.text, self.sampling, self.longest = text, sampling, 8 + longest_caption(data.train, text)
+
+    def pictures_of(self, trainer: Trainer) -> PictureModel:
+        return PictureModel(trainer.average, text=self.text, longest_text=self.longest)
+
+    def on_sample(self, trainer: Trainer) -> dict[str, Any]:
+        pictures = self.pictures_of(trainer)
+        generator = torch.Generator().manual_seed(trainer.config.seed)
+        drawn = as_one_size(pictures.draw(self.prompts, generator=generator, **self.sampling))
+        said = pictures.describe(self.images, text_temperature=0.0, generator=generator)
+        if trainer.is_main:
+            file = save_grid(
+                trainer.folder / f"step-{trainer.step:06}.png", drawn, self.prompts, columns=7, smallest=96
+            )
+            print(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
+            for caption, text in zip(self.captions, said, strict=True):
+                print(f"  an image of {caption!r} is called {text!r}", flush=True)
+        return {}
+
+
+def score(
+    pictures: PictureModel, data: ImageData, folder: Path, *, per_class: int, seed: int, **sampling: Any
+) -> dict[str, Any]:
+    """Has an independent classifier recognise drawings, and looks for the class in captions of held-out images."""
+    judge, judge_accuracy = train_judge(data, seed=seed)
+    names, generator = class_words(data), torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(names)).repeat(per_class)
+    captions = [sentences(names[label], TEMPLATES[data.name]) for label in labels.tolist()]
+    prompts = [of_class[i // len(names) % len(of_class)] for i, of_class in enumerate(captions)]
+    drawn = as_one_size(pictures.draw(prompts, generator=generator, **sampling))
+    seen = recognised(judge, drawn[:, :, : data.train.images.shape[2], : data.train.images.shape[3]])
+    save_grid(folder / "drawings.png", drawn[:40], prompts[:40], columns=10, smallest=96, correct=(seen == labels)[:40])
+    held_out = data.test.images[:1000].movedim(1, -1)
+    said = pictures.describe(list(held_out), text_temperature=0.0, generator=generator)
+    right = share_of_right_captions(said, data.test.labels[:1000], names)
+    as_asked = (seen == labels).float().mean().item()
+    print(f"judge: recognises {judge_accuracy:.1%} of {len(data.test.labels)} real held-out images")
+    print(f"drawing: {as_asked:.1%} of {len(labels)} recognised as what was asked for")
+    print(f"captioning: {right:.1%} of {len(said)} held-out images captioned correctly")
+    return {"drawings as asked": f"{as_asked:.1%}", "captions right": f"{right:.1%}"}
+
+
+def save_model(
+    trainer: Trainer, data: Captioned, text: TextCodec, folder: Path, figures: dict[str, Any], *, prompt: str
+) -> None:
+    command = "python -m transfusion_pytorch sample MODEL"
+    command = f'{command} "{prompt}"\n{command} --image FILE'
+    card = ModelCard(
+        title="Captions to images, images to captions",
+        description="Trained by `train_captioned_images.py`.",
+        training_data=f"{len(data.train):,} images with captions: {data.source}",
+        steps=trainer.step,
+        figures=figures,
+        how_to_use=f"```bash\n{command}\n```",
+    )
+    tokenizer = text.tokenizer if isinstance(text, TokenizerText) else None
+    trainer.average.save_pretrained(folder / "model", card=card, tokenizer=tokenizer)
+
+
+if __name__ == "__main__":
+    run_command(main)
