@@ -10,6 +10,7 @@ A folder has its captions in captions.jsonl or metadata.csv, in name.txt beside 
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,19 +38,22 @@ from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.captions import (
     TEMPLATES,
     LabelledCaptions,
+    Scores,
     as_one_size,
     class_words,
     longest_caption,
+    score_labelled,
+    score_remembered,
     sentences,
-    share_of_right_captions,
+    some_images,
 )
 from transfusion_pytorch.examples.data import ImageData, load_images
-from transfusion_pytorch.examples.judge import recognised, train_judge
-from transfusion_pytorch.examples.pictures import save_grid
+from transfusion_pytorch.examples.pictures import load_picture, save_grid
 from transfusion_pytorch.examples.runs import open_run
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 from transfusion_pytorch.saving.tokenizer import load_tokenizer, save_tokenizer, tokenizer_json
 from transfusion_pytorch.training.config import add_arguments, config_from_arguments
+from transfusion_pytorch.training.launch import Launch
 
 
 class Recipe(NamedTuple):
@@ -64,7 +68,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "digits": Recipe(8, 2, 64, 4, 2.0, TrainConfig(steps=2000, batch_size=64, learning_rate=2e-3)),
+    "digits": Recipe(8, 2, 64, 4, 2.0, TrainConfig(steps=1500, batch_size=64, learning_rate=2e-3, ema_beta=0.95)),
     "fashion": Recipe(28, 4, 96, 5, 5.0, TrainConfig(steps=4000, batch_size=32, learning_rate=2e-3)),
     "folder": Recipe(32, 4, 128, 6, 5.0, TrainConfig(steps=3000, token_budget=4096, learning_rate=2e-3)),
 }
@@ -87,8 +91,10 @@ def main() -> None:
     data = load_data(arguments, recipe)
     print(f"data: {data.source}; {len(data.train):,} images to train on, {len(data.held_out):,} held out")
     name = data.labelled.name if data.labelled else "captioned"
-    folder, checkpoint = open_run(arguments.results, f"images-{name}", resume=arguments.resume)
-    text = load_text(arguments.bpe, data, folder)
+    launch = Launch(device=config.device, precision=config.precision)
+    opened = open_run(arguments.results, f"images-{name}", resume=arguments.resume) if launch.is_main else None
+    folder, checkpoint = launch.share(opened)
+    text = load_text(arguments.bpe, data, folder, launch)
     for pairs in (data.train, data.held_out):
         pairs.text = text
     sampling = dict(cfg_scale=arguments.cfg_scale, modality_steps=arguments.modality_steps)
@@ -114,10 +120,15 @@ def main() -> None:
         figures["fill of the token budget"] = f"{trainer.plan.fill:.1%}"
         print(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.plan.fill:.1%}")
     pictures = callback.pictures_of(trainer)
+    options = dict(seed=config.seed, options=sampling)
     if data.labelled:
-        figures |= score(
-            pictures, data.labelled, folder, per_class=arguments.draw_per_class, seed=config.seed, **sampling
-        )
+        count, sheet = arguments.draw_per_class, folder / "drawings.png"
+        scores = score_labelled(pictures, data.labelled, per_class=count, sheet=sheet, **options)
+        how = f"by a judge that recognises {scores.reference:.1%} of real images"
+        figures |= report(scores, f"recognised as what was asked for, {how}", "of held-out images name the class")
+    else:
+        scores = score_remembered(pictures, data.train, count=200, **options)
+        figures |= report(scores, "nearest to the image whose caption was asked for", "of training images are theirs")
     save_model(trainer, data, text, folder, figures, prompt=callback.prompts[0])
     print(f"results in {folder} after {time.monotonic() - started:.0f} s; to use the model:")
     print(f'python -m transfusion_pytorch sample {folder / "model"} "{callback.prompts[0]}"')
@@ -127,7 +138,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, nargs="+", help="folder of images with captions, or WebDataset tars")
     parser.add_argument("--dataset", choices=EMBEDDED, default="digits", help="without --data (default: %(default)s)")
     parser.add_argument("--size", type=int, help="side of the images in pixels, or of a square of their area")
@@ -148,7 +160,10 @@ def parse() -> argparse.Namespace:
         "--resume", nargs="?", type=Path, const=True, help="go on with the latest run, or with this one or checkpoint"
     )
     add_arguments(parser, RECIPES["digits"].training)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not all(prompt.strip() for prompt in arguments.prompt):
+        parser.error("a --prompt is empty")
+    return arguments
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -192,20 +207,23 @@ def load_data(arguments: argparse.Namespace, recipe: Recipe) -> Captioned:
         return Captioned(*hold_out(pairs, round(arguments.held_out * len(pairs))), ", ".join(map(str, paths)))
     labelled = load_images(arguments.dataset)
     captions = [sentences(name, TEMPLATES[labelled.name]) for name in class_words(labelled)]
-    halves = [LabelledCaptions(half, captions, **options) for half in (labelled.train, labelled.test)]
-    return Captioned(*halves, labelled.source, labelled)
+    train = LabelledCaptions(labelled.train, captions, augments=True, **options)
+    held_out = LabelledCaptions(labelled.test, captions, augments=False, **options)
+    return Captioned(train, held_out, labelled.source, labelled)
 
 
-def load_text(bpe_size: int | None, data: Captioned, folder: Path) -> TextCodec:
+def load_text(bpe_size: int | None, data: Captioned, folder: Path, launch: Launch) -> TextCodec:
     """Bytes, or byte-pair encoding, which the folder of a run keeps for when it is resumed."""
     file = folder / "tokenizer.json"
     if bpe_size is None:
         return ByteText()
-    if file.is_file():
-        return TokenizerText(load_tokenizer(file.read_text(encoding="utf-8"), bpe_size, file))
-    text = train_bpe((caption for i in range(len(data.train)) for caption in data.train.captions(i)), bpe_size)
-    save_tokenizer(file, tokenizer_json(text.tokenizer, text.num_tokens))
-    print(f"text: byte-pair encoding of {text.num_tokens:,} tokens")
+    if launch.is_main and not file.is_file():
+        trained = train_bpe((caption for i in range(len(data.train)) for caption in data.train.captions(i)), bpe_size)
+        save_tokenizer(file, tokenizer_json(trained.tokenizer, bpe_size))
+    launch.wait()
+    text = TokenizerText(load_tokenizer(file.read_text(encoding="utf-8"), bpe_size, file))
+    if launch.is_main:
+        print(f"text: byte-pair encoding of {text.num_tokens:,} tokens")
     return text
 
 
@@ -245,53 +263,39 @@ class Samples(Callback):
     """Draws captions and captions held-out images while the model learns: `step-01000.png`, and lines of text."""
 
     def __init__(self, data: Captioned, text: TextCodec, prompts: list[str], sampling: dict[str, Any]):
-        own = data.held_out if len(data.held_out) else data.train
-        seen = data.train if data.labelled is None else own
-        picked = range(0, len(seen), max(1, len(seen) // 20))[:20]
-        self.prompts = [*prompts, *(seen.captions(i)[i % len(seen.captions(i))] for i in picked if seen.captions(i))]
-        self.prompts = list(dict.fromkeys(self.prompts))
-        self.images = [own.modalities(i)[0][1] for i in range(min(len(own), 4))]
-        self.captions = [(own.captions(i) or [""])[0] for i in range(len(self.images))]
+        usual = (captions[i % len(captions)] for i, (_, captions) in enumerate(some_images(data.train, 21)))
+        self.prompts = list(dict.fromkeys([*prompts, *usual]))
+        self.shown = [("held out", *pair) for pair in some_images(data.held_out, 3)]
+        self.shown += [("trained on", *pair) for pair in some_images(data.train, 3)] * (data.labelled is None)
         self.text, self.sampling, self.longest = text, sampling, 8 + longest_caption(data.train, text)
 
     def pictures_of(self, trainer: Trainer) -> PictureModel:
-        return PictureModel(trainer.average, text=self.text, longest_text=self.longest)
+        most = 2 * math.prod(trainer.model.get_modality_info(0).default_shape)  # no image has more than about half
+        return PictureModel(trainer.average, text=self.text, longest_text=self.longest, most_latents=most)
 
     def on_sample(self, trainer: Trainer) -> dict[str, Any]:
         pictures = self.pictures_of(trainer)
         generator = torch.Generator().manual_seed(trainer.config.seed)
         drawn = as_one_size(pictures.draw(self.prompts, generator=generator, **self.sampling))
-        said = pictures.describe(self.images, text_temperature=0.0, generator=generator)
-        if trainer.is_main:
-            file = save_grid(
-                trainer.folder / f"step-{trainer.step:06}.png", drawn, self.prompts, columns=7, smallest=96
-            )
-            print(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
-            for caption, text in zip(self.captions, said, strict=True):
-                print(f"  an image of {caption!r} is called {text!r}", flush=True)
-        return {}
+        said = pictures.describe([image for _, image, _ in self.shown], text_temperature=0.0, generator=generator)
+        if not trainer.is_main:
+            return {}
+        file = trainer.folder / f"step-{trainer.step:06}.png"
+        save_grid(file, drawn, self.prompts, columns=7, smallest=96)
+        print(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
+        for (kind, _, captions), text in zip(self.shown, said, strict=True):
+            print(f"  an image of {captions[0]!r} ({kind}) is called {text!r}", flush=True)
+        return {"samples": load_picture(file)}
 
 
-def score(
-    pictures: PictureModel, data: ImageData, folder: Path, *, per_class: int, seed: int, **sampling: Any
-) -> dict[str, Any]:
-    """Has an independent classifier recognise drawings, and looks for the class in captions of held-out images."""
-    judge, judge_accuracy = train_judge(data, seed=seed)
-    names, generator = class_words(data), torch.Generator().manual_seed(seed)
-    labels = torch.arange(len(names)).repeat(per_class)
-    captions = [sentences(names[label], TEMPLATES[data.name]) for label in labels.tolist()]
-    prompts = [of_class[i // len(names) % len(of_class)] for i, of_class in enumerate(captions)]
-    drawn = as_one_size(pictures.draw(prompts, generator=generator, **sampling))
-    seen = recognised(judge, drawn[:, :, : data.train.images.shape[2], : data.train.images.shape[3]])
-    save_grid(folder / "drawings.png", drawn[:40], prompts[:40], columns=10, smallest=96, correct=(seen == labels)[:40])
-    held_out = data.test.images[:1000].movedim(1, -1)
-    said = pictures.describe(list(held_out), text_temperature=0.0, generator=generator)
-    right = share_of_right_captions(said, data.test.labels[:1000], names)
-    as_asked = (seen == labels).float().mean().item()
-    print(f"judge: recognises {judge_accuracy:.1%} of {len(data.test.labels)} real held-out images")
-    print(f"drawing: {as_asked:.1%} of {len(labels)} recognised as what was asked for")
-    print(f"captioning: {right:.1%} of {len(said)} held-out images captioned correctly")
-    return {"drawings as asked": f"{as_asked:.1%}", "captions right": f"{right:.1%}"}
+def report(scores: Scores, drawn: str, captioned: str) -> dict[str, str]:
+    """Prints scores, and returns them for the model card."""
+    figures = {f"captions {captioned}": f"{scores.captioned:.1%}"}
+    if scores.drawn is not None:
+        figures = {f"drawings {drawn}": f"{scores.drawn:.1%}"} | figures
+    for what, share in figures.items():
+        print(f"{what.partition(' ')[0]}: {share} {what.partition(' ')[2]}")
+    return figures
 
 
 def save_model(

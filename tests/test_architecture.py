@@ -24,9 +24,11 @@ ALLOWED = {
     "data": ["sequence", "modalities", "saving"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving", "data"],
     "batching": ["sequence", "modalities"],
-    "examples": ["data"],
+    "examples": ["data", "sequence.samples"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
+ALLOWED["commands"] = ["data", "modalities", "saving", "training.trainer", "transfusion"]
+ALLOWED["__main__"] = ["commands"]
 ALLOWED["__init__"] = list(ALLOWED)
 
 LONGEST_FILE = 450

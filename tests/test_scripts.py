@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
@@ -16,6 +17,25 @@ def run(script: str, *arguments: object) -> str:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def refusal(script: str, *arguments: object) -> str:
+    """The last line of a script that ends with exit code 2 and no traceback."""
+    command = [sys.executable, script, "--steps", "1", *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def pictures_with_captions(folder: Path, count: int = 24) -> Path:
+    """One colour each, of three sizes, with its name beside it."""
+    folder.mkdir()
+    for i in range(count):
+        size = ((8, 8), (16, 8), (6, 12))[i % 3]
+        Image.new("RGB", size, (10 * i, 0, 255)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"colour number {i}")
+    return folder
 
 
 def percentage(pattern: str, output: str) -> float:
@@ -50,3 +70,65 @@ def test_digits_are_drawn_as_asked_and_named_correctly(tmp_path):
     assert percentage(r"drawing: ([\d.]+)%", output) >= 98
     assert percentage(r"captioning: ([\d.]+)%", output) >= 95
     assert len(list(tmp_path.glob("digits-both-*/drawings.png"))) == 1
+
+
+CAPTIONED = "train_captioned_images.py"
+SHORT = ("--size", 8, "--dim", 32, "--depth", 1, "--modality-steps", 2)
+
+
+def test_a_folder_becomes_a_model_that_can_be_used_and_gone_on_with(tmp_path):
+    folder = pictures_with_captions(tmp_path / "pictures")
+    options = ("--data", folder, "--sizes", "native", "--token-budget", 200, "--bpe", 300, *SHORT)
+    output = run(CAPTIONED, *options, "--steps", 3, "--prompt", "colour number 7", "--results", tmp_path / "results")
+    (made,) = (tmp_path / "results").iterdir()
+    assert percentage(r"the token budget of 200 was filled to ([\d.]+)%", output) > 50
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= {
+        file.name for file in (made / "model").iterdir()
+    }
+    assert len(list(made.glob("step-*.png"))) == 3
+    command = output.splitlines()[-1]
+    assert command == f'python -m transfusion_pytorch sample {made / "model"} "colour number 7"'
+
+    drawing = [sys.executable, *command.split()[1:5], "colour number 7", "--out", str(tmp_path / "out"), "--steps", "2"]
+    assert subprocess.run(drawing, cwd=ROOT).returncode == 0
+    with Image.open(tmp_path / "out/001.png") as drawn:
+        assert drawn.mode == "RGB"
+
+    # another number of steps, so that there is something left to do
+    resumed = run(CAPTIONED, *options, "--steps", 4, "--results", tmp_path / "results", "--resume")
+    assert f"run: {made}, step 3 of 4" in resumed
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+@pytest.mark.parametrize("options", [("--unet", "--sizes", "bucketed"), ("--grey", "--patch", 4, "--held-out", 0)])
+def test_images_of_every_kind_can_be_learned(tmp_path, options):
+    folder = pictures_with_captions(tmp_path / "pictures", count=6)
+    output = run(CAPTIONED, "--data", folder, *options, *SHORT, "--steps", 1, "--results", tmp_path / "results")
+    assert "of training images are theirs" in output
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    lost = pictures_with_captions(tmp_path / "lost", count=1)
+    (lost / "captions.jsonl").write_text('{"file_name": "other.png", "text": "a"}')
+    (tmp_path / "file").write_text("")
+    good = pictures_with_captions(tmp_path / "good", count=3)
+    results = ("--results", tmp_path / "results")
+
+    assert refusal(CAPTIONED, "--data", tmp_path / "empty", *results).startswith("error: no images in")
+    assert refusal(CAPTIONED, "--data", lost, *results).startswith("error: no image in")
+    assert refusal(CAPTIONED, "--data", good, "--held-out", 1, *results).startswith(
+        "error: 3 images cannot be held out"
+    )
+    assert refusal(CAPTIONED, "--data", good, "--size", 9, "--patch", 2, *results).startswith("error: patches of 2")
+    assert refusal(CAPTIONED, "--results", tmp_path / "file").startswith("error: results cannot be written to")
+    assert "expected 'none' or 'trackio'" in refusal(CAPTIONED, "--tracker", "other", *results)
+    assert refusal(CAPTIONED, "--resume", *results).startswith("error: there is no run images-digits-...")
+    assert refusal(CAPTIONED, "--prompt", " ", *results).endswith("a --prompt is empty")
+
+
+@pytest.mark.slow
+def test_digits_are_drawn_from_captions_and_captioned(tmp_path):
+    output = run(CAPTIONED, "--results", tmp_path)
+    assert percentage(r"drawings: ([\d.]+)%", output) >= 95
+    assert percentage(r"captions: ([\d.]+)%", output) >= 90

@@ -27,6 +27,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says. One of the system, which has no sentence of its own, gets its type."""
-    text = " ".join(str(error).split())
-    return text if text else type(error).__name__
+    """What an error says, in one line: `FileNotFoundError` of the system as "photos.tar: No such file or directory"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

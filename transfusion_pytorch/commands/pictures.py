@@ -41,12 +41,17 @@ class PictureModel:
 
     - `text`: the codec of its captions; by default the tokenizer that the model was saved with, or bytes
     - `longest_text`: ids that a caption has at most
+    - `most_latents`: of a picture; by default four times as many as in the default shape
 
     Raises `ValueError` for a model whose text nobody can read.
     """
 
-    def __init__(self, model: Any, *, text: TextCodec | None = None, longest_text: int = 512):
-        self.model, self.longest_text = model, longest_text
+    def __init__(
+        self, model: Any, *, text: TextCodec | None = None, longest_text: int = 512, most_latents: int | None = None
+    ):
+        shapes = [io.spec.default_shape for io in model.modalities]
+        usual = max((4 * prod(shape) for shape in shapes if shape is not None), default=MOST_LATENTS)
+        self.model, self.longest_text, self.most_latents = model, longest_text, most_latents or usual
         self.text = codec_of(model) if text is None else text
         self.modality = next((kind for kind in range(len(model.modalities)) if _channels(model, kind)), None)
 
@@ -100,10 +105,8 @@ class PictureModel:
         return Written(" ".join(filter(None, map(self.text.decode, ids))), pictures)
 
     def _sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Any]]:
-        """No picture has more than four times the latents of the default one, and no sample more than one of each."""
-        shapes = [io.spec.default_shape for io in self.model.modalities]
-        most = max([4 * prod(shape) for shape in shapes if shape is not None], default=MOST_LATENTS)
-        longest = max(self.longest_text, *map(_num_ids, prompts), 0) + most + MARKERS
+        most = self.most_latents
+        longest = max(self.longest_text, *map(_num_ids, prompts), 0) + most + MARKERS  # one picture
         return self.model.sample_many(prompts, **(dict(max_length=longest, max_modality_tokens=most) | options))
 
     def _ids(self, text: str) -> Int[Tensor, " n"]:

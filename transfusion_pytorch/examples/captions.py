@@ -4,19 +4,26 @@ n images, c channels, h height, w width. Pixels are in [-1, 1].
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.data.images import ImageReader
+from transfusion_pytorch.data.loading import SkipSample
 from transfusion_pytorch.data.pairs import ImageCaptionPairs
 from transfusion_pytorch.data.text import TextCodec
+from transfusion_pytorch.sequence.samples import Sample
 
 from .data import ImageData, LabelledImages
+from .judge import augment, recognised, train_judge
+from .pictures import save_grid
 from .run import optional
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -36,7 +43,7 @@ def class_words(data: ImageData) -> tuple[str, ...]:
 
 def sentences(name: str, templates: Sequence[str]) -> list[str]:
     """A caption of a class by each template: "a picture of an ankle boot"."""
-    article = "an" if name[0] in "aeiou" else "a"
+    article = "an" if name[0] in "aeiou" and name != "one" else "a"
     return [template.format(a=f"{article} {name}", name=name) for template in templates]
 
 
@@ -47,12 +54,22 @@ def mentioned_class(caption: str, names: Sequence[str]) -> int | None:
 
 
 class LabelledCaptions(ImageCaptionPairs):
-    """Labelled images as image files in memory, each with a caption by every template."""
+    """Labelled images as image files in memory, each with a caption by every template.
+
+    With `augments`, images to be described are turned and shifted a little, anew each time; those to be drawn never.
+    """
 
     def __init__(
-        self, labelled: LabelledImages, captions: Sequence[Sequence[str]], *, images: ImageReader, **options: Any
+        self,
+        labelled: LabelledImages,
+        captions: Sequence[Sequence[str]],
+        *,
+        images: ImageReader,
+        augments: bool,
+        **options: Any,
     ):
         super().__init__(images=images, **options)
+        self.augments = augments
         self.labels, self._captions = labelled.labels.tolist(), captions
         self._files = [png_of(image) for image in labelled.images]
 
@@ -64,6 +81,14 @@ class LabelledCaptions(ImageCaptionPairs):
 
     def captions(self, index: int) -> Sequence[str]:
         return self._captions[self.labels[index]]
+
+    def arrange(self, index: int, modalities: list[Any], generator: torch.Generator) -> Sample:
+        sample = super().arrange(index, modalities, generator)
+        first, *rest = sample.parts
+        if not self.augments or not rest or isinstance(first, Tensor):
+            return sample
+        moved = augment(first[1].movedim(-1, 0)[None], generator)[0].movedim(0, -1)
+        return replace(sample, parts=[(first[0], moved), *rest])
 
     def describe(self, index: int) -> str:
         return f"image {index}"
@@ -97,7 +122,73 @@ def as_one_size(pictures: Sequence[Float[Tensor, "h w c"] | None]) -> Float[Tens
     return sheet
 
 
-def share_of_right_captions(captions: Sequence[str], labels: Int[Tensor, " n"], names: Sequence[str]) -> float:
-    """How many captions name the class of their image, and no other."""
-    found = [mentioned_class(caption, names) for caption in captions]
-    return sum(name == label for name, label in zip(found, labels.tolist(), strict=True)) / len(captions)
+def some_images(pairs: ImageCaptionPairs, count: int) -> list[tuple[Float[Tensor, "h w c"], Sequence[str]]]:
+    """Up to `count` images with their captions, evenly spread over all; without those that are broken or bare."""
+    found = []
+    for index in range(0, len(pairs), max(1, len(pairs) // max(count, 1))):
+        try:
+            found.append((pairs.modalities(index)[0][1], pairs.captions(index)))
+        except SkipSample:
+            continue
+    return [(image, captions) for image, captions in found if captions][:count]
+
+
+# scores. `pictures` is a `PictureModel`; `options` are those of `SamplingOptions`
+
+
+class Scores(NamedTuple):
+    """Shares of what came out right.
+
+    - `drawn`: drawings that show what was asked for; None where nobody can tell
+    - `captioned`: captions that say what the image shows
+    - `reference`: real images that the judge of the drawings recognises; None where there is none
+    """
+
+    drawn: float | None
+    captioned: float
+    reference: float | None = None
+
+
+def score_labelled(
+    pictures: Any, data: ImageData, *, per_class: int, seed: int, sheet: Path, options: Mapping[str, Any]
+) -> Scores:
+    """Drawings are recognised by an independent classifier. Captions of held-out images name their class, and no other.
+
+    The first drawings are saved as `sheet`, with a red caption where they were not recognised.
+    """
+    judge, reference = train_judge(data, seed=seed)
+    names, generator = class_words(data), torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(names)).repeat(per_class)
+    captions = [sentences(names[label], TEMPLATES[data.name]) for label in labels.tolist()]
+    prompts = [of_class[i // len(names) % len(of_class)] for i, of_class in enumerate(captions)]
+    drawn = as_one_size(pictures.draw(prompts, generator=generator, **options))
+    height, width = data.train.images.shape[2:]
+    room = (0, max(0, width - drawn.shape[3]), 0, max(0, height - drawn.shape[2]))  # the judge takes one size
+    seen = recognised(judge, F.pad(drawn, room, value=1.0)[..., :height, :width])
+    save_grid(sheet, drawn[:40], prompts[:40], smallest=96, correct=(seen == labels)[:40])
+    held_out, truth = data.test.images[:1000].movedim(1, -1), data.test.labels[:1000].tolist()
+    written = pictures.describe(list(held_out), text_temperature=0.0, generator=generator)
+    right = sum(mentioned_class(text, names) == label for text, label in zip(written, truth, strict=True))
+    return Scores((seen == labels).float().mean().item(), right / len(truth), reference)
+
+
+def score_remembered(pictures: Any, pairs: ImageCaptionPairs, *, count: int, seed: int, options: Any) -> Scores:
+    """Of images that were trained on: a drawing is right if its image is nearest to it among all (at most 5,000), by
+    the mean square of pixels; a caption if it is one of the image's, word for word.
+    """
+    every, generator = some_images(pairs, 5000), torch.Generator().manual_seed(seed)
+    chosen = range(0, len(every), max(1, len(every) // count))[:count]
+    asked = [every[i][1][0] for i in chosen]
+    written = pictures.describe([every[i][0] for i in chosen], text_temperature=0.0, generator=generator)
+    captioned = sum(text in every[i][1] for text, i in zip(written, chosen, strict=True)) / len(chosen)
+    if len({image.shape for image, _ in every}) > 1:
+        return Scores(None, captioned)
+    flat = torch.stack([image.flatten() for image, _ in every])
+    drawn = pictures.draw(asked, generator=generator, **options)
+    right = [
+        picture is not None
+        and picture.numel() == flat.shape[1]
+        and caption in every[int((flat - picture.flatten()).square().sum(-1).argmin())][1]
+        for picture, caption in zip(drawn, asked, strict=True)
+    ]
+    return Scores(sum(right) / len(right), captioned)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from einops import repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from .run import optional
@@ -56,6 +56,12 @@ def save_grid(
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")
     return path
+
+
+def load_picture(path: str | Path) -> UInt8[Tensor, "h w 3"]:
+    """A picture that was written, as trackers take it."""
+    image = optional("PIL.Image").open(path).convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
 
 
 def check_grid(images: Tensor, labels: Any, correct: Tensor | None, columns: int) -> None:

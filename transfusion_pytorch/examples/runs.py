@@ -10,10 +10,14 @@ def open_run(results: Path, name: str, *, resume: Any) -> tuple[Path, bool | Pat
     """The folder of a run, and what `Trainer.fit(resume=)` takes.
 
     `resume` is None for a fresh folder `results/name-...`, True for the latest of those, or the folder of a run or of
-    one of its checkpoints. Raises `FileNotFoundError` where there is none.
+    one of its checkpoints. Raises `FileNotFoundError` where there is none, and `OSError` where `results` cannot be
+    written.
     """
     if resume is None:
-        return fresh_folder(results, name), False
+        try:
+            return fresh_folder(results, name), False
+        except OSError as error:
+            raise OSError(f"results cannot be written to {results}: {error.strerror}") from error
     if resume is True:
         runs = [folder for folder in Path(results).glob(f"{name}-*") if (folder / "checkpoints").is_dir()]
         if not runs:

@@ -108,6 +108,14 @@ class Launch:
         dist.gather_object(value, gathered)
         return gathered or []
 
+    def share(self, value: Any) -> Any:
+        """What the main process has, for all. All must ask."""
+        if self.size == 1:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
 
 def shard(model: nn.Module) -> None:
     """Splits the parameters of every layer, and of the rest, over the processes (FSDP2)."""
