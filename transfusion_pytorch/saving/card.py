@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from torch import Tensor
 
 from transfusion_pytorch.saving.configuration import LIBRARY, needed_modules
 
@@ -104,6 +105,8 @@ def _table(name: str, value: str, rows: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
         value = f"{float(value):.6g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
