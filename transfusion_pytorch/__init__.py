@@ -47,6 +47,8 @@ from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.saving.card import ModelCard
+from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
@@ -83,6 +85,7 @@ __all__ = [
     "Mixture",
     "ModalityDone",
     "ModalityStarted",
+    "ModelCard",
     "Packer",
     "Request",
     "Sample",
@@ -111,6 +114,7 @@ __all__ = [
     "plain_formulas",
     "print_modality_sample",
     "random_states",
+    "register_component",
     "render_image",
     "set_random_states",
     "show_sample",

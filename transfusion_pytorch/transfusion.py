@@ -22,10 +22,12 @@ from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
+from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
 from transfusion_pytorch.network.cache import CacheView
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
+from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.samples import Piece, Shape
@@ -57,7 +59,9 @@ class StreamOutput(NamedTuple):
     adapter_state: dict[int, Any]
 
 
-class Transfusion(BatchingMethods, TrainingMethods, SamplingMethods, MarkerIds, nn.Module):
+class Transfusion(
+    BatchingMethods, TrainingMethods, SamplingMethods, SavingMethods, StatisticsMethods, MarkerIds, nn.Module
+):
     """Autoregressive text and flow matching over any number of modalities, in one transformer (arXiv 2408.11039).
 
     Every call, whether a batch of mixed samples, plain text, plain images or a decoding step, is one packed stream
@@ -156,6 +160,7 @@ class Transfusion(BatchingMethods, TrainingMethods, SamplingMethods, MarkerIds, 
         self.time_policy = time_policy or TimePolicy()
         self.ignore_index = ignore_index
         self.process_group: Any = None  # of data parallelism, where it is neither DDP's own nor the default one
+        self._ddp_params_and_buffers_to_ignore = names_of_statistics(len(self.modalities))
         self._live_shapes = self._shape_finders(is_live=True)
 
     def forward(

@@ -12,9 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transfusion_pytorch.saving.components import register_component
+
 TimesFunction = Callable[[Int[Tensor, " b"]], Float[Tensor, "b m"]]
 
 
+@register_component
 @dataclass(frozen=True)
 class TimePolicy:
     """How the noise of a training batch is distributed.

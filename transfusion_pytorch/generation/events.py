@@ -55,8 +55,9 @@ class ModalityStarted:
 class DrawingProgress:
     """`step` of `num_steps` intervals of the solver are done, and the flow stands at `time`.
 
-    `latents` are channel-last, as noisy as that time says. `estimate` is where they land if they keep going straight;
-    `preview()` is that as users see it: decoded, channels where the user has them.
+    `latents` are channel-last, in the scale of the network, as noisy as that time says. `estimate` is where they land
+    if they keep going straight; `preview()` is that as users see it: decoded, in their scale, channels where they have
+    them.
     """
 
     type: int

@@ -22,6 +22,28 @@ class Modalities(nn.ModuleList):
 
         def __getitem__(self, modality: int) -> ModalityIO: ...
 
+    def arguments(self) -> dict[str, Any]:
+        """The inverse of `build_modalities`: the arguments of `Transfusion` that make these, one value for all
+        modalities or a list.
+        """
+        ios = list(self)
+        pairs = [(io.adapter.down, io.adapter.up) if isinstance(io.adapter, PairAdapter) else None for io in ios]
+        parsers = [io.spec.parse_shape for io in ios]
+        arguments = dict(
+            modality_default_shape=[io.spec.default_shape for io in ios],
+            modality_num_dim=[io.spec.num_dim for io in ios],
+            channel_first_latent=[io.spec.channel_first for io in ios],
+            modality_encoder=[io.encoder for io in ios],
+            modality_decoder=[io.decoder for io in ios],
+            modality_encoder_decoder_requires_batch_dim=[io.batched for io in ios],
+            pre_post_transformer_enc_dec=pairs,
+            add_pos_emb=[io.positions is not None for io in ios],
+            to_modality_shape_fn=[parse.parse if isinstance(parse, _SafeParser) else None for parse in parsers],
+        )
+        return dict(dim_latent=[io.spec.dim_latent for io in ios]) | {
+            name: values[0] if _are_one(values) else values for name, values in arguments.items()
+        }
+
 
 def build_modalities(
     *,
@@ -144,6 +166,16 @@ class _SafeParser:
 
 def _is_shape(value: Any) -> bool:
     return is_sequence(value) and all(map(is_int, value))
+
+
+def _are_one(values: Sequence[Any]) -> bool:
+    """Whether one number, shape or None stands for all of these: `[False, False]`."""
+    return (
+        not isinstance(values[0], (nn.Module, list))
+        and not callable(values[0])
+        and not _is_pair(values[0])
+        and all(value == values[0] for value in values)
+    )
 
 
 def _is_pair(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.modalities.adapters import AxialPositions, LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.autoencoder import drawing_from, run_half
+from transfusion_pytorch.modalities.statistics import LatentStatistics, ScaleCheck
 from transfusion_pytorch.sequence.batch import ModalityData, RawInstances
 from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, check_finite
@@ -38,8 +39,8 @@ class ModalityInfo(NamedTuple):
 class ModalityIO(nn.Module):
     """Stands between the data of one modality and the transformer.
 
-    Data is encoded to latents (by a frozen autoencoder, or not at all), latents are embedded as tokens, and what the
-    transformer makes of those is read back as latents.
+    Data is encoded to latents (by a frozen autoencoder, or not at all) and normalised by the latent statistics, if
+    there are any; latents are embedded as tokens, and what the transformer makes of those is read back as latents.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ModalityIO(nn.Module):
         super().__init__()
         self.spec, self.adapter, self.batched = spec, adapter, batched
         self.encoder, self.decoder = encoder, decoder
+        self.statistics, self.scale_check = LatentStatistics(spec.dim_latent), ScaleCheck()
         self.positions = AxialPositions(dim, spec.num_dim) if add_pos_emb and spec.num_dim else None
         for module in self.frozen:
             module.eval().requires_grad_(False)
@@ -116,7 +118,7 @@ class ModalityIO(nn.Module):
 
     @torch.no_grad()
     def encode(self, data: Sequence[Float[Tensor, "..."]], places: Sequence[str]) -> list[Float[Tensor, "..."]]:
-        """Raw instances to channel-last latents; `places` say where each came from, for errors."""
+        """Raw instances to channel-last latents in the encoder's scale; `places` say where each is from, for errors."""
         if self.encoder is not None:
             data = self._by_shape(self.encoder, data, places)
         encoded = [self.spec.to_channel_last(latents, where) for latents, where in zip(data, places, strict=True)]
@@ -134,7 +136,27 @@ class ModalityIO(nn.Module):
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "k c"]:
-        """The latents of a batch, flat and in the order of their spans; what is raw is encoded.
+        """The latents of a batch as the network sees them: flat, in the order of their spans, normalised. See
+        `encoded_latents`.
+        """
+        encoded = self.encoded_latents(data, placement, dtype, generator)
+        if self.training:
+            self.check_scale(encoded)
+        return self.statistics.normalize(encoded)
+
+    def check_scale(self, latents: Float[Tensor, "k c"] | None) -> None:
+        """Warns once where latents in the encoder's scale are far from unit variance, and nothing normalises them."""
+        if latents is not None and not self.statistics.is_set:
+            self.scale_check(latents, self.spec.type)
+
+    def encoded_latents(
+        self,
+        data: ModalityData,
+        placement: Placement,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "k c"]:
+        """The latents of a batch in the encoder's scale; what is raw is encoded.
 
         The encoder is frozen, but gradients go through it to data that want them, which stand in a `Condition`. With a
         `generator`, whatever it draws depends on that alone. Raises `ValueError` where it makes latents of another
@@ -168,14 +190,18 @@ class ModalityIO(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Float[Tensor, "..."]]) -> list[Float[Tensor, "..."]]:
-        """Channel-last latents to raw instances."""
+        """Channel-last latents, normalised as the network has them, to raw instances."""
         return self.decode_with_gradient(latents)
 
     def decode_with_gradient(self, latents: Sequence[Float[Tensor, "..."]]) -> list[Float[Tensor, "..."]]:
         """The same, for a loss that reaches through the decoder (which is frozen) to what it decodes."""
-        data = [self.spec.from_channel_last(part) for part in latents]
+        data = [self.shown(part) for part in latents]
         places = [f"modality {self.spec.type}, latents of shape {tuple(part.shape)}" for part in data]
         return data if self.decoder is None else self._by_shape(self.decoder, data, places)
+
+    def shown(self, latents: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Latents as users see them: in the encoder's scale, channels where they have them."""
+        return self.spec.from_channel_last(self.statistics.denormalize(latents))
 
     def embed(
         self, latents: Float[Tensor, "k c"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"]

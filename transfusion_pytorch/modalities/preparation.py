@@ -18,7 +18,7 @@ def encode(
     dtype: torch.dtype,
     name: str = "sample",
 ) -> list[list[Piece]]:
-    """Replaces raw data by channel-last latents, batched over equal shapes."""
+    """Replaces raw data by channel-last latents as the network sees them, batched over equal shapes."""
     encoded = [list(sample) for sample in samples]
     for io in modalities:
         instances = _instances(samples, io.spec.type)
@@ -33,21 +33,22 @@ def encode(
         latents |= zip(raw, made, strict=True)
         for (i, j), instance in instances.items():
             # under autocast an encoder gives less than `dtype`
-            encoded[i][j] = instance._replace(tensor=latents[i, j].to(dtype), is_encoded=True)
+            normalized = io.statistics.normalize(latents[i, j].to(dtype))
+            encoded[i][j] = instance._replace(tensor=normalized, is_encoded=True)
     return encoded
 
 
 def decode(
     samples: Sequence[Sequence[Piece]], modalities: Iterable[ModalityIO], *, device: torch.device, raw: bool = False
 ) -> list[list[Tensor | tuple[int, Tensor]]]:
-    """The inverse of `encode`: samples as users see them, or their latents as they are if `raw`."""
+    """The inverse of `encode`: samples as users see them, or their latents in the encoder's scale if `raw`."""
     decoded: list[list[Any]] = [
         [piece.ids.to(device) if isinstance(piece, Text) else piece.tensor for piece in sample] for sample in samples
     ]
     for io in modalities:
         instances = _instances(samples, io.spec.type)
         latents = [instance.tensor for instance in instances.values()]
-        data = [io.spec.from_channel_last(part) for part in latents] if raw else io.decode(latents)
+        data = [io.shown(part) for part in latents] if raw else io.decode(latents)
         for (i, j), instance in zip(instances, data, strict=True):
             decoded[i][j] = (io.spec.type, instance)
     return decoded

@@ -14,6 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.linear import Conv1d, Conv2d, Conv3d, Linear
+from transfusion_pytorch.saving.components import register_component
 
 CONVOLUTIONS = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
@@ -63,6 +64,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.conv_out(F.silu(hidden))
 
 
+@register_component
 class UNetDown(nn.Module):
     """From latents `(g, dim_latent, *axes)` to tokens `(g, dim, *axes / 2**num_downsamples)`, rounded up.
 
@@ -91,6 +93,7 @@ class UNetDown(nn.Module):
         return self.last_block(x, condition), skips
 
 
+@register_component
 class UNetUp(nn.Module):
     """From tokens back to latents, reading what `UNetDown` kept; the output starts at zero."""
 

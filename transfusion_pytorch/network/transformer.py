@@ -24,10 +24,12 @@ from transfusion_pytorch.network.compile import Checkpointing, layer_caller
 from transfusion_pytorch.network.layer import Layer, residual_connection
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
+from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.positions import rotary_phases
 
 
+@register_component
 class Transformer(nn.Module):
     """The trunk that text and latents share.
 
@@ -151,7 +153,7 @@ class Transformer(nn.Module):
         """From now on layers run compiled, with flex or dense attention inside: one graph for each kind of layer.
 
         Graphs are made when they are first needed, and serve all batches of one number of tokens and of spans: pad
-        batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and saved
+        batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and pickled
         models keep them. Steps of decoding are not compiled. Raises `RuntimeError` under `TYPECHECK=1`, whose checks no
         graph can hold.
 

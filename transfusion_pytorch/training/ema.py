@@ -1,6 +1,7 @@
 """An exponential moving average of a model that can do what the model can."""
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -28,14 +29,15 @@ def create_ema(
     of them. From then on every `update_every`-th update moves it: `beta` old and `1 - beta` new (less at the
     beginning, see `EMA`). Shorter runs than that want smaller numbers.
 
-    Frozen autoencoders are shared with the model, not copied. Its `state_dict` has the average without the model
-    (`include_online_model=True` adds it). `options` are those of `EMA`.
+    Frozen autoencoders and latent statistics are shared with the model, not copied. Its `state_dict` has the average
+    without the model (`include_online_model=True` adds it). `options` are those of `EMA`.
 
     Raises `TypeError` for a model that `fully_shard` has split already: create the average first, then shard both.
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise TypeError("a sharded model cannot be copied: call create_ema before fully_shard, then shard both")
-    frozen = {name: module for name, module in model.named_modules() if name.endswith((".encoder", ".decoder"))}
+    shared = re.compile(r"(\.encoder|\.decoder|modalities\.\d+\.statistics)$")
+    frozen = {name: module for name, module in model.named_modules() if shared.search(name)}
     frozen = {name: module for name, module in frozen.items() if _is_frozen(module)}
     average = copy.deepcopy(model, {id(module): module for module in frozen.values()})
     options = dict(include_online_model=False) | options

@@ -1,0 +1,225 @@
+"""What a model offers for being saved, loaded and shared."""
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from transfusion_pytorch.saving.card import CARD_FILE, ModelCard, is_ours, render
+from transfusion_pytorch.saving.components import own_class
+from transfusion_pytorch.saving.configuration import (
+    CONFIG_FILE,
+    check_names,
+    constructor_arguments,
+    describe,
+    load_config,
+)
+from transfusion_pytorch.saving.files import save_json, save_tensors, whole_file
+from transfusion_pytorch.saving.hub import folder_of, upload
+from transfusion_pytorch.saving.tokenizer import TOKENIZER_FILE, load_tokenizer, save_tokenizer, tokenizer_json
+from transfusion_pytorch.saving.weights import WEIGHTS_FILE, build_without_weights, load_weights, weights_of
+
+Model = TypeVar("Model", bound="SavingMethods")
+
+
+class SavingMethods:
+    """Saving and loading by folders of safetensors and JSON. Mixed into `Transfusion`."""
+
+    vocabulary: Any
+    transformer: Any
+    modalities: Any
+    loss_weights: Any
+    fallback_to_default_shape_if_invalid: bool
+    model_output_clean: bool
+    odeint_kwargs: dict[str, Any]
+    prob_uncond: float
+    time_policy: Any
+    ignore_index: int
+
+    name_or_path: str | None = None  # where it was loaded from; PEFT writes it into the configuration of an adapter
+    _tokenizer: Any = None  # or the text of its file, until somebody wants it
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """The arguments that build this model again, as they are now: what was changed after it was built, such as
+        `prob_uncond` or an encoder, is what counts. Modules are the model's own.
+
+        A subclass whose constructor takes other arguments returns those instead.
+        """
+        weights = self.loss_weights
+        return dict(
+            num_text_tokens=self.vocabulary.num_text,
+            transformer=self.transformer,
+            **self.modalities.arguments(),
+            fallback_to_default_shape_if_invalid=self.fallback_to_default_shape_if_invalid,
+            text_loss_weight=weights.text,
+            flow_loss_weight=weights.flow,
+            velocity_consistency_loss_weight=weights.velocity,
+            reconstruction_loss_weight=weights.recon,
+            model_output_clean=self.model_output_clean,
+            odeint_kwargs=self.odeint_kwargs,
+            prob_uncond=self.prob_uncond,
+            time_policy=self.time_policy,
+            ignore_index=self.ignore_index,
+        )
+
+    def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None, tokenizer: Any = None) -> None:
+        """Writes the model into a folder, which is made if need be:
+
+        - `model.safetensors`: the `state_dict`, frozen autoencoders and latent statistics included, yours too
+        - `config.json`: all arguments of the constructor, those of `Transformer`, `UNetDown`, `UNetUp` and `TimePolicy`
+          included. Modules and functions of your own are named, and `from_pretrained` wants them handed over, unless
+          their class is a registered component (`register_component`).
+        - `README.md` with what the `card` says, unless there is one that was written by somebody else
+        - `tokenizer.json` if there is a `tokenizer`, a `tokenizers.Tokenizer` or a fast one of `transformers`; by
+          default the one that the model was loaded with
+
+        Files that are there are replaced one by one, each of them whole or not at all. All processes that share a
+        model by `fully_shard` call this, and one of them writes. Raises `TypeError` or `ValueError` for what cannot be
+        saved, before anything is written, and `OSError` where the folder cannot be.
+        """
+        folder = Path(folder).expanduser()
+        self._write(folder, source=folder.resolve().name, card=card, tokenizer=tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder_or_hub_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **modules_and_overrides: Any,
+    ) -> Model:
+        """The model of a folder that `save_pretrained` wrote, or of a repository on the Hugging Face hub, in evaluation
+        mode: call `train()` to go on training.
+
+        `device` is where the weights are loaded to (the CPU by default), `dtype` what floating point parameters are
+        cast to (else they stay what they were). `modules_and_overrides` are arguments of the constructor: modules of
+        your own that the configuration only names (one for all modalities that had one, or a list), and anything that
+        is to be other than it was. Modules handed over get the weights that were saved. `revision` to
+        `local_files_only` are those of `huggingface_hub.snapshot_download`.
+
+        Nothing is unpickled, and nothing is imported because a file names it. Raises `ValueError` that names the file
+        for one that is cut off, foreign or too new; one that lists what is to be handed over; one that lists weights
+        that are missing, left over or of another shape; and `FileNotFoundError` where there is no such model.
+        """
+        target = _checked_device_and_dtype(device, dtype)
+        download = dict(revision=revision, token=token, cache_dir=cache_dir)
+        folder = folder_of(
+            folder_or_hub_id, force_download=force_download, local_files_only=local_files_only, **download
+        )
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: it is no model that save_pretrained wrote")
+        path = folder / CONFIG_FILE
+        config = load_config(path)
+        build = partial(_build, cls, config, modules_and_overrides, path)
+        model = build_without_weights(build)
+        load_weights(model, folder / WEIGHTS_FILE, build, device=target, dtype=dtype)
+        model.name_or_path = str(folder_or_hub_id)
+        if (folder / TOKENIZER_FILE).is_file():
+            model._tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+        return model.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload model",
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        card: ModelCard | None = None,
+        tokenizer: Any = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub, which is made if there is
+        none. Returns the address of the commit, or nothing on a process that leaves this to another (see
+        `save_pretrained`).
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder), source=repo_id, card=card, tokenizer=tokenizer)
+            if not self._is_writer:
+                return ""
+            return upload(
+                Path(folder),
+                repo_id,
+                private=private,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` that the model was saved with, or None. Needs the package of that name."""
+        if isinstance(self._tokenizer, str):
+            where = f"{TOKENIZER_FILE} of {self.name_or_path}"
+            self._tokenizer = load_tokenizer(self._tokenizer, self.vocabulary.num_text, where)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def _is_writer(self) -> bool:
+        """Of the processes that share a model by `fully_shard`, one writes."""
+        return not isinstance(self, FSDPModule) or dist.get_rank() == 0
+
+    def _write(self, folder: Path, *, source: str, card: ModelCard | None, tokenizer: Any) -> None:
+        config = describe(own_class(self), self.constructor_arguments())
+        weights = weights_of(self)  # type: ignore[arg-type]
+        text = self._tokenizer if tokenizer is None else tokenizer
+        if text is not None and not isinstance(text, str):
+            text = tokenizer_json(text, self.vocabulary.num_text)
+        count = sum(weights[name].numel() for name, _ in self.named_parameters())  # type: ignore[attr-defined]
+        readme = render(card or ModelCard(), config, source=source, num_parameters=count)
+        if not self._is_writer:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; save_pretrained needs the name of a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+            save_json(folder / CONFIG_FILE, config)
+            if text is not None:
+                save_tokenizer(folder / TOKENIZER_FILE, text)
+            if is_ours(folder / CARD_FILE):
+                with whole_file(folder / CARD_FILE) as partial_file:
+                    partial_file.write_text(readme, encoding="utf-8")
+        except PermissionError as error:
+            raise PermissionError(f"{folder} cannot be written to: {error}") from error
+
+
+def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> Any:
+    """A model of a configuration. Raises `ValueError` that names the file."""
+    arguments = constructor_arguments(config, given, path)
+    try:
+        check_names(cls, arguments)
+        return cls(**arguments)
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checked_device_and_dtype(device: Any, dtype: Any) -> torch.device:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating point type such as torch.bfloat16, got {dtype!r}")
+    target = torch.device("cpu" if device is None else device)
+    try:
+        torch.empty(1, device=target).cpu()
+    except (AssertionError, RuntimeError) as error:  # torch built without CUDA asserts that it is there
+        raise ValueError(f"weights cannot be loaded to device {str(target)!r}: {error}") from error
+    return target
