@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/generation.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/generation.md", "docs/training.md", "docs/data.md"])
 def test_every_example_runs(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert len(blocks) >= 5
@@ -17,7 +17,7 @@ def test_every_example_runs(page):
 
 
 def test_the_file_tree_names_every_module():
-    for folder in ("", "sequence", "flow", "network", "generation", "display", "training", "modalities"):
+    for folder in ("", "sequence", "flow", "network", "generation", "display", "training", "modalities", "data"):
         for file in (ROOT / "transfusion_pytorch" / folder).glob("*.py"):
             assert file.name == "__init__.py" or re.search(rf"^ +{file.name} ", README, flags=re.MULTILINE), file
 

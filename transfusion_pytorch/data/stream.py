@@ -228,7 +228,9 @@ class StreamLoader:
                 position, index = position + 1, index + 1
                 yield _Item(content, reference, StreamCursor(position=position, epoch=epoch, index=index))
             if not index:
-                raise ValueError(f"source {self.source!r} has no samples")
+                raise ValueError(
+                    f"source {self.source!r} has no samples in epoch {epoch}; a generator, for example, is read once only"
+                )
             epoch, first, state = epoch + 1, 0, None
 
 
