@@ -12,7 +12,7 @@ from tiny import ragged_batch, tiny
 from torch import tensor
 
 from transfusion_pytorch import DataPlan, Latents, Mixture, Sample, SampleError, SkipSample
-from transfusion_pytorch.data.order import seed_of, seeded, shuffled
+from transfusion_pytorch.data.order import generators_kept, seed_generators, seed_of, shuffled
 from transfusion_pytorch.data.packing import best_fit
 
 
@@ -61,7 +61,7 @@ def test_seeds_depend_on_every_key_and_on_their_order():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_seeding_for_a_while_leaves_the_generators_where_they_were():
+def test_generators_are_seeded_and_put_back():
     import random
 
     import numpy
@@ -69,18 +69,19 @@ def test_seeding_for_a_while_leaves_the_generators_where_they_were():
     def draw():
         return random.random(), float(numpy.random.rand()), torch.rand(()).item()
 
-    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-    before = draw()
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
-    torch.random.set_rng_state(states[2])
-    with seeded(5):
-        inside = draw()
-    assert draw() == before
-    with seeded(5):
-        assert draw() == inside
-    with seeded(6):
-        assert all(one != other for one, other in zip(draw(), inside, strict=True))
+    before = []
+    for _ in range(2):
+        with generators_kept():
+            before.append(draw())
+    assert before[0] == before[1]
+    inside = []
+    with generators_kept():
+        for seed in (5, 5, 6):
+            seed_generators(seed)
+            inside.append(draw())
+    assert inside[0] == inside[1]
+    assert all(one != other for one, other in zip(inside[0], inside[2], strict=True))
+    assert draw() == before[0]
 
 
 def test_small_orders_are_all_equally_likely():

@@ -193,7 +193,7 @@ def test_a_sample_longer_than_the_budget():
 def test_a_stream_that_cannot_go_on_says_so():
     with pytest.raises(ValueError, match="source 'stream' has no samples in epoch 0"):
         list(loader(dataset=[]))
-    with pytest.raises(ValueError, match="no samples in epoch 1; a generator, for example, is read once only"):
+    with pytest.raises(ValueError, match="no samples in epoch 1; a generator can be read once only"):
         list(loader(dataset=iter(range(20))))
     with pytest.raises(SampleError, match=r"every sample of an epoch was left out; the last one because: \d+ tokens"):
         next(iter(loader("packs", token_budget=2, too_long="skip", epochs=None)))

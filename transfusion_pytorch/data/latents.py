@@ -14,7 +14,7 @@ from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample,
 from transfusion_pytorch.data.order import generator_of
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
-from transfusion_pytorch.saving.files import load_json, open_tensors, save_json, save_tensors
+from transfusion_pytorch.saving.files import load_json, open_tensors, remove_partial, save_json, save_tensors
 from transfusion_pytorch.sequence.samples import Condition, Latents, Modality, Piece, Sample, Text, parse_sample
 
 FORMAT = 1
@@ -64,6 +64,7 @@ def cache_latents(
     }
     target = Path(folder) / blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     if not (target / INDEX).is_file():
+        remove_partial(target)
         count = -(-len(dataset) // SHARD_SIZE)
         missing = [shard for shard in range(count) if not _shard(target, shard).is_file()]
         for shard in progress(missing):

@@ -4,7 +4,7 @@ from typing import Any
 
 from transfusion_pytorch.data.loading import SampleError, SkipSample, load_sample, name_of
 from transfusion_pytorch.data.mixture import Mixture
-from transfusion_pytorch.data.order import SampleReference
+from transfusion_pytorch.data.order import SampleReference, generators_kept
 from transfusion_pytorch.sequence.packer import Packer
 
 
@@ -54,7 +54,8 @@ class Lengths:
         if hasattr(dataset, "num_tokens"):
             return int(dataset.num_tokens(reference.index))
         assert self.packer is not None
-        return self.packer.num_tokens(load_sample(self.mixture.datasets, reference, self.seed))
+        with generators_kept():
+            return self.packer.num_tokens(load_sample(self.mixture.datasets, reference, self.seed))
 
     def _is_fixed(self, dataset: Any) -> bool:
         """Whether the length of a sample is always the same."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from transfusion_pytorch.data.loading import Skipped, SkipSample, load_sample
-from transfusion_pytorch.data.order import SampleReference
+from transfusion_pytorch.data.order import SampleReference, generators_kept, seed_generators, seed_of
 from transfusion_pytorch.data.plan import DataPlan, StepPlan
 from transfusion_pytorch.sequence.samples import Sample
 
@@ -41,7 +41,7 @@ class StepLoader:
     token budget, pack `k` of a step goes to process `k % num_processes`.
 
     Samples and bits are the same for any number of workers, and a step has the same samples for any number of
-    processes. Nothing is drawn from global random generators. Iterate over one iterator at a time.
+    processes. The global random generators do not move. Iterate over one iterator at a time.
     """
 
     def __init__(
@@ -148,13 +148,24 @@ class _MicroBatches(Dataset):
         samples: list[Sample] = []
         kept: list[SampleReference] = []
         skipped: list[Skipped] = []
-        for reference in references:
-            try:
-                samples.append(load_sample(self.datasets, reference, self.seed))
-                kept.append(reference)
-            except SkipSample as reason:
-                skipped.append(Skipped(reference, str(reason)))
-        return _Loaded(self.collate(samples, kept) if samples else None, skipped)
+        with generators_kept():
+            for reference in references:
+                try:
+                    samples.append(load_sample(self.datasets, reference, self.seed))
+                    kept.append(reference)
+                except SkipSample as reason:
+                    skipped.append(Skipped(reference, str(reason)))
+            return _Loaded(collate_seeded(self.collate, samples, kept, self.seed), skipped)
+
+
+def collate_seeded(collate: Collate, samples: list[Sample], references: list[SampleReference], seed: int) -> Any:
+    """Collates with the global generators seeded by the first position, for packers that draw which text is dropped.
+    None where there are no samples.
+    """
+    if not samples:
+        return None
+    seed_generators(seed_of(seed, "batch", references[0].position))
+    return collate(samples, references)
 
 
 def split_evenly(samples: Sequence[Any], count: int) -> list[tuple[Any, ...]]:

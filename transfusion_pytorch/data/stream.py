@@ -8,9 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, split_evenly
+from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, collate_seeded, split_evenly
 from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample
-from transfusion_pytorch.data.order import SampleReference, generator_of, seed_of, seeded, shuffled
+from transfusion_pytorch.data.order import (
+    SampleReference,
+    generator_of,
+    generators_kept,
+    seed_generators,
+    seed_of,
+    shuffled,
+)
 from transfusion_pytorch.data.packing import TooLong, make_window
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Sample
@@ -150,21 +157,23 @@ class StreamLoader:
 
     def _collated(self, items: list["_Item"], skipped: list[Skipped]) -> Any:
         """None where nothing is left."""
-        samples, references = [], []
-        for item in items:
-            try:
-                samples.append(self._prepared(item))
-                references.append(item.reference)
-            except SkipSample as reason:
-                skipped.append(Skipped(item.reference, str(reason)))
-        return self.collate(samples, references) if samples else None
+        samples: list[Sample] = []
+        references: list[SampleReference] = []
+        with generators_kept():
+            for item in items:
+                try:
+                    samples.append(self._prepared(item))
+                    references.append(item.reference)
+                except SkipSample as reason:
+                    skipped.append(Skipped(item.reference, str(reason)))
+            return collate_seeded(self.collate, samples, references, self.seed)
 
     def _prepared(self, item: "_Item") -> Sample:
         content, reference = item.content, item.reference
         own = seed_of(self.seed, "sample", reference.position)
         try:
-            with seeded(own):
-                made = content if self.prepare is None or item.is_prepared else self.prepare(content, generator_of(own))
+            seed_generators(own)
+            made = content if self.prepare is None or item.is_prepared else self.prepare(content, generator_of(own))
             return as_sample(made, name=f"{self.source}[{reference.index}]", source=self.source)
         except SkipSample:
             raise
@@ -205,16 +214,17 @@ class StreamLoader:
             return packer.num_tokens(sample)
 
         packer = self.packer
-        packed = make_window(
-            [item.reference for item in window],
-            (),
-            size_of,
-            budget=self.token_budget,
-            too_long=self.too_long,
-            seed=self.seed,
-            start=start,
-            is_last=True,
-        )
+        with generators_kept():
+            packed = make_window(
+                [item.reference for item in window],
+                (),
+                size_of,
+                budget=self.token_budget,
+                too_long=self.too_long,
+                seed=self.seed,
+                start=start,
+                is_last=True,
+            )
         return [[prepared[r.position] for r in pack] for pack in packed.packs], list(packed.skipped)
 
     def _items(self, cursor: StreamCursor) -> Iterator["_Item"]:
@@ -229,7 +239,7 @@ class StreamLoader:
                 yield _Item(content, reference, StreamCursor(position=position, epoch=epoch, index=index))
             if not index:
                 raise ValueError(
-                    f"source {self.source!r} has no samples in epoch {epoch}; a generator, for example, is read once only"
+                    f"source {self.source!r} has no samples in epoch {epoch}; a generator can be read once only"
                 )
             epoch, first, state = epoch + 1, 0, None
 
