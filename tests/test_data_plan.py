@@ -288,9 +288,34 @@ def test_a_state_of_other_data_is_refused():
         DataPlan(Sized([1] * 4), batch_size=2, seed=1).load_state(state)
     with pytest.raises(ValueError, match=r"sizes was {'data': 4} and is {'data': 5}"):
         DataPlan(Sized([1] * 5), batch_size=2).load_state(state)
-    with pytest.raises(ValueError, match="has 'plan' and 'cursor'"):
+    with pytest.raises(ValueError, match=r"expected a state with 'plan' and 'cursor', got {'step': 3}"):
         DataPlan(Sized([1] * 5), batch_size=2).load_state({"step": 3})
     DataPlan(Sized([1] * 4), batch_size=2, epochs=9).load_state(state)  # longer is the same order
+
+
+def test_more_epochs_go_on_at_the_end_and_lose_nothing():
+    def make(epochs):
+        return DataPlan(Sized([7] * 30), token_budget=20, epochs=epochs, buffer=16)
+
+    short, long = make(2), make(5)
+    seen = [r.position for step in short for pack in step.micro_batches for r in pack]
+    long.load_state(short.state())
+    seen += [r.position for step in long for pack in step.micro_batches for r in pack]
+    assert sorted(seen) == list(range(150))
+
+
+def test_an_end_that_moves_within_the_window_is_refused():
+    def make(epochs):
+        return DataPlan(Sized([7] * 30), token_budget=20, epochs=epochs, buffer=16)
+
+    plan, states = make(2), []
+    for _ in plan:
+        states.append(plan.state())
+    longer = make(None)
+    longer.load_state(states[2])
+    with pytest.raises(ValueError, match="ended after 60 samples and now end after None; go on with the same epochs"):
+        longer.load_state(states[-2])
+    make(2).load_state(states[-2])
 
 
 def test_a_sample_longer_than_the_budget():

@@ -209,7 +209,7 @@ def test_a_state_of_another_stream_is_refused():
     state = loader().state()
     with pytest.raises(ValueError, match="batch_size was 6 and is 25"):
         loader("a step over many windows").load_state(state)
-    with pytest.raises(ValueError, match="has 'stream' and 'cursor'"):
+    with pytest.raises(ValueError, match="expected a state with 'stream' and 'cursor'"):
         loader().load_state({})
 
 
@@ -218,6 +218,8 @@ def test_a_state_of_another_stream_is_refused():
     [
         (dict(batch_size=None), "give batch_size or token_budget, got None and None"),
         (dict(batch_size=None, token_budget=3), "needs packer=model.packer"),
+        (dict(packs_per_step=2), "packs_per_step goes with a token_budget"),
+        (dict(buffer=0), "buffer is at least 1, got 0"),
         (dict(num_workers=2), "by one worker, got num_workers=2"),
         (dict(rank=1), "rank is 0 to 0, got 1"),
         (dict(batch_size=None, token_budget=3, packer=PACKER, accumulation=2), "accumulation goes with a batch_size"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample, name_of
-from transfusion_pytorch.data.order import generator_of
+from transfusion_pytorch.data.order import generator_of, generators_kept, seed_generators, seed_of
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
 from transfusion_pytorch.saving.files import load_json, open_tensors, remove_partial, save_json, save_tensors
@@ -59,6 +59,7 @@ def cache_latents(
         "format": FORMAT,
         "data": data_key if data_key is not None else dataset.fingerprint(),
         "size": len(dataset),
+        "shard_size": SHARD_SIZE,
         "encoders": [encoder_key(io) for io in model.modalities],
         "dtype": str(model.precision),
     }
@@ -78,9 +79,10 @@ class CachedLatents(Dataset):
 
     def __init__(self, dataset: Any, folder: Path):
         self.dataset, self.folder = dataset, folder
-        size = load_json(folder / INDEX)["size"]
-        if size != len(dataset):
-            raise ValueError(f"{folder} has the latents of {size} samples, the dataset has {len(dataset)}")
+        kept = load_json(folder / INDEX)
+        if kept["size"] != len(dataset):
+            raise ValueError(f"{folder} has the latents of {kept['size']} samples, the dataset has {len(dataset)}")
+        self.shard_size = kept["shard_size"]
         self._open: dict[int, tuple[Any, list[Any]]] = {}
 
     def __len__(self) -> int:
@@ -102,13 +104,13 @@ class CachedLatents(Dataset):
 
     def describe(self, index: int) -> str:
         described = f"{self.dataset.describe(index)}, " if hasattr(self.dataset, "describe") else ""
-        return f"{described}latents in {_shard(self.folder, index // SHARD_SIZE)}"
+        return f"{described}latents in {_shard(self.folder, index // self.shard_size)}"
 
     def fingerprint(self) -> str:
         return self.folder.name
 
     def _read(self, index: int, *, is_outline: bool) -> Sample:
-        number, place = divmod(index, SHARD_SIZE)
+        number, place = divmod(index, self.shard_size)
         if number not in self._open:
             file = open_tensors(_shard(self.folder, number))
             self._open[number] = file, json.loads(file.metadata()["samples"])
@@ -197,7 +199,9 @@ def _kept(piece: Piece, model: Any) -> Tensor:
 def _load(dataset: Any, index: int, num_modalities: int) -> tuple[dict[str, Any], list[Piece]]:
     """What is written of a sample beside its tensors, and its pieces: none where it is left out."""
     try:
-        loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
+        with generators_kept():
+            seed_generators(seed_of(0, "sample", index))
+            loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
         sample = as_sample(loaded)
         pieces = parse_sample(sample.parts, num_modalities, "sample")
     except SkipSample as reason:

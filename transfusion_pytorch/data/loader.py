@@ -57,12 +57,7 @@ class StepLoader:
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
     ):
-        if not 0 <= rank < num_processes:
-            raise ValueError(f"rank is 0 to {num_processes - 1}, got {rank}")
-        if plan.batch_size is None and accumulation is not None:
-            raise ValueError("accumulation goes with a batch_size; with a token_budget, set packs_per_step of the plan")
-        if accumulation is not None and accumulation < 1:
-            raise ValueError(f"accumulation is at least 1, got {accumulation}")
+        check_share(rank, num_processes, accumulation, plan.batch_size)
         self.plan = plan
         self._upcoming = _Upcoming(plan, rank, num_processes, accumulation or 1)
         self._loader = DataLoader(
@@ -166,6 +161,16 @@ def collate_seeded(collate: Collate, samples: list[Sample], references: list[Sam
         return None
     seed_generators(seed_of(seed, "batch", references[0].position))
     return collate(samples, references)
+
+
+def check_share(rank: int, num_processes: int, accumulation: int | None, batch_size: int | None) -> None:
+    """Raises `ValueError` unless a process can have this share of a step."""
+    if not 0 <= rank < num_processes:
+        raise ValueError(f"rank is 0 to {num_processes - 1}, got {rank}")
+    if batch_size is None and accumulation is not None:
+        raise ValueError("accumulation goes with a batch_size; with a token_budget, set packs_per_step")
+    if accumulation is not None and accumulation < 1:
+        raise ValueError(f"accumulation is at least 1, got {accumulation}")
 
 
 def split_evenly(samples: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
