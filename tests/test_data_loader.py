@@ -105,6 +105,14 @@ def test_processes_share_the_same_step(kind, processes):
         assert sorted(found, key=lambda item: item[3]) == sorted(expected, key=lambda item: item[3])
 
 
+def test_collating_draws_numbers_of_its_own():
+    def collate(samples, references):
+        return [sample.parts[1][0, 0].item() for sample in samples] + [torch.randn(2, 3)[0, 0].item()]
+
+    numbers = [number for step in StepLoader(plan_of("samples"), collate) for number in step.batches[0]]
+    assert len(set(numbers)) == len(numbers)
+
+
 def test_a_step_is_split_into_nearly_equal_pieces():
     sizes = []
     for rank in range(2):

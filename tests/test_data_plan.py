@@ -210,8 +210,8 @@ def test_long_and_short_samples_fill_each_other():
 
 def test_a_sample_that_fits_with_no_other_does_not_wait_for_ever():
     """Alone in its pack it is always the emptiest one."""
-    plan = DataPlan(Sized([600] + [500] * 63), token_budget=1000, buffer=8, seed=1)
-    seen = [r.index for step in islice(plan, 4 * 32) for pack in step.micro_batches for r in pack]
+    plan = DataPlan(Sized([600] + [900] * 63), token_budget=1000, buffer=8, seed=1)
+    seen = [r.index for step in islice(plan, 4 * 64) for pack in step.micro_batches for r in pack]
     assert seen.count(0) in (3, 4)
 
 
@@ -291,6 +291,13 @@ def test_a_state_of_other_data_is_refused():
     with pytest.raises(ValueError, match=r"expected a state with 'plan' and 'cursor', got {'step': 3}"):
         DataPlan(Sized([1] * 5), batch_size=2).load_state({"step": 3})
     DataPlan(Sized([1] * 4), batch_size=2, epochs=9).load_state(state)  # longer is the same order
+
+
+def test_a_window_does_not_begin_with_its_longest_samples():
+    plan = DataPlan(Sized(range(30, 94)), token_budget=100, epochs=1)
+    longest = [max(30 + r.index for r in pack) for step in plan for pack in step.micro_batches]
+    assert longest != sorted(longest, reverse=True)
+    assert abs(sum(longest[: len(longest) // 2]) / sum(longest) - 0.5) < 0.1
 
 
 def test_more_epochs_go_on_at_the_end_and_lose_nothing():
