@@ -105,12 +105,20 @@ def test_processes_share_the_same_step(kind, processes):
         assert sorted(found, key=lambda item: item[3]) == sorted(expected, key=lambda item: item[3])
 
 
+class Drawing(Noisy):
+    """Draws from its own generator and not from the global ones."""
+
+    def sample(self, index, generator):
+        return [tensor([index]), torch.rand(1, 1, generator=generator)]
+
+
 def test_collating_draws_numbers_of_its_own():
     def collate(samples, references):
-        return [sample.parts[1][0, 0].item() for sample in samples] + [torch.randn(2, 3)[0, 0].item()]
+        return [sample.parts[1].item() for sample in samples] + [torch.rand(1, 1).item()]
 
-    numbers = [number for step in StepLoader(plan_of("samples"), collate) for number in step.batches[0]]
-    assert len(set(numbers)) == len(numbers)
+    steps = StepLoader(DataPlan(Drawing(12), batch_size=4, epochs=1), collate)
+    numbers = [number for step in steps for number in step.batches[0]]
+    assert len(set(numbers)) == len(numbers) == 15
 
 
 def test_a_step_is_split_into_nearly_equal_pieces():
