@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from transfusion_pytorch.data.loading import Skipped, SkipSample, load_sample
-from transfusion_pytorch.data.order import SampleReference, generators_kept, seed_generators, seed_of
+from transfusion_pytorch.data.order import SampleReference, generators_kept
 from transfusion_pytorch.data.plan import DataPlan, StepPlan
 from transfusion_pytorch.sequence.samples import Sample
 
@@ -143,24 +143,14 @@ class _MicroBatches(Dataset):
         samples: list[Sample] = []
         kept: list[SampleReference] = []
         skipped: list[Skipped] = []
-        with generators_kept():
+        with generators_kept():  # which the last sample seeds for what collating draws
             for reference in references:
                 try:
                     samples.append(load_sample(self.datasets, reference, self.seed))
                     kept.append(reference)
                 except SkipSample as reason:
                     skipped.append(Skipped(reference, str(reason)))
-            return _Loaded(collate_seeded(self.collate, samples, kept, self.seed), skipped)
-
-
-def collate_seeded(collate: Collate, samples: list[Sample], references: list[SampleReference], seed: int) -> Any:
-    """Collates with the global generators seeded by the first position, for packers that draw which text is dropped.
-    None where there are no samples.
-    """
-    if not samples:
-        return None
-    seed_generators(seed_of(seed, "batch", references[0].position))
-    return collate(samples, references)
+            return _Loaded(self.collate(samples, kept) if samples else None, skipped)
 
 
 def check_share(rank: int, num_processes: int, accumulation: int | None, batch_size: int | None) -> None:

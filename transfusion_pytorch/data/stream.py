@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, check_share, collate_seeded, split_evenly
+from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, check_share, split_evenly
 from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample
 from transfusion_pytorch.data.order import (
     SampleReference,
@@ -157,7 +157,7 @@ class StreamLoader:
                     references.append(item.reference)
                 except SkipSample as reason:
                     skipped.append(Skipped(item.reference, str(reason)))
-            return collate_seeded(self.collate, samples, references, self.seed)
+            return self.collate(samples, references) if samples else None
 
     def _prepared(self, item: "_Item") -> Sample:
         content, reference = item.content, item.reference
