@@ -143,7 +143,7 @@ class _MicroBatches(Dataset):
         samples: list[Sample] = []
         kept: list[SampleReference] = []
         skipped: list[Skipped] = []
-        with generators_kept():  # which the last sample seeds for what collating draws
+        with generators_kept():  # whatever collating draws comes from what loading has seeded
             for reference in references:
                 try:
                     samples.append(load_sample(self.datasets, reference, self.seed))
