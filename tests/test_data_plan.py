@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiny import ragged_batch, tiny
 from torch import tensor
 
-from transfusion_pytorch import DataPlan, Latents, Mixture, Sample, SampleError, SkipSample
+from transfusion_pytorch import Condition, DataPlan, Latents, Mixture, Sample, SampleError, SampleReference, SkipSample
+from transfusion_pytorch.data.lengths import Lengths
 from transfusion_pytorch.data.order import generators_kept, seed_generators, seed_of, shuffled
 from transfusion_pytorch.data.packing import best_fit
 
@@ -417,7 +418,7 @@ class Unmeasured(torch.utils.data.Dataset):
 
 
 class Outlined(Unmeasured):
-    def outline(self, index):
+    def outline(self, index, generator):
         return [part.to("meta") if part.is_floating_point() else part for part in self.samples[index]]
 
 
@@ -431,6 +432,29 @@ def test_samples_without_a_length_are_measured_once(kind):
     assert max(tokens) <= 64
     assert plan.fill == sum(tokens) / (64 * len(packs))
     assert sorted(data.loaded) == ([] if kind is Outlined else list(range(6)))
+
+
+def test_outlines_are_told_apart_by_all_that_matters():
+    samples = [
+        [tensor([1, 2]), torch.ones(2, 3)],
+        [tensor([1]), torch.ones(2, 3)],
+        [tensor([1, 2]), torch.ones(3, 3)],
+        [tensor([1, 2]), (1, torch.ones(3, 2))],
+        [tensor([1, 2]), (1, torch.ones(1, 3, 2))],
+        [torch.ones(2, 3), tensor([1, 2])],
+        [Condition(tensor([1, 2, 3])), Latents(0, torch.ones(2, 3))],
+        (1, torch.ones(2, 2)),
+    ]
+    packer = tiny().packer()
+    lengths = Lengths(Mixture({"a": AsItIs(samples)}), packer, 0)
+    for _ in range(2):
+        measured = [lengths(SampleReference(i, "a", i, 0)) for i in range(len(samples))]
+        assert measured == [packer.num_tokens(sample) for sample in samples]
+
+
+class AsItIs(Unmeasured):
+    def outline(self, index, generator):
+        return self.samples[index]
 
 
 def test_measuring_needs_a_packer():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample, name_of
-from transfusion_pytorch.data.order import generator_of, generators_kept, seed_generators, seed_of
+from transfusion_pytorch.data.order import generator_of, generators_kept, sample_seed, seed_generators
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
 from transfusion_pytorch.saving.files import load_json, open_tensors, remove_partial, save_json, save_tensors
@@ -92,15 +92,14 @@ class CachedLatents(Dataset):
         return self.sample(index, generator_of(0, index))
 
     def sample(self, index: int, generator: torch.Generator) -> Sample:
-        kept = self._read(index, is_outline=False)
-        if hasattr(self.dataset, "arrange"):
-            return self.dataset.arrange(index, kept.parts, generator)
-        return kept
+        return self._arranged(index, self._read(index, is_outline=False), generator)
 
-    def outline(self, index: int) -> Any:
+    def outline(self, index: int, generator: torch.Generator) -> Sample:
         """Its shapes, without reading latents."""
-        kept = self._read(index, is_outline=True)
-        return self.dataset.outline(index, kept.parts) if hasattr(self.dataset, "arrange") else kept
+        return self._arranged(index, self._read(index, is_outline=True), generator)
+
+    def _arranged(self, index: int, kept: Sample, generator: torch.Generator) -> Sample:
+        return self.dataset.arrange(index, kept.parts, generator) if hasattr(self.dataset, "arrange") else kept
 
     def describe(self, index: int) -> str:
         described = f"{self.dataset.describe(index)}, " if hasattr(self.dataset, "describe") else ""
@@ -200,7 +199,7 @@ def _load(dataset: Any, index: int, num_modalities: int) -> tuple[dict[str, Any]
     """What is written of a sample beside its tensors, and its pieces: none where it is left out."""
     try:
         with generators_kept():
-            seed_generators(seed_of(0, "sample", index))
+            seed_generators(sample_seed(0, index))
             loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
         sample = as_sample(loaded)
         pieces = parse_sample(sample.parts, num_modalities, "sample")

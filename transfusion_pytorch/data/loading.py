@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
-from transfusion_pytorch.data.order import SampleReference, generator_of, seed_generators, seed_of
+from transfusion_pytorch.data.order import SampleReference, generator_of, sample_seed, seed_generators
 from transfusion_pytorch.sequence.samples import Sample, is_typed
 
 
@@ -34,7 +34,7 @@ def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: i
     else that goes wrong.
     """
     dataset, index = datasets[reference.source], reference.index
-    own = seed_of(seed, "sample", reference.position)
+    own = sample_seed(seed, reference.position)
     try:
         seed_generators(own)
         loaded = dataset.sample(index, generator_of(own)) if hasattr(dataset, "sample") else dataset[index]

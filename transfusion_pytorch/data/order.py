@@ -41,6 +41,11 @@ def generator_of(seed: int, *keys: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, *keys))
 
 
+def sample_seed(seed: int, position: int) -> int:
+    """The seed of everything random about the sample at a position of the stream."""
+    return seed_of(seed, "sample", position)
+
+
 def shuffled(size: int, seed: int, *keys: int | str) -> Int[Tensor, " size"]:
     """The numbers below `size` in a random order. int32 where they fit: four bytes for each sample of a dataset."""
     dtype = torch.int32 if size < 2**31 else torch.int64

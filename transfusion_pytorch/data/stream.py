@@ -14,8 +14,8 @@ from transfusion_pytorch.data.order import (
     SampleReference,
     generator_of,
     generators_kept,
+    sample_seed,
     seed_generators,
-    seed_of,
     shuffled,
 )
 from transfusion_pytorch.data.packing import TooLong, make_window
@@ -161,7 +161,7 @@ class StreamLoader:
 
     def _prepared(self, item: "_Item") -> Sample:
         content, reference = item.content, item.reference
-        own = seed_of(self.seed, "sample", reference.position)
+        own = sample_seed(self.seed, reference.position)
         try:
             seed_generators(own)
             made = content if self.prepare is None or item.is_prepared else self.prepare(content, generator_of(own))
