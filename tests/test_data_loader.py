@@ -156,7 +156,7 @@ def test_batches_are_packed_in_workers_and_drop_the_same_text():
         loaded.append([batch for step in StepLoader(plan, collate, num_workers=workers) for batch in step.batches])
         torch.rand(3)  # what others draw changes nothing
     assert [len(batch) for batch in loaded[0]] == [4] * 6
-    numbers = [[batch.dropout_number.tolist() for batch in batches] for batches in loaded]
+    numbers = [[batch.drop_text_number.tolist() for batch in batches] for batches in loaded]
     assert numbers[0] == numbers[1] == numbers[2]
     assert len({tuple(each) for each in numbers[0]}) == 6
     assert model(loaded[1][0]).isfinite()

@@ -21,10 +21,9 @@ def test_every_example_runs(page, tmp_path, monkeypatch):
 
 
 def test_the_file_tree_names_every_module():
-    folders = [
-        file.parent for file in (ROOT / "transfusion_pytorch").rglob("__init__.py") if file.parent.name != "examples"
-    ]
-    for folder in folders:
+    package = ROOT / "transfusion_pytorch"
+    rooms = [file.parent for file in package.glob("*/__init__.py") if file.parent.name != "examples"]
+    for folder in [package, *rooms]:
         for file in folder.glob("*.py"):
             assert file.name == "__init__.py" or re.search(rf"^ +{file.name} ", README, flags=re.MULTILINE), file
 
