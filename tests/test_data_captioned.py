@@ -112,21 +112,33 @@ def test_the_way_round_is_drawn_for_each_position(folder):
         CaptionedImages(folder, images=4, prob_describe=2)
 
 
-def test_outlines_are_as_long_as_the_longest_sample(folder):
+def test_outlines_have_the_shapes_of_their_samples(folder):
     jsonl(folder)
     data, packer = CaptionedImages(folder, images=NATIVE, prob_describe=0.5), tiny(num_text_tokens=256).packer()
-    for index in range(3):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
-        lengths = {packer.num_tokens(data.sample(index, generator)) for generator in generators}
-        assert packer.num_tokens(data.outline(index)) == max(lengths)
+    lengths = set()
+    for seed in range(60):
+        sample, outline = (make(seed % 3, torch.Generator().manual_seed(seed)) for make in (data.sample, data.outline))
+        lengths.add(packer.num_tokens(sample))
+        assert packer.num_tokens(outline) == packer.num_tokens(sample)
+        assert [isinstance(part, tuple) for part in outline.parts] == [isinstance(part, tuple) for part in sample.parts]
+    assert len(lengths) == 6
 
 
-def test_outlines_read_no_pixels_twice(folder, monkeypatch):
+def test_outlines_read_a_header_once(folder, monkeypatch):
     jsonl(folder)
     data = CaptionedImages(folder, images=NATIVE)
-    first = data.outline(2)
+    first = data.outline(2, torch.Generator())
     monkeypatch.setattr(CaptionedImages, "read_image", None)
-    assert data.outline(2)[1][1].shape == first[1][1].shape == (4, 4, 3)
+    assert data.outline(2, torch.Generator()).parts[1][1].shape == first.parts[1][1].shape == (4, 4, 3)
+
+
+def test_packs_are_as_full_as_planned(folder):
+    jsonl(folder)
+    packer = tiny(num_text_tokens=256).packer()
+    plan = DataPlan(CaptionedImages(folder, images=NATIVE), token_budget=200, epochs=9, packer=packer)
+    loader = StepLoader(plan, lambda samples, references: packer([sample.parts for sample in samples]).num_tokens)
+    sizes = [size for step in loader for size in step.batches]
+    assert plan.fill == sum(sizes) / (200 * len(sizes))
 
 
 def test_broken_images_are_left_out_with_their_name(folder):
@@ -347,4 +359,4 @@ def test_an_empty_caption_is_none():
     data = Own(images=4)
     assert [len(data[i].parts) for i in range(2)] == [1, 2]
     assert data[1].parts[0].tolist() == tensor([97]).tolist()
-    assert len(data.outline(0)) == 1
+    assert len(data.outline(0, torch.Generator()).parts) == 1

@@ -98,6 +98,11 @@ def test_sixteen_bits_become_eight(kind):
     assert values(encoded(image, kind))[0, 2].tolist() == [128] * 3
 
 
+def test_a_transparent_value_of_sixteen_bits_is_no_error():
+    image = Image.fromarray(numpy.array([[0, 65535]], dtype=numpy.uint16))
+    assert values(encoded(image, transparency=65535), "L").tolist() == [[0, 255]]
+
+
 def test_black_and_white_and_print_colours():
     assert values(encoded(Image.new("1", (1, 1), 1))).tolist() == [[[255] * 3]]
     assert values(encoded(Image.new("CMYK", (1, 1), (0, 0, 0, 255)), "TIFF")).tolist() == [[[0] * 3]]

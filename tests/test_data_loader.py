@@ -74,10 +74,6 @@ def together(samples, references):
     ]
 
 
-def packed(samples, references):
-    return tiny().packer()([sample.parts for sample in samples])
-
-
 def test_samples_have_a_name_and_a_source():
     (step, *_) = StepLoader(plan_of("samples"), together)
     for name, source, weight, reference, _, _ in step.batches[0]:
@@ -109,6 +105,22 @@ def test_processes_share_the_same_step(kind, processes):
         assert sorted(found, key=lambda item: item[3]) == sorted(expected, key=lambda item: item[3])
 
 
+class Drawing(Noisy):
+    """Draws from its own generator and not from the global ones."""
+
+    def sample(self, index, generator):
+        return [tensor([index]), torch.rand(1, 1, generator=generator)]
+
+
+def test_collating_draws_numbers_of_its_own():
+    def collate(samples, references):
+        return [sample.parts[1].item() for sample in samples] + [torch.rand(1, 1).item()]
+
+    steps = StepLoader(DataPlan(Drawing(12), batch_size=4, epochs=1), collate)
+    numbers = [number for step in steps for number in step.batches[0]]
+    assert len(set(numbers)) == len(numbers) == 15
+
+
 def test_a_step_is_split_into_nearly_equal_pieces():
     sizes = []
     for rank in range(2):
@@ -134,11 +146,20 @@ def test_a_plan_moves_on_with_what_was_handed_out_not_with_what_was_prefetched()
     assert list(StepLoader(resumed, together)) == whole[2:]
 
 
-def test_batches_are_packed_in_workers():
-    plan = DataPlan(Noisy(6), batch_size=4, epochs=1)
-    data = [batch for step in StepLoader(plan, packed, num_workers=1) for batch in step.batches]
-    assert [len(batch) for batch in data] == [4, 2]
-    assert tiny()(data[0]).isfinite()
+def test_batches_are_packed_in_workers_and_drop_the_same_text():
+    model = tiny(num_text_tokens=50)
+    packer = model.packer(prob_uncond=0.5)
+    loaded = []
+    for workers in (0, 1, 2):
+        plan = DataPlan(Noisy(12), batch_size=4, epochs=2)
+        collate = lambda samples, _: packer([sample.parts for sample in samples])  # noqa: E731
+        loaded.append([batch for step in StepLoader(plan, collate, num_workers=workers) for batch in step.batches])
+        torch.rand(3)  # what others draw changes nothing
+    assert [len(batch) for batch in loaded[0]] == [4] * 6
+    numbers = [[batch.drop_text_number.tolist() for batch in batches] for batches in loaded]
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len({tuple(each) for each in numbers[0]}) == 6
+    assert model(loaded[1][0]).isfinite()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

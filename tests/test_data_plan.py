@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import ragged_batch, tiny
 from torch import tensor
 
-from transfusion_pytorch import DataPlan, Latents, Mixture, Sample, SampleError, SkipSample
-from transfusion_pytorch.data.order import seed_of, seeded, shuffled
+from transfusion_pytorch import Condition, DataPlan, Latents, Mixture, Sample, SampleError, SampleReference, SkipSample
+from transfusion_pytorch.data.lengths import Lengths
+from transfusion_pytorch.data.order import generators_kept, seed_generators, seed_of, shuffled
 from transfusion_pytorch.data.packing import best_fit
 
 
@@ -61,7 +62,7 @@ def test_seeds_depend_on_every_key_and_on_their_order():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_seeding_for_a_while_leaves_the_generators_where_they_were():
+def test_generators_are_seeded_and_put_back():
     import random
 
     import numpy
@@ -69,18 +70,19 @@ def test_seeding_for_a_while_leaves_the_generators_where_they_were():
     def draw():
         return random.random(), float(numpy.random.rand()), torch.rand(()).item()
 
-    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-    before = draw()
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
-    torch.random.set_rng_state(states[2])
-    with seeded(5):
-        inside = draw()
-    assert draw() == before
-    with seeded(5):
-        assert draw() == inside
-    with seeded(6):
-        assert all(one != other for one, other in zip(draw(), inside, strict=True))
+    before = []
+    for _ in range(2):
+        with generators_kept():
+            before.append(draw())
+    assert before[0] == before[1]
+    inside = []
+    with generators_kept():
+        for seed in (5, 5, 6):
+            seed_generators(seed)
+            inside.append(draw())
+    assert inside[0] == inside[1]
+    assert all(one != other for one, other in zip(inside[0], inside[2], strict=True))
+    assert draw() == before[0]
 
 
 def test_small_orders_are_all_equally_likely():
@@ -209,9 +211,11 @@ def test_long_and_short_samples_fill_each_other():
 
 def test_a_sample_that_fits_with_no_other_does_not_wait_for_ever():
     """Alone in its pack it is always the emptiest one."""
-    plan = DataPlan(Sized([600] + [500] * 63), token_budget=1000, buffer=8, seed=1)
-    seen = [r.index for step in islice(plan, 4 * 32) for pack in step.micro_batches for r in pack]
-    assert seen.count(0) in (3, 4)
+    plan = DataPlan(Sized([600] + [900] * 63), token_budget=1000, buffer=8, seed=1)
+    seen = [r for step in islice(plan, 4 * 64) for pack in step.micro_batches for r in pack]
+    waited = [place - r.position for place, r in enumerate(seen) if r.index == 0]
+    assert len(waited) >= 3
+    assert max(waited) < 2 * 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,9 +291,41 @@ def test_a_state_of_other_data_is_refused():
         DataPlan(Sized([1] * 4), batch_size=2, seed=1).load_state(state)
     with pytest.raises(ValueError, match=r"sizes was {'data': 4} and is {'data': 5}"):
         DataPlan(Sized([1] * 5), batch_size=2).load_state(state)
-    with pytest.raises(ValueError, match="has 'plan' and 'cursor'"):
+    with pytest.raises(ValueError, match=r"expected a state with 'plan' and 'cursor', got {'step': 3}"):
         DataPlan(Sized([1] * 5), batch_size=2).load_state({"step": 3})
     DataPlan(Sized([1] * 4), batch_size=2, epochs=9).load_state(state)  # longer is the same order
+
+
+def test_a_window_does_not_begin_with_its_longest_samples():
+    plan = DataPlan(Sized(range(30, 94)), token_budget=100, epochs=1)
+    longest = [max(30 + r.index for r in pack) for step in plan for pack in step.micro_batches]
+    assert longest != sorted(longest, reverse=True)
+    assert abs(sum(longest[: len(longest) // 2]) / sum(longest) - 0.5) < 0.1
+
+
+def test_more_epochs_go_on_at_the_end_and_lose_nothing():
+    def make(epochs):
+        return DataPlan(Sized([7] * 30), token_budget=20, epochs=epochs, buffer=16)
+
+    short, long = make(2), make(5)
+    seen = [r.position for step in short for pack in step.micro_batches for r in pack]
+    long.load_state(short.state())
+    seen += [r.position for step in long for pack in step.micro_batches for r in pack]
+    assert sorted(seen) == list(range(150))
+
+
+def test_an_end_that_moves_within_the_window_is_refused():
+    def make(epochs):
+        return DataPlan(Sized([7] * 30), token_budget=20, epochs=epochs, buffer=16)
+
+    plan, states = make(2), []
+    for _ in plan:
+        states.append(plan.state())
+    longer = make(None)
+    longer.load_state(states[2])
+    with pytest.raises(ValueError, match="ended after 60 samples and now end after None; go on with the same epochs"):
+        longer.load_state(states[-2])
+    make(2).load_state(states[-2])
 
 
 def test_a_sample_longer_than_the_budget():
@@ -382,7 +418,7 @@ class Unmeasured(torch.utils.data.Dataset):
 
 
 class Outlined(Unmeasured):
-    def outline(self, index):
+    def outline(self, index, generator):
         return [part.to("meta") if part.is_floating_point() else part for part in self.samples[index]]
 
 
@@ -396,6 +432,29 @@ def test_samples_without_a_length_are_measured_once(kind):
     assert max(tokens) <= 64
     assert plan.fill == sum(tokens) / (64 * len(packs))
     assert sorted(data.loaded) == ([] if kind is Outlined else list(range(6)))
+
+
+def test_outlines_are_told_apart_by_all_that_matters():
+    samples = [
+        [tensor([1, 2]), torch.ones(2, 3)],
+        [tensor([1]), torch.ones(2, 3)],
+        [tensor([1, 2]), torch.ones(3, 3)],
+        [tensor([1, 2]), (1, torch.ones(3, 2))],
+        [tensor([1, 2]), (1, torch.ones(1, 3, 2))],
+        [torch.ones(2, 3), tensor([1, 2])],
+        [Condition(tensor([1, 2, 3])), Latents(0, torch.ones(2, 3))],
+        (1, torch.ones(2, 2)),
+    ]
+    packer = tiny().packer()
+    lengths = Lengths(Mixture({"a": AsItIs(samples)}), packer, 0)
+    for _ in range(2):
+        measured = [lengths(SampleReference(i, "a", i, 0)) for i in range(len(samples))]
+        assert measured == [packer.num_tokens(sample) for sample in samples]
+
+
+class AsItIs(Unmeasured):
+    def outline(self, index, generator):
+        return self.samples[index]
 
 
 def test_measuring_needs_a_packer():

@@ -112,7 +112,7 @@ def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(kind, dataset):
     begun = json.dumps(first.state())
     states = [begun, *(json.dumps(step.state) for step in whole)]
     assert max(map(len, states)) < 500
-    for start in range(len(whole) + 1):
+    for start in {0, 1, *torch.randint(len(whole) + 1, (6,)).tolist(), len(whole)}:
         resumed = loader(kind, dataset())
         resumed.load_state(json.loads(states[start]))
         assert list(resumed) == whole[start:]
@@ -191,8 +191,10 @@ def test_a_sample_longer_than_the_budget():
 
 
 def test_a_stream_that_cannot_go_on_says_so():
-    with pytest.raises(ValueError, match="source 'stream' has no samples"):
+    with pytest.raises(ValueError, match="source 'stream' has no samples in epoch 0"):
         list(loader(dataset=[]))
+    with pytest.raises(ValueError, match="no samples in epoch 1; a generator can be read once only"):
+        list(loader(dataset=iter(range(20))))
     with pytest.raises(SampleError, match=r"every sample of an epoch was left out; the last one because: \d+ tokens"):
         next(iter(loader("packs", token_budget=2, too_long="skip", epochs=None)))
 
@@ -207,7 +209,7 @@ def test_a_state_of_another_stream_is_refused():
     state = loader().state()
     with pytest.raises(ValueError, match="batch_size was 6 and is 25"):
         loader("a step over many windows").load_state(state)
-    with pytest.raises(ValueError, match="has 'stream' and 'cursor'"):
+    with pytest.raises(ValueError, match="expected a state with 'stream' and 'cursor'"):
         loader().load_state({})
 
 
@@ -216,6 +218,8 @@ def test_a_state_of_another_stream_is_refused():
     [
         (dict(batch_size=None), "give batch_size or token_budget, got None and None"),
         (dict(batch_size=None, token_budget=3), "needs packer=model.packer"),
+        (dict(packs_per_step=2), "packs_per_step goes with a token_budget"),
+        (dict(buffer=0), "buffer is at least 1, got 0"),
         (dict(num_workers=2), "by one worker, got num_workers=2"),
         (dict(rank=1), "rank is 0 to 0, got 1"),
         (dict(batch_size=None, token_budget=3, packer=PACKER, accumulation=2), "accumulation goes with a batch_size"),

@@ -9,7 +9,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/generation.md", "docs/training.md", "docs/saving.md"])
+PAGES = ["README.md", "docs/generation.md", "docs/training.md", "docs/saving.md", "docs/data.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_example_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
@@ -18,8 +21,10 @@ def test_every_example_runs(page, tmp_path, monkeypatch):
 
 
 def test_the_file_tree_names_every_module():
-    for folder in ("", "sequence", "flow", "network", "generation", "display", "training", "modalities", "saving"):
-        for file in (ROOT / "transfusion_pytorch" / folder).glob("*.py"):
+    package = ROOT / "transfusion_pytorch"
+    rooms = [file.parent for file in package.glob("*/__init__.py") if file.parent.name != "examples"]
+    for folder in [package, *rooms]:
+        for file in folder.glob("*.py"):
             assert file.name == "__init__.py" or re.search(rf"^ +{file.name} ", README, flags=re.MULTILINE), file
 
 

@@ -382,6 +382,16 @@ def test_ties_stay_ties_and_nothing_else_is_tied(tmp_path):
     assert halves.encoder.factor == halves.decoder.factor == 2
 
 
+def test_one_module_for_two_that_were_different(tmp_path):
+    awake(tiny(modality_encoder=(Scale(), Scale()))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"modalities\.0\.encoder\.factor and modalities\.1\.encoder\.factor differ"):
+        Transfusion.from_pretrained(tmp_path, modality_encoder=Scale())
+    Transfusion.from_pretrained(tmp_path, modality_encoder=[Scale(), Scale()])
+    tiny(modality_encoder=Scale()).save_pretrained(tmp_path)  # one for both
+    loaded = Transfusion.from_pretrained(tmp_path, modality_encoder=Scale())
+    assert loaded.modalities[0].encoder is loaded.modalities[1].encoder
+
+
 def test_a_component_that_reads_its_numbers_is_built_plainly(tmp_path):
     @register_component(name="test.Reads")
     class Reads(nn.Module):

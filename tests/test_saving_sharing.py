@@ -35,7 +35,7 @@ def test_the_card_says_what_it_is_told(tmp_path):
         description="Draws digits.",
         training_data="1,500 handwritten digits",
         steps=12_000,
-        figures={"drawn as asked": "100%", "nats": 0.0431234567, "seeds": 3, "a|b": 1},
+        figures={"drawn as asked": "100%", "nats": 0.0431234567, "seeds": 3, "a|b": torch.ones(1)},
         license="mit",
         tags=["digits", "transfusion"],
         datasets=["mnist"],

@@ -391,4 +391,17 @@ def test_no_alarm_where_it_is_no_use():
     model = tiny()
     model.eval()(far())  # not training
     model.sample([tensor([1]), (1, 8 * torch.randn(300, 2))], max_length=620)
-    model.train().to("meta")(far())  # nobody waits for a device
+    batch = model.packer()(far())
+    model.train().to("meta")(batch.to("meta"))  # nobody waits for a device
+
+
+def test_what_comes_from_a_cpu_is_told_wherever_it_goes():
+    with pytest.warns(UserWarning, match="modality 1"):
+        tiny().to("meta")(far())
+
+
+def test_measuring_is_no_training():
+    model = tiny()
+    model.fit_latent_statistics([far()])
+    assert model.training
+    model(far())

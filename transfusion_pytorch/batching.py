@@ -112,6 +112,9 @@ class BatchingMethods:
             batch = samples
         else:
             batch = packer(samples, refuses_gradients=has_loss and torch.is_grad_enabled(), **options)
+        if self.training and has_loss:  # before they move: on a CPU nothing is waited for
+            for kind, data in batch.data.items():
+                self.modalities[kind].check_scale(data.latents)
         return batch.to(self.device)
 
     def _settled(self, batch: Batch, times: Any, times_fn: Any, prob_uncond: float | None) -> Batch:

@@ -75,7 +75,8 @@ def find_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    relative = [file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES]
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    relative = [file.relative_to(folder) for file in files]
     names = sorted(name.as_posix() for name in relative if not any(part.startswith(".") for part in name.parts))
     if not names:
         others = sorted(file.name for file in folder.iterdir())[:3]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # sizes
 
 
+@runtime_checkable
 class Sizing(Protocol):
     """The size to which an image of some size is brought: it is scaled to cover that, and cropped around its centre."""
 
@@ -204,11 +205,12 @@ def _turned_size(image: "Image") -> Size:
 
 def _converted(image: "Image", mode: Mode) -> "Image":
     image = import_optional("PIL.ImageOps", extra="data").exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating point pixels, whose range is unknown")
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    elif image.mode == "F":
-        raise ValueError("floating point pixels, whose range is unknown")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image.info.pop("transparency", None)  # which is a value of 16 bits
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = import_optional("PIL.Image", extra="data").new("RGBA", image.size, "white")
         white.alpha_composite(image)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample, name_of
-from transfusion_pytorch.data.order import generator_of
+from transfusion_pytorch.data.order import generator_of, generators_kept, sample_seed, seed_generators
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
-from transfusion_pytorch.saving.files import load_json, open_tensors, save_json, save_tensors
+from transfusion_pytorch.saving.files import load_json, open_tensors, remove_partial, save_json, save_tensors
 from transfusion_pytorch.sequence.samples import Condition, Latents, Modality, Piece, Sample, Text, parse_sample
 
 FORMAT = 1
@@ -59,11 +59,13 @@ def cache_latents(
         "format": FORMAT,
         "data": data_key if data_key is not None else dataset.fingerprint(),
         "size": len(dataset),
+        "shard_size": SHARD_SIZE,
         "encoders": [encoder_key(io) for io in model.modalities],
         "dtype": str(model.precision),
     }
     target = Path(folder) / blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     if not (target / INDEX).is_file():
+        remove_partial(target)
         count = -(-len(dataset) // SHARD_SIZE)
         missing = [shard for shard in range(count) if not _shard(target, shard).is_file()]
         for shard in progress(missing):
@@ -77,9 +79,10 @@ class CachedLatents(Dataset):
 
     def __init__(self, dataset: Any, folder: Path):
         self.dataset, self.folder = dataset, folder
-        size = load_json(folder / INDEX)["size"]
-        if size != len(dataset):
-            raise ValueError(f"{folder} has the latents of {size} samples, the dataset has {len(dataset)}")
+        kept = load_json(folder / INDEX)
+        if kept["size"] != len(dataset):
+            raise ValueError(f"{folder} has the latents of {kept['size']} samples, the dataset has {len(dataset)}")
+        self.shard_size = kept["shard_size"]
         self._open: dict[int, tuple[Any, list[Any]]] = {}
 
     def __len__(self) -> int:
@@ -89,25 +92,24 @@ class CachedLatents(Dataset):
         return self.sample(index, generator_of(0, index))
 
     def sample(self, index: int, generator: torch.Generator) -> Sample:
-        kept = self._read(index, is_outline=False)
-        if hasattr(self.dataset, "arrange"):
-            return self.dataset.arrange(index, kept.parts, generator)
-        return kept
+        return self._arranged(index, self._read(index, is_outline=False), generator)
 
-    def outline(self, index: int) -> Any:
+    def outline(self, index: int, generator: torch.Generator) -> Sample:
         """Its shapes, without reading latents."""
-        kept = self._read(index, is_outline=True)
-        return self.dataset.outline(index, kept.parts) if hasattr(self.dataset, "arrange") else kept
+        return self._arranged(index, self._read(index, is_outline=True), generator)
+
+    def _arranged(self, index: int, kept: Sample, generator: torch.Generator) -> Sample:
+        return self.dataset.arrange(index, kept.parts, generator) if hasattr(self.dataset, "arrange") else kept
 
     def describe(self, index: int) -> str:
         described = f"{self.dataset.describe(index)}, " if hasattr(self.dataset, "describe") else ""
-        return f"{described}latents in {_shard(self.folder, index // SHARD_SIZE)}"
+        return f"{described}latents in {_shard(self.folder, index // self.shard_size)}"
 
     def fingerprint(self) -> str:
         return self.folder.name
 
     def _read(self, index: int, *, is_outline: bool) -> Sample:
-        number, place = divmod(index, SHARD_SIZE)
+        number, place = divmod(index, self.shard_size)
         if number not in self._open:
             file = open_tensors(_shard(self.folder, number))
             self._open[number] = file, json.loads(file.metadata()["samples"])
@@ -196,7 +198,9 @@ def _kept(piece: Piece, model: Any) -> Tensor:
 def _load(dataset: Any, index: int, num_modalities: int) -> tuple[dict[str, Any], list[Piece]]:
     """What is written of a sample beside its tensors, and its pieces: none where it is left out."""
     try:
-        loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
+        with generators_kept():
+            seed_generators(sample_seed(0, index))
+            loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
         sample = as_sample(loaded)
         pieces = parse_sample(sample.parts, num_modalities, "sample")
     except SkipSample as reason:

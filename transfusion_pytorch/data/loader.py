@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from transfusion_pytorch.data.loading import Skipped, SkipSample, load_sample
-from transfusion_pytorch.data.order import SampleReference
+from transfusion_pytorch.data.order import SampleReference, generators_kept
 from transfusion_pytorch.data.plan import DataPlan, StepPlan
 from transfusion_pytorch.sequence.samples import Sample
 
@@ -41,7 +41,7 @@ class StepLoader:
     token budget, pack `k` of a step goes to process `k % num_processes`.
 
     Samples and bits are the same for any number of workers, and a step has the same samples for any number of
-    processes. Nothing is drawn from global random generators. Iterate over one iterator at a time.
+    processes. The global random generators do not move. Iterate over one iterator at a time.
     """
 
     def __init__(
@@ -57,12 +57,7 @@ class StepLoader:
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
     ):
-        if not 0 <= rank < num_processes:
-            raise ValueError(f"rank is 0 to {num_processes - 1}, got {rank}")
-        if plan.batch_size is None and accumulation is not None:
-            raise ValueError("accumulation goes with a batch_size; with a token_budget, set packs_per_step of the plan")
-        if accumulation is not None and accumulation < 1:
-            raise ValueError(f"accumulation is at least 1, got {accumulation}")
+        check_share(rank, num_processes, accumulation, plan.batch_size)
         self.plan = plan
         self._upcoming = _Upcoming(plan, rank, num_processes, accumulation or 1)
         self._loader = DataLoader(
@@ -148,13 +143,24 @@ class _MicroBatches(Dataset):
         samples: list[Sample] = []
         kept: list[SampleReference] = []
         skipped: list[Skipped] = []
-        for reference in references:
-            try:
-                samples.append(load_sample(self.datasets, reference, self.seed))
-                kept.append(reference)
-            except SkipSample as reason:
-                skipped.append(Skipped(reference, str(reason)))
-        return _Loaded(self.collate(samples, kept) if samples else None, skipped)
+        with generators_kept():  # whatever collating draws comes from what loading has seeded
+            for reference in references:
+                try:
+                    samples.append(load_sample(self.datasets, reference, self.seed))
+                    kept.append(reference)
+                except SkipSample as reason:
+                    skipped.append(Skipped(reference, str(reason)))
+            return _Loaded(self.collate(samples, kept) if samples else None, skipped)
+
+
+def check_share(rank: int, num_processes: int, accumulation: int | None, batch_size: int | None) -> None:
+    """Raises `ValueError` unless a process can have this share of a step."""
+    if not 0 <= rank < num_processes:
+        raise ValueError(f"rank is 0 to {num_processes - 1}, got {rank}")
+    if batch_size is None and accumulation is not None:
+        raise ValueError("accumulation goes with a batch_size; with a token_budget, set packs_per_step")
+    if accumulation is not None and accumulation < 1:
+        raise ValueError(f"accumulation is at least 1, got {accumulation}")
 
 
 def split_evenly(samples: Sequence[Any], count: int) -> list[tuple[Any, ...]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
-from transfusion_pytorch.data.order import SampleReference, generator_of, seed_of, seeded
+from transfusion_pytorch.data.order import SampleReference, generator_of, sample_seed, seed_generators
 from transfusion_pytorch.sequence.samples import Sample, is_typed
 
 
@@ -30,13 +30,14 @@ def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: i
 
     Its random numbers depend on `(seed, position)` alone. `dataset.sample(index, generator)` is called with a generator
     of its own where there is such a method, `dataset[index]` otherwise; the global generators of Python, numpy and
-    torch are seeded for both. Raises `SkipSample`, and `SampleError` for anything else that goes wrong.
+    torch are seeded for both, so call it within `generators_kept`. Raises `SkipSample`, and `SampleError` for anything
+    else that goes wrong.
     """
     dataset, index = datasets[reference.source], reference.index
-    own = seed_of(seed, "sample", reference.position)
+    own = sample_seed(seed, reference.position)
     try:
-        with seeded(own):
-            loaded = dataset.sample(index, generator_of(own)) if hasattr(dataset, "sample") else dataset[index]
+        seed_generators(own)
+        loaded = dataset.sample(index, generator_of(own)) if hasattr(dataset, "sample") else dataset[index]
     except SkipSample:
         raise
     except Exception as error:

@@ -41,6 +41,11 @@ def generator_of(seed: int, *keys: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, *keys))
 
 
+def sample_seed(seed: int, position: int) -> int:
+    """The seed of everything random about the sample at a position of the stream."""
+    return seed_of(seed, "sample", position)
+
+
 def shuffled(size: int, seed: int, *keys: int | str) -> Int[Tensor, " size"]:
     """The numbers below `size` in a random order. int32 where they fit: four bytes for each sample of a dataset."""
     dtype = torch.int32 if size < 2**31 else torch.int64
@@ -48,18 +53,11 @@ def shuffled(size: int, seed: int, *keys: int | str) -> Int[Tensor, " size"]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of Python, numpy and torch's CPU, and puts them back afterwards.
-
-    Augmentations that draw from them then depend on the seed alone, whichever process runs them.
-    """
-    numpy = sys.modules.get("numpy")  # a dataset that draws from numpy has imported it
+def generators_kept() -> Iterator[None]:
+    """Puts the global generators of Python, numpy and torch's CPU back to where they were."""
+    numpy = sys.modules.get("numpy")  # whoever draws from numpy has imported it
     python_state, torch_state = random.getstate(), torch.random.get_rng_state()
     numpy_state = numpy.random.get_state() if numpy else None
-    random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
     try:
         yield
     finally:
@@ -67,3 +65,13 @@ def seeded(seed: int) -> Iterator[None]:
         torch.random.set_rng_state(torch_state)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds these global generators. Within `generators_kept`, augmentations that draw from them depend on the seed
+    alone, whichever process runs them; keeping takes ten times as long as seeding, so it is done once for a batch.
+    """
+    random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)

@@ -84,14 +84,10 @@ class ImageCaptionPairs(Dataset, ABC):
         parts = arrange_pair(modalities, self.captions(index), self.text, self.prob_describe, generator)
         return Sample(parts, name=self.describe(index))
 
-    def outline(self, index: int, modalities: list[Any] | None = None) -> list[Any]:
-        """Its shapes, from the header of the image (unless `modalities` are given) and the longest caption."""
-        if modalities is None:
-            shape = self.images.shape_of(self.image_size(index))
-            modalities = [(self.modality_type, torch.empty(shape, device="meta"))]
-        encoded = [self.text.encode(caption) for caption in self.captions(index)]
-        longest = max(encoded, key=len) if encoded else []
-        return [longest, *modalities] if len(longest) else modalities
+    def outline(self, index: int, generator: torch.Generator) -> Sample:
+        """The sample with its image on the `meta` device, whose shape the header of the file says."""
+        image = torch.empty(self.images.shape_of(self.image_size(index)), device="meta")
+        return self.arrange(index, [(self.modality_type, image)], generator)
 
     def image_size(self, index: int) -> Size:
         """Height and width of the file's image, from its header; remembered. Raises `SkipSample`."""

@@ -52,8 +52,10 @@ class DataPlan:
 
     - `epochs`: the plan ends when every source has been passed through so often; None never ends. The last step may be
       smaller.
-    - `buffer`: samples are packed within windows of so many, which are shuffled by best fit: more is fuller and costs
-      more when a run is resumed
+
+    And with a token budget:
+
+    - `buffer`: samples are packed within windows of so many: more is fuller, and costs more when a run is resumed
     - `packer`: `model.packer()`, which measures samples that do not know their length (see `Lengths`)
     - `too_long`: what happens to a sample longer than the budget: "error" names it, "skip" leaves it out and reports it
 
@@ -73,21 +75,7 @@ class DataPlan:
         packer: Packer | None = None,
         too_long: TooLong = "error",
     ):
-        if (batch_size is None) == (token_budget is None):
-            raise ValueError(f"give batch_size or token_budget, got {batch_size} and {token_budget}")
-        if batch_size is not None and packs_per_step is not None:
-            raise ValueError("packs_per_step goes with a token_budget; with a batch_size, the loader splits a step")
-        for name, number in dict(
-            batch_size=batch_size,
-            token_budget=token_budget,
-            packs_per_step=packs_per_step,
-            epochs=epochs,
-            buffer=buffer,
-        ).items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is at least 1, got {number}")
-        if too_long not in ("error", "skip"):
-            raise ValueError(f"too_long is 'error' or 'skip', got {too_long!r}")
+        check_sizes(batch_size, token_budget, packs_per_step, epochs, buffer, too_long)
         self.mixture: Mixture = as_mixture(data)
         self.seed, self.epochs, self.batch_size = seed, epochs, batch_size
         self.token_budget, self.packs_per_step = token_budget, None if token_budget is None else packs_per_step or 1
@@ -130,19 +118,23 @@ class DataPlan:
         return self._state_of(self._cursor)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken. Raises `ValueError` where that was another plan."""
-        expected = self._identity()
-        if not isinstance(state, Mapping) or set(state) != {"plan", "cursor"}:
-            raise ValueError(f"the state of a DataPlan has 'plan' and 'cursor', got {state!r:.200}")
-        found = state["plan"]
-        differs = [name for name in expected if found.get(name) != expected[name]]
-        if differs:
-            lines = ", ".join(f"{name} was {found.get(name)!r} and is {expected[name]!r}" for name in differs)
-            raise ValueError(f"the data are not those that the state was taken of, so the order differs: {lines}")
-        self._cursor = Cursor(**{**state["cursor"], "deferred": tuple(state["cursor"]["deferred"])})
+        """Goes to where `state` was taken. Raises `ValueError` where that was another plan. `epochs` may differ, unless
+        the data then end within the present window.
+        """
+        check_state(state, "plan", self._identity())
+        cursor = Cursor(**{**state["cursor"], "deferred": tuple(state["cursor"]["deferred"])})
+        before, end = state["plan"].get("total"), cursor.start + self.buffer
+        ends = {total for total in (before, self.total) if total is not None}
+        if self.batch_size is None and before != self.total and end >= min(ends) and cursor.start != before:
+            raise ValueError(
+                f"the state was taken in the last window of its data, which ended after {before} samples and now end "
+                f"after {self.total}; go on with the same epochs, or from an earlier state"
+            )
+        self._cursor = cursor
 
     def _state_of(self, cursor: Cursor) -> dict[str, Any]:
-        return {"plan": self._identity(), "cursor": asdict(cursor) | {"deferred": list(cursor.deferred)}}
+        identity = self._identity() | {"total": self.total}
+        return {"plan": identity, "cursor": asdict(cursor) | {"deferred": list(cursor.deferred)}}
 
     def _identity(self) -> dict[str, Any]:
         """What the order of samples depends on."""
@@ -188,7 +180,7 @@ class DataPlan:
             if not cursor.pack:
                 skipped += window.skipped
             unusable = 0 if window.sizes else unusable + packing.buffer
-            if unusable >= self.mixture.length(1) + packing.buffer:
+            if unusable and unusable >= self.mixture.length(1) + packing.buffer:
                 raise SampleError(f"every sample was left out; the last one because: {skipped[-1].reason}")
             taken = window.packs[cursor.pack : cursor.pack + packing.packs_per_step - len(packs)]
             packs += taken
@@ -200,7 +192,9 @@ class DataPlan:
                 capacity=cursor.capacity + len(taken) * packing.budget,
             )
             if cursor.pack == len(window.packs):
-                cursor = replace(cursor, start=cursor.start + packing.buffer, deferred=window.deferred, pack=0)
+                following = cursor.start + packing.buffer
+                start = following if self.total is None else min(following, self.total)
+                cursor = replace(cursor, start=start, deferred=window.deferred, pack=0)
         if not packs and not skipped:
             return None
         return StepPlan(step, tuple(packs), tuple(skipped)), replace(cursor, step=step + 1)
@@ -234,3 +228,35 @@ class _Packing(NamedTuple):
     buffer: int
     too_long: TooLong
     lengths: Lengths
+
+
+def check_sizes(
+    batch_size: int | None,
+    token_budget: int | None,
+    packs_per_step: int | None,
+    epochs: int | None,
+    buffer: int,
+    too_long: str,
+) -> None:
+    """Raises `ValueError` unless this is a way to cut data into steps."""
+    if (batch_size is None) == (token_budget is None):
+        raise ValueError(f"give batch_size or token_budget, got {batch_size} and {token_budget}")
+    if batch_size is not None and packs_per_step is not None:
+        raise ValueError("packs_per_step goes with a token_budget; the loader splits a batch_size by its accumulation")
+    sizes = dict(batch_size=batch_size, token_budget=token_budget, packs_per_step=packs_per_step)
+    for name, number in (sizes | dict(epochs=epochs, buffer=buffer)).items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is at least 1, got {number}")
+    if too_long not in ("error", "skip"):
+        raise ValueError(f"too_long is 'error' or 'skip', got {too_long!r}")
+
+
+def check_state(state: Any, kind: str, expected: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless this is a state of a "plan" or "stream" of which all this is true."""
+    if not isinstance(state, Mapping) or set(state) != {kind, "cursor"}:
+        raise ValueError(f"expected a state with {kind!r} and 'cursor', got {state!r:.200}")
+    found = state[kind]
+    differs = [name for name in expected if found.get(name) != expected[name]]
+    if differs:
+        lines = ", ".join(f"{name} was {found.get(name)!r} and is {expected[name]!r}" for name in differs)
+        raise ValueError(f"the order of samples differs from that of the state: {lines}")

@@ -8,10 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, split_evenly
+from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, check_share, split_evenly
 from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample
-from transfusion_pytorch.data.order import SampleReference, generator_of, seed_of, seeded, shuffled
+from transfusion_pytorch.data.order import (
+    SampleReference,
+    generator_of,
+    generators_kept,
+    sample_seed,
+    seed_generators,
+    shuffled,
+)
 from transfusion_pytorch.data.packing import TooLong, make_window
+from transfusion_pytorch.data.plan import check_sizes, check_state
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Sample
 
@@ -78,16 +86,12 @@ class StreamLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        if (batch_size is None) == (token_budget is None):
-            raise ValueError(f"give batch_size or token_budget, got {batch_size} and {token_budget}")
+        check_sizes(batch_size, token_budget, packs_per_step, epochs, buffer, too_long)
+        check_share(rank, num_processes, accumulation, batch_size)
         if token_budget is not None and packer is None:
             raise ValueError("packing by tokens needs packer=model.packer(), which measures samples")
-        if batch_size is None and accumulation is not None:
-            raise ValueError("accumulation goes with a batch_size; with a token_budget, set packs_per_step")
         if num_workers not in (0, 1):
             raise ValueError(f"a stream is read here or by one worker, got num_workers={num_workers}")
-        if not 0 <= rank < num_processes:
-            raise ValueError(f"rank is 0 to {num_processes - 1}, got {rank}")
         self.dataset, self.collate, self.prepare, self.source = dataset, collate, prepare, source
         self.seed, self.epochs, self.buffer, self.packer = seed, epochs, buffer, packer
         self.batch_size, self.token_budget, self.packs_per_step = batch_size, token_budget, packs_per_step or 1
@@ -115,13 +119,7 @@ class StreamLoader:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state` was taken. Raises `ValueError` where that was another stream."""
-        if not isinstance(state, Mapping) or set(state) != {"stream", "cursor"}:
-            raise ValueError(f"the state of a StreamLoader has 'stream' and 'cursor', got {state!r:.200}")
-        expected, found = self._identity(), state["stream"]
-        differs = [name for name in expected if found.get(name) != expected[name]]
-        if differs:
-            lines = ", ".join(f"{name} was {found.get(name)!r} and is {expected[name]!r}" for name in differs)
-            raise ValueError(f"the stream is not the one that the state was taken of: {lines}")
+        check_state(state, "stream", self._identity())
         self._cursor = StreamCursor(**state["cursor"])
 
     def _identity(self) -> dict[str, Any]:
@@ -150,21 +148,23 @@ class StreamLoader:
 
     def _collated(self, items: list["_Item"], skipped: list[Skipped]) -> Any:
         """None where nothing is left."""
-        samples, references = [], []
-        for item in items:
-            try:
-                samples.append(self._prepared(item))
-                references.append(item.reference)
-            except SkipSample as reason:
-                skipped.append(Skipped(item.reference, str(reason)))
-        return self.collate(samples, references) if samples else None
+        samples: list[Sample] = []
+        references: list[SampleReference] = []
+        with generators_kept():
+            for item in items:
+                try:
+                    samples.append(self._prepared(item))
+                    references.append(item.reference)
+                except SkipSample as reason:
+                    skipped.append(Skipped(item.reference, str(reason)))
+            return self.collate(samples, references) if samples else None
 
     def _prepared(self, item: "_Item") -> Sample:
         content, reference = item.content, item.reference
-        own = seed_of(self.seed, "sample", reference.position)
+        own = sample_seed(self.seed, reference.position)
         try:
-            with seeded(own):
-                made = content if self.prepare is None or item.is_prepared else self.prepare(content, generator_of(own))
+            seed_generators(own)
+            made = content if self.prepare is None or item.is_prepared else self.prepare(content, generator_of(own))
             return as_sample(made, name=f"{self.source}[{reference.index}]", source=self.source)
         except SkipSample:
             raise
@@ -205,16 +205,17 @@ class StreamLoader:
             return packer.num_tokens(sample)
 
         packer = self.packer
-        packed = make_window(
-            [item.reference for item in window],
-            (),
-            size_of,
-            budget=self.token_budget,
-            too_long=self.too_long,
-            seed=self.seed,
-            start=start,
-            is_last=True,
-        )
+        with generators_kept():
+            packed = make_window(
+                [item.reference for item in window],
+                (),
+                size_of,
+                budget=self.token_budget,
+                too_long=self.too_long,
+                seed=self.seed,
+                start=start,
+                is_last=True,
+            )
         return [[prepared[r.position] for r in pack] for pack in packed.packs], list(packed.skipped)
 
     def _items(self, cursor: StreamCursor) -> Iterator["_Item"]:
@@ -228,7 +229,9 @@ class StreamLoader:
                 position, index = position + 1, index + 1
                 yield _Item(content, reference, StreamCursor(position=position, epoch=epoch, index=index))
             if not index:
-                raise ValueError(f"source {self.source!r} has no samples")
+                raise ValueError(
+                    f"source {self.source!r} has no samples in epoch {epoch}; a generator can be read once only"
+                )
             epoch, first, state = epoch + 1, 0, None
 
 

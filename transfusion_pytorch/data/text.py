@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -83,7 +83,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerText:
     return TokenizerText(tokenizer)
 
 
-def as_bytes(text: bytes) -> Int[Tensor, " n"]:
+def as_bytes(text: bytes) -> UInt8[Tensor, " n"]:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
 
 
@@ -96,7 +96,7 @@ class TextWindows(Dataset):
 
     def __init__(
         self,
-        texts: Sequence[Int[Tensor, " n"] | str | Path],
+        texts: Sequence[Integer[Tensor, " n"] | str | Path],
         length: int,
         *,
         codec: TextCodec | None = None,
@@ -128,7 +128,7 @@ class TextWindows(Dataset):
         return min(self.length, len(self.texts[text]) - start) + MARKERS
 
 
-def _ids_of(file: Path, codec: TextCodec | None) -> Int[Tensor, " n"]:
+def _ids_of(file: Path, codec: TextCodec | None) -> Integer[Tensor, " n"]:
     if not file.is_file():
         raise FileNotFoundError(f"no text file {file}")
     if codec is not None and not isinstance(codec, ByteText):

@@ -70,7 +70,8 @@ class LabelledCaptions(ImageCaptionPairs):
     ):
         super().__init__(images=images, **options)
         self.augments = augments
-        self.labels, self._captions = labelled.labels.tolist(), captions
+        self.labels: list[int] = labelled.labels.tolist()
+        self._captions = captions
         self._files = [png_of(image) for image in labelled.images]
 
     def __len__(self) -> int:

@@ -57,7 +57,7 @@ class ModalityIO(nn.Module):
         super().__init__()
         self.spec, self.adapter, self.batched = spec, adapter, batched
         self.encoder, self.decoder = encoder, decoder
-        self.statistics, self.check_scale = LatentStatistics(spec.dim_latent), ScaleCheck()
+        self.statistics, self.scale_check = LatentStatistics(spec.dim_latent), ScaleCheck()
         self.positions = AxialPositions(dim, spec.num_dim) if add_pos_emb and spec.num_dim else None
         for module in self.frozen:
             module.eval().requires_grad_(False)
@@ -140,9 +140,14 @@ class ModalityIO(nn.Module):
         `encoded_latents`.
         """
         encoded = self.encoded_latents(data, placement, dtype, generator)
-        if self.training and not self.statistics.is_set:
-            self.check_scale(encoded, self.spec.type)
+        if self.training:
+            self.check_scale(encoded)
         return self.statistics.normalize(encoded)
+
+    def check_scale(self, latents: Float[Tensor, "k c"] | None) -> None:
+        """Warns once where latents in the encoder's scale are far from unit variance, and nothing normalises them."""
+        if latents is not None and not self.statistics.is_set:
+            self.scale_check(latents, self.spec.type)
 
     def encoded_latents(
         self,

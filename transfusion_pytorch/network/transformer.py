@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         """From now on layers run compiled, with flex or dense attention inside: one graph for each kind of layer.
 
         Graphs are made when they are first needed, and serve all batches of one number of tokens and of spans: pad
-        batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and saved
+        batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and pickled
         models keep them. Steps of decoding are not compiled. Raises `RuntimeError` under `TYPECHECK=1`, whose checks no
         graph can hold.
 

@@ -6,7 +6,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+import huggingface_hub
+from torch import Tensor
 
 from transfusion_pytorch.saving.configuration import LIBRARY, needed_modules
 
@@ -53,7 +54,7 @@ def is_ours(path: Path) -> bool:
 
 def render(card: ModelCard, config: Mapping[str, Any], *, source: str, num_parameters: int) -> str:
     """A card as Markdown with YAML in front. `source` is where the model can be loaded from."""
-    data = ModelCardData(
+    data = huggingface_hub.ModelCardData(  # loaded here: it takes a quarter of a second
         library_name=LIBRARY,
         pipeline_tag=card.pipeline_tag,
         tags=list(dict.fromkeys(["transfusion", "flow-matching", *card.tags])),
@@ -104,6 +105,8 @@ def _table(name: str, value: str, rows: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
         value = f"{float(value):.6g}"
     return str(value).replace("|", "\\|").replace("\n", " ")

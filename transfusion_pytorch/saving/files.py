@@ -143,6 +143,12 @@ def load_metadata(path: str | Path) -> dict[str, str]:
     return metadata
 
 
+def remove_partial(folder: str | Path) -> None:
+    """Removes what killed processes left half written in a folder. Nobody else may be writing there."""
+    for path in Path(folder).glob(f".*{PARTIAL}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}{uuid4().hex[:8]}")
 

@@ -143,10 +143,13 @@ class SavingMethods:
         tokenizer: Any = None,
     ) -> str:
         """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub, which is made if there is
-        none. Returns the address of the commit.
+        none. Returns the address of the commit, or nothing on a process that leaves this to another (see
+        `save_pretrained`).
         """
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder), source=repo_id, card=card, tokenizer=tokenizer)
+            if not self._is_writer:
+                return ""
             return upload(
                 Path(folder),
                 repo_id,
@@ -169,6 +172,11 @@ class SavingMethods:
     def tokenizer(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
+    @property
+    def _is_writer(self) -> bool:
+        """Of the processes that share a model by `fully_shard`, one writes."""
+        return not isinstance(self, FSDPModule) or dist.get_rank() == 0
+
     def _write(self, folder: Path, *, source: str, card: ModelCard | None, tokenizer: Any) -> None:
         config = describe(own_class(self), self.constructor_arguments())
         weights = weights_of(self)  # type: ignore[arg-type]
@@ -177,7 +185,7 @@ class SavingMethods:
             text = tokenizer_json(text, self.vocabulary.num_text)
         count = sum(weights[name].numel() for name, _ in self.named_parameters())  # type: ignore[attr-defined]
         readme = render(card or ModelCard(), config, source=source, num_parameters=count)
-        if isinstance(self, FSDPModule) and dist.get_rank() != 0:
+        if not self._is_writer:
             return
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs the name of a folder")

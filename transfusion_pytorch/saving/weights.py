@@ -73,6 +73,7 @@ def load_weights(
     tied = _tied_names(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     _check_shapes(model.state_dict(), tensors, path)
+    _check_ties(tied, tensors, path)
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if name in parameters and tensor.is_floating_point() and dtype is not None:
@@ -87,11 +88,17 @@ def load_weights(
     _refuse(path, missing=missing, unexpected=unexpected)
     for first, *others in tied:
         for name in others:
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, model.get_parameter(first))
+            (owner, last), (other, attribute) = _split(name), _split(first)
+            setattr(model.get_submodule(owner), last, getattr(model.get_submodule(other), attribute))
     if any(True for module in model.modules() for _ in _left_on_meta(module)):
         _fill_in(model, build)
     model.to(device)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's name as that of its module and its own."""
+    module, _, own = name.rpartition(".")
+    return module, own
 
 
 def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -125,11 +132,21 @@ def _listed(title: str, names: list[str]) -> str:
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of parameters that have several, of modules that have one each: tied weights."""
+    """The names of parameters and buffers that have several: tied weights, and modules with several places."""
     names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names[id(tensor)].append(name)
     return [group for group in names.values() if len(group) > 1]
+
+
+def _check_ties(tied: list[list[str]], tensors: Mapping[str, Tensor], path: Path) -> None:
+    for first, *others in tied:
+        for name in others:
+            if first in tensors and name in tensors and not torch.equal(tensors[first], tensors[name]):
+                raise ValueError(
+                    f"{path}: {first} and {name} differ, and are one tensor of this model; if one module was handed "
+                    "over for several modalities, hand over a list of one for each"
+                )
 
 
 def _left_on_meta(module: nn.Module) -> list[str]:

@@ -50,6 +50,7 @@ class TrainStep:
         self.launch, self.config = launch, config
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.precision == "fp16")
         self.usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._teacher = dict(velocity_consistency_ema_model=ema) if config.velocity_consistency else {}
 
     def __call__(self, batches: Sequence[Batch], step: int) -> StepResult:
@@ -93,6 +94,9 @@ class TrainStep:
             parts = LossBreakdown(*(part.detach() for part in parts))
             sums = parts if sums is None else LossBreakdown(*map(torch.add, sums, parts))
         assert sums is not None
+        for parameter in self._trained:  # of what no sample had; with several processes they are zeros anyway
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return named_losses(sums, has_velocity=bool(self._teacher), has_recon=self.model.loss_weights.recon != 0)
 
     def _counts(self, batches: Sequence[Batch]) -> TargetCounts | None:

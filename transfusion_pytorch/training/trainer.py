@@ -405,10 +405,11 @@ class Trainer:
         table = LossTable(self.model.num_modalities)
         with evaluating(self.model), self.launch.autocast():
             for batch in batches:
-                batch = batch.to(self.launch.device)
-                if batch.data:
-                    table.add_spans(self.model(batch, reduction="span"))
-                table.add_text(self.model(batch, reduction="none"), batch)
+                is_idle, batch = batch is self._stand_in, batch.to(self.launch.device)
+                spans, rows = (self.model(batch, reduction=reduction) for reduction in ("span", "none"))
+                if not is_idle:
+                    table.add_spans(spans)
+                    table.add_text(rows, batch)
         return means_of(*self.launch.gather(table.read_sums()))
 
     def _call(self, name: str, *details: Any) -> None:
