@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all typecheck lint format toy mnist fashion text bench bench-peer gpu wheel clean
+.PHONY: help setup test test-all typecheck lint format toy mnist fashion captioned text bench bench-peer gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ mnist: ## train on handwritten digits
 
 fashion: ## train on Fashion-MNIST
 	$(BIN)/python train_mnist.py --dataset fashion $(ARGS)
+
+captioned: ## train on images with captions: make captioned ARGS="--data FOLDER"
+	$(BIN)/python train_captioned_images.py $(ARGS)
 
 text: ## train on text alone
 	$(BIN)/python train_text_only.py $(ARGS)

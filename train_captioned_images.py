@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer, Transfusion, UNetDown, UNetUp
+from transfusion_pytorch import (
+    Callback,
+    ModelCard,
+    PatchDecoder,
+    PatchEncoder,
+    TrainConfig,
+    Trainer,
+    Transfusion,
+    UNetDown,
+    UNetUp,
+)
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.commands.pictures import PictureModel
 from transfusion_pytorch.data import (
@@ -50,7 +60,6 @@ from transfusion_pytorch.examples.captions import (
 from transfusion_pytorch.examples.data import ImageData, load_images
 from transfusion_pytorch.examples.pictures import load_picture, save_grid
 from transfusion_pytorch.examples.runs import open_run
-from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 from transfusion_pytorch.saving.tokenizer import load_tokenizer, save_tokenizer, tokenizer_json
 from transfusion_pytorch.training.config import add_arguments, config_from_arguments
 from transfusion_pytorch.training.launch import Launch

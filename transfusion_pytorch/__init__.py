@@ -44,6 +44,7 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.network.transformer import Transformer
@@ -87,6 +88,8 @@ __all__ = [
     "ModalityStarted",
     "ModelCard",
     "Packer",
+    "PatchDecoder",
+    "PatchEncoder",
     "Request",
     "Sample",
     "SampleError",
