@@ -92,7 +92,7 @@ def test_only_images_to_be_described_are_moved(describes, moves):
 
 def test_held_out_images_are_the_others(pairs):
     train, held_out = hold_out(pairs, 5, seed=3)
-    assert len(train), len(held_out) == (15, 5)
+    assert (len(train), len(held_out)) == (15, 5)
     assert sorted([*train.indices, *held_out.indices]) == list(range(20))
     assert hold_out(pairs, 5, seed=3)[1].indices == held_out.indices != hold_out(pairs, 5, seed=4)[1].indices
     with pytest.raises(ValueError, match="20 images cannot be held out of 20"):
@@ -182,7 +182,7 @@ def test_scores_of_digits(tmp_path):
 def test_a_run_is_fresh_or_found_again(tmp_path):
     first, resume = open_run(tmp_path, "a", resume=None)
     assert (first.is_dir(), resume) == (True, False)
-    with pytest.raises(FileNotFoundError, match="there is no run a-... with checkpoints"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run a-\.\.\. with checkpoints"):
         open_run(tmp_path, "a", resume=True)
 
     (first / "checkpoints/step-00000001").mkdir(parents=True)
