@@ -22,6 +22,7 @@ from transfusion_pytorch import (
     ModelCard,
     PatchDecoder,
     PatchEncoder,
+    TimePolicy,
     TrainConfig,
     Trainer,
     Transfusion,
@@ -57,7 +58,7 @@ from transfusion_pytorch.examples.captions import (
     sentences,
     some_images,
 )
-from transfusion_pytorch.examples.data import ImageData, load_images
+from transfusion_pytorch.examples.data import IMAGE_LOADERS, ImageData
 from transfusion_pytorch.examples.pictures import load_picture, save_grid
 from transfusion_pytorch.examples.runs import open_run
 from transfusion_pytorch.saving.tokenizer import load_tokenizer, save_tokenizer, tokenizer_json
@@ -132,7 +133,7 @@ def main() -> None:
     options = dict(seed=config.seed, options=sampling)
     if data.labelled:
         count, sheet = arguments.draw_per_class, folder / "drawings.png"
-        scores = score_labelled(pictures, data.labelled, per_class=count, sheet=sheet, **options)
+        scores = score_labelled(pictures, data.labelled, data.held_out, per_class=count, sheet=sheet, **options)
         how = f"by a judge that recognises {scores.reference:.1%} of real images"
         figures |= report(scores, f"recognised as what was asked for, {how}", "of held-out images name the class")
     else:
@@ -214,7 +215,7 @@ def load_data(arguments: argparse.Namespace, recipe: Recipe) -> Captioned:
         else:
             pairs = WebDatasetTars(paths, **options)
         return Captioned(*hold_out(pairs, round(arguments.held_out * len(pairs))), ", ".join(map(str, paths)))
-    labelled = load_images(arguments.dataset)
+    labelled = IMAGE_LOADERS[arguments.dataset](None)
     captions = [sentences(name, TEMPLATES[labelled.name]) for name in class_words(labelled)]
     train = LabelledCaptions(labelled.train, captions, augments=True, **options)
     held_out = LabelledCaptions(labelled.test, captions, augments=False, **options)
@@ -261,6 +262,7 @@ def build_model(arguments: argparse.Namespace, recipe: Recipe, num_text_tokens: 
         fallback_to_default_shape_if_invalid=True,
         pre_post_transformer_enc_dec=pair,
         flow_loss_weight=recipe.flow_loss_weight,
+        time_policy=TimePolicy(prob_clean_captioned=0.8),  # images come clean to be captioned
         transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=4, dim_head=recipe.dim // 4),
     )
 

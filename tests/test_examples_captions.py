@@ -169,7 +169,9 @@ def test_scores_of_digits(tmp_path):
         lambda image: "a picture of a three",
         0,
     )
-    scores = score_labelled(pictures, data, per_class=4, seed=0, sheet=tmp_path / "a.png", options={})
+    captions = [sentences(name, TEMPLATES["digits"]) for name in names]
+    held_out = LabelledCaptions(data.test, captions, images=ImageReader(8, mode="L"), augments=False)
+    scores = score_labelled(pictures, data, held_out, per_class=4, seed=0, sheet=tmp_path / "a.png", options={})
     assert scores.drawn >= 0.9
     assert scores.captioned == pytest.approx((data.test.labels == 3).float().mean().item())
     assert scores.reference >= 0.98

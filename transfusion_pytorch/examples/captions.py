@@ -30,8 +30,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 # {a} is the class with its article, {name} the class alone
 TEMPLATES = {
-    "digits": ("a picture of {a}", "the digit {name}, handwritten", "{name}, written by hand", "someone wrote {a}"),
-    "fashion": ("a picture of {a}", "{a}, in grey", "{name} on black", "a photo that shows {a}"),
+    "digits": ("a picture of {a}", "the digit {name}", "{name}, handwritten", "{a}"),
+    "fashion": ("a picture of {a}", "{a}, in grey", "{name} on black", "{a}"),
 }
 TEMPLATES["mnist"] = TEMPLATES["digits"]
 
@@ -151,9 +151,17 @@ class Scores(NamedTuple):
 
 
 def score_labelled(
-    pictures: Any, data: ImageData, *, per_class: int, seed: int, sheet: Path, options: Mapping[str, Any]
+    pictures: Any,
+    data: ImageData,
+    held_out: LabelledCaptions,
+    *,
+    per_class: int,
+    seed: int,
+    sheet: Path,
+    options: Mapping[str, Any],
 ) -> Scores:
-    """Drawings are recognised by an independent classifier. Captions of held-out images name their class, and no other.
+    """Drawings are recognised by an independent classifier. Captions of held-out images (at most 1,000) name their
+    class, and no other.
 
     The first drawings are saved as `sheet`, with a red caption where they were not recognised.
     """
@@ -163,14 +171,14 @@ def score_labelled(
     captions = [sentences(names[label], TEMPLATES[data.name]) for label in labels.tolist()]
     prompts = [of_class[i // len(names) % len(of_class)] for i, of_class in enumerate(captions)]
     drawn = as_one_size(pictures.draw(prompts, generator=generator, **options))
-    height, width = data.train.images.shape[2:]
-    room = (0, max(0, width - drawn.shape[3]), 0, max(0, height - drawn.shape[2]))  # the judge takes one size
-    seen = recognised(judge, F.pad(drawn, room, value=1.0)[..., :height, :width])
+    size = data.train.images.shape[2:]  # the only one that the judge takes
+    seen = recognised(judge, drawn if drawn.shape[2:] == size else F.interpolate(drawn, size, mode="area"))
     save_grid(sheet, drawn[:40], prompts[:40], smallest=96, correct=(seen == labels)[:40])
-    held_out, truth = data.test.images[:1000].movedim(1, -1), data.test.labels[:1000].tolist()
-    written = pictures.describe(list(held_out), text_temperature=0.0, generator=generator)
-    right = sum(mentioned_class(text, names) == label for text, label in zip(written, truth, strict=True))
-    return Scores((seen == labels).float().mean().item(), right / len(truth), reference)
+    shown = range(min(len(held_out), 1000))
+    images = [held_out.modalities(i)[0][1] for i in shown]
+    written = pictures.describe(images, text_temperature=0.0, generator=generator)
+    right = sum(mentioned_class(written[i], names) == held_out.labels[i] for i in shown)
+    return Scores((seen == labels).float().mean().item(), right / len(shown), reference)
 
 
 def score_remembered(pictures: Any, pairs: ImageCaptionPairs, *, count: int, seed: int, options: Any) -> Scores:
