@@ -49,7 +49,6 @@ from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.captions import (
     TEMPLATES,
     LabelledCaptions,
-    Scores,
     as_one_size,
     class_words,
     longest_caption,
@@ -60,9 +59,8 @@ from transfusion_pytorch.examples.captions import (
 )
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, ImageData
 from transfusion_pytorch.examples.pictures import load_picture, save_grid
-from transfusion_pytorch.examples.runs import open_run
 from transfusion_pytorch.saving.tokenizer import load_tokenizer, save_tokenizer, tokenizer_json
-from transfusion_pytorch.training.config import add_arguments, config_from_arguments
+from transfusion_pytorch.training.config import config_from_arguments
 from transfusion_pytorch.training.launch import Launch
 
 
@@ -97,51 +95,38 @@ class Captioned(NamedTuple):
 def main() -> None:
     arguments = parse()
     recipe, config = recipe_of(arguments), config_of(arguments)
-    run.seed_everything(config.seed)
     data = load_data(arguments, recipe)
-    print(f"data: {data.source}; {len(data.train):,} images to train on, {len(data.held_out):,} held out")
     name = data.labelled.name if data.labelled else "captioned"
-    launch = Launch(device=config.device, precision=config.precision)
-    opened = open_run(arguments.results, f"images-{name}", resume=arguments.resume) if launch.is_main else None
-    folder, checkpoint = launch.share(opened)
-    text = load_text(arguments.bpe, data, folder, launch)
+    place = run.open_run(arguments, f"images-{name}", device=config.device)
+    text = load_text(arguments.bpe, data, place.folder, Launch(device=config.device, precision=config.precision))
     for pairs in (data.train, data.held_out):
         pairs.text = text
+    run.seed_everything(config.seed)
     sampling = dict(cfg_scale=arguments.cfg_scale, modality_steps=arguments.modality_steps)
-    callback = Samples(data, text, arguments.prompt, sampling)
+    samples = Samples(data, text, arguments.prompt, sampling)
     trainer = Trainer(
         build_model(arguments, recipe, text.num_tokens),
         data.train,
         config,
-        folder=folder,
+        folder=place.folder,
         validation=data.held_out if len(data.held_out) else None,
-        callbacks=[callback],
+        callbacks=[samples],
     )
     started = time.monotonic()
-    fitted = trainer.fit(resume=checkpoint)
-    if not trainer.is_main:
-        return
+    trainer.say(f"data: {data.source}; {len(data.train):,} images to train on, {len(data.held_out):,} held out")
+    trainer.say(f"text: {text.num_tokens:,} tokens")
+    fitted = trainer.fit(resume=place.resume)
     if fitted.was_stopped:
-        print(f"stopped: go on with the same options and --resume {folder}")
         return
-    print(f"trained for {time.monotonic() - started:.0f} s")
+    trainer.say(f"trained for {time.monotonic() - started:.0f} s")
     figures: dict[str, Any] = {f"validation {name}": value for name, value in fitted.figures.items()}
     if trainer.plan.fill is not None:
         figures["fill of the token budget"] = f"{trainer.plan.fill:.1%}"
-        print(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.plan.fill:.1%}")
-    pictures = callback.pictures_of(trainer)
-    options = dict(seed=config.seed, options=sampling)
-    if data.labelled:
-        count, sheet = arguments.draw_per_class, folder / "drawings.png"
-        scores = score_labelled(pictures, data.labelled, data.held_out, per_class=count, sheet=sheet, **options)
-        how = f"by a judge that recognises {scores.reference:.1%} of real images"
-        figures |= report(scores, f"recognised as what was asked for, {how}", "of held-out images name the class")
-    else:
-        scores = score_remembered(pictures, data.train, count=200, **options)
-        figures |= report(scores, "nearest to the image whose caption was asked for", "of training images are theirs")
-    save_model(trainer, data, text, folder, figures, prompt=callback.prompts[0])
-    print(f"results in {folder} after {time.monotonic() - started:.0f} s; to use the model:")
-    print(f'python -m transfusion_pytorch sample {folder / "model"} "{callback.prompts[0]}"')
+        trainer.say(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.plan.fill:.1%}")
+    figures |= score(trainer, samples, data, per_class=arguments.draw_per_class)
+    save_model(trainer, data, text, figures, prompt=samples.prompts[0])
+    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s; to use the model:")
+    trainer.say(f'python -m transfusion_pytorch sample {place.folder / "model"} "{samples.prompts[0]}"')
 
 
 # options
@@ -165,11 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings (default: %(default)s)")
     parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
     parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end (%(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own folder")
-    parser.add_argument(
-        "--resume", nargs="?", type=Path, const=True, help="go on with the latest run, or with this one or checkpoint"
-    )
-    add_arguments(parser, RECIPES["digits"].training)
+    run.add_common_arguments(parser, RECIPES["digits"].training)
     arguments = parser.parse_args()
     if not all(prompt.strip() for prompt in arguments.prompt):
         parser.error("a --prompt is empty")
@@ -231,10 +212,7 @@ def load_text(bpe_size: int | None, data: Captioned, folder: Path, launch: Launc
         trained = train_bpe((caption for i in range(len(data.train)) for caption in data.train.captions(i)), bpe_size)
         save_tokenizer(file, tokenizer_json(trained.tokenizer, bpe_size))
     launch.wait()
-    text = TokenizerText(load_tokenizer(file.read_text(encoding="utf-8"), bpe_size, file))
-    if launch.is_main:
-        print(f"text: byte-pair encoding of {text.num_tokens:,} tokens")
-    return text
+    return TokenizerText(load_tokenizer(file.read_text(encoding="utf-8"), bpe_size, file))
 
 
 # the model
@@ -299,19 +277,28 @@ class Samples(Callback):
         return {"samples": load_picture(file)}
 
 
-def report(scores: Scores, drawn: str, captioned: str) -> dict[str, str]:
-    """Prints scores, and returns them for the model card."""
+def score(trainer: Trainer, samples: Samples, data: Captioned, *, per_class: int) -> dict[str, str]:
+    """Scores drawings and captions. Prints how, and returns figures for the model card."""
+    pictures, options = samples.pictures_of(trainer), dict(seed=trainer.config.seed, options=samples.sampling)
+    if data.labelled:
+        sheet = trainer.folder / "drawings.png" if trainer.is_main else None
+        options |= dict(per_class=per_class, sheet=sheet)
+        scores = score_labelled(pictures, data.labelled, data.held_out, **options)
+        drawn = f"recognised as asked by a judge that recognises {scores.reference:.1%} of real held-out images"
+        captioned = "of held-out images name their class"
+    else:
+        scores = score_remembered(pictures, data.train, count=200, **options)
+        drawn = "nearest to the training image whose caption was asked for"
+        captioned = "of training images are theirs"
     figures = {f"captions {captioned}": f"{scores.captioned:.1%}"}
     if scores.drawn is not None:
         figures = {f"drawings {drawn}": f"{scores.drawn:.1%}"} | figures
-    for what, share in figures.items():
-        print(f"{what.partition(' ')[0]}: {share} {what.partition(' ')[2]}")
+    for (what, _, how), share in zip((name.partition(" ") for name in figures), figures.values(), strict=True):
+        trainer.say(f"{what}: {share} {how}")
     return figures
 
 
-def save_model(
-    trainer: Trainer, data: Captioned, text: TextCodec, folder: Path, figures: dict[str, Any], *, prompt: str
-) -> None:
+def save_model(trainer: Trainer, data: Captioned, text: TextCodec, figures: dict[str, Any], *, prompt: str) -> None:
     command = "python -m transfusion_pytorch sample MODEL"
     command = f'{command} "{prompt}"\n{command} --image FILE'
     card = ModelCard(
@@ -323,7 +310,7 @@ def save_model(
         how_to_use=f"```bash\n{command}\n```",
     )
     tokenizer = text.tokenizer if isinstance(text, TokenizerText) else None
-    trainer.average.save_pretrained(folder / "model", card=card, tokenizer=tokenizer)
+    trainer.save_pretrained(trainer.folder / "model", card=card, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python train_mnist.py                     # 8x8 handwritten digits that ship with scikit-learn, both tasks
 python train_mnist.py --dataset fashion   # 28x28 Fashion-MNIST (Debian package dataset-fashion-mnist)
 python train_mnist.py --dataset mnist     # from a folder of idx files (--data) or a download
+accelerate launch train_mnist.py          # on every GPU
 """
 
 import argparse
@@ -11,35 +12,35 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
-from transfusion_pytorch import Transfusion
+from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer, Transfusion
 from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images
 from transfusion_pytorch.examples.judge import recognised, train_judge
-from transfusion_pytorch.examples.pairs import TASKS, LabelImagePairs, endless
+from transfusion_pytorch.examples.pairs import TASKS, LabelImagePairs
 from transfusion_pytorch.examples.pictures import save_curves, save_grid
+from transfusion_pytorch.training.config import config_from_arguments
 
 
 class Recipe(NamedTuple):
     """What suits a data set, on two CPU cores."""
 
-    steps: int
+    config: TrainConfig
     patch: int
     dim: int
     depth: int
     heads: int = 4
-    batch_size: int = 64
-    learning_rate: float = 2e-3
     flow_loss_weight: float = 5.0  # as in the Transfusion paper
 
 
+LARGER = Recipe(TrainConfig(steps=4000, batch_size=32, learning_rate=2e-3), patch=4, dim=96, depth=5)
 RECIPES = {
-    "digits": Recipe(steps=2000, patch=2, dim=64, depth=4, flow_loss_weight=2.0),
-    "mnist": Recipe(steps=4000, patch=4, dim=96, depth=5, batch_size=32),
-    "fashion": Recipe(steps=4000, patch=4, dim=96, depth=5, batch_size=32),
+    "digits": Recipe(
+        TrainConfig(steps=2000, batch_size=64, learning_rate=2e-3), patch=2, dim=64, depth=4, flow_loss_weight=2.0
+    ),
+    "mnist": LARGER,
+    "fashion": LARGER,
 }
 
 
@@ -54,24 +55,46 @@ def build_model(shape: tuple[int, ...], num_classes: int, recipe: Recipe) -> Tra
     )
 
 
-def draw(model, labels: Tensor, *, shape: tuple[int, ...], patch: int, cfg_scale: float, steps: int) -> Tensor:
-    """An image (c, h, w) for each label, blank where there is none of `shape` (h / p, w / p, c p p).
+class Artist(NamedTuple):
+    """How images are drawn and named: `shape` is that of one in patches, (h / p, w / p, c p p)."""
 
-    The model itself writes that an image comes, and how large it is.
-    """
-    length = shape[0] * shape[1] + 32  # of the image, and more than enough for what stands around it
-    samples = model.sample_many(list(labels), max_length=length, cfg_scale=cfg_scale, modality_steps=steps)
-    first = [next((part[1] for part in sample if isinstance(part, tuple)), torch.empty(0)) for sample in samples]
-    latents = [image.cpu() if image.shape == shape else torch.zeros(shape) for image in first]
-    return unpatchify(torch.stack(latents), patch)
+    shape: tuple[int, ...]
+    patch: int
+    cfg_scale: float
+    steps: int
+
+    def draw(self, model, labels: Tensor) -> Tensor:
+        """An image (c, h, w) for each label, blank where there is none of the right shape.
+
+        The model itself writes that an image comes, and how large it is.
+        """
+        length = self.shape[0] * self.shape[1] + 32  # of the image, and more than enough for what stands around it
+        options = dict(max_length=length, cfg_scale=self.cfg_scale, modality_steps=self.steps)
+        samples = model.sample_many(list(labels), **options)
+        first = [next((part[1] for part in sample if isinstance(part, tuple)), torch.empty(0)) for sample in samples]
+        latents = [image.cpu() if image.shape == self.shape else torch.zeros(self.shape) for image in first]
+        return unpatchify(torch.stack(latents), self.patch)
+
+    def caption(self, model, images: Tensor) -> Tensor:
+        """The word that the model writes after each image, -1 where it writes none."""
+        latents = patchify(images, self.patch)
+        length = latents[0, ..., 0].numel() + 16
+        samples = model.sample_many(list(latents), max_length=length, text_temperature=0.0)
+        return torch.stack([sample[2][1] if len(sample[2]) > 1 else torch.tensor(-1) for sample in samples]).cpu()
 
 
-def caption(model, images: Tensor, *, patch: int) -> Tensor:
-    """The word that the model writes after each image, -1 where it writes none."""
-    latents = patchify(images, patch)
-    length = latents[0, ..., 0].numel() + 16
-    samples = model.sample_many(list(latents), max_length=length, text_temperature=0.0)
-    return torch.stack([sample[2][1] if len(sample[2]) > 1 else torch.tensor(-1) for sample in samples]).cpu()
+class Grids(Callback):
+    """Every class twice, as a picture in the run's folder."""
+
+    def __init__(self, artist: Artist, class_names: list[str]):
+        self.artist, self.class_names = artist, class_names
+
+    def on_sample(self, trainer):
+        labels = torch.arange(len(self.class_names)).repeat(2)
+        images = self.artist.draw(trainer.average, labels)
+        if trainer.is_main:
+            names = [self.class_names[label] for label in labels]
+            save_grid(trainer.folder / f"step-{trainer.step:05}.png", images, names)
 
 
 def main() -> None:
@@ -79,69 +102,55 @@ def main() -> None:
     parser.add_argument("--dataset", choices=tuple(IMAGE_LOADERS), default="digits")
     parser.add_argument("--data", help="folder of idx files, for mnist and fashion")
     parser.add_argument("--task", choices=tuple(TASKS), default="both")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the drawings (default: %(default)s)")
     parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
-    parser.add_argument("--sample-every", type=int, default=500, help="training steps between grids (0: none)")
     parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end, for each class")
-    run.add_common_arguments(parser, steps=None)
+    run.add_common_arguments(parser, RECIPES["digits"].config)
     args = parser.parse_args()
 
     data = load_images(args.dataset, args.data)
-    print(f"data: {data.source}")
-    recipe = RECIPES[data.name]
-    steps, batch_size = args.steps or recipe.steps, args.batch_size or recipe.batch_size
-    device, tasks = run.pick_device(args.device), TASKS[args.task]
-    run.seed_everything(args.seed)
+    recipe, tasks = RECIPES[data.name], TASKS[args.task]
+    config = config_from_arguments(args, recipe.config)
+    place = run.open_run(args, f"{data.name}-{args.task}", device=config.device)
+    run.seed_everything(config.seed)
     shape = tuple(patchify(data.train.images[0], recipe.patch).shape)
-    folder = run.fresh_folder(args.results, f"{data.name}-{args.task}")
-    how = dict(shape=shape, patch=recipe.patch, cfg_scale=args.cfg_scale, steps=args.modality_steps)
-
-    model = build_model(shape, len(data.class_names), recipe).to(device)
-    ema = model.create_ema(beta=0.99, update_every=10, update_after_step=min(100, steps // 4))
-    optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
-    schedule = LambdaLR(optimizer, lambda step: run.cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
-    dataset = LabelImagePairs(data.train, tasks, patch=recipe.patch, seed=args.seed)
-    batches = model.create_dataloader(
-        dataset, batch_size=batch_size, shuffle=True, drop_last=len(dataset) >= batch_size
+    artist = Artist(shape, recipe.patch, args.cfg_scale, args.modality_steps)
+    trainer = Trainer(
+        build_model(shape, len(data.class_names), recipe),
+        LabelImagePairs(data.train, tasks, patch=recipe.patch),
+        config,
+        folder=place.folder,
+        callbacks=[Grids(artist, data.class_names)] if "draw" in tasks else [],
     )
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps on {device}, to {folder}")
+    started = time.monotonic()
+    trainer.say(f"data: {data.source}")
+    if trainer.fit(resume=place.resume).was_stopped:
+        return
+    trainer.say(f"trained for {time.monotonic() - started:.0f} s")
 
-    started, curves = time.monotonic(), {"text": [], "flow": []}
-    labels_shown = torch.arange(len(data.class_names)).repeat(2)
-    for step, batch in zip(bar := run.progress(steps, description="training"), endless(dataset, batches), strict=False):
-        loss, parts = model(batch, return_breakdown=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        ema.update()
-        curves["text"].append(parts.text.item())
-        curves["flow"].append(parts.flow.item())
-        bar.set_postfix(text=f"{curves['text'][-1]:.3f}", flow=f"{curves['flow'][-1]:.3f}")
-        if "draw" in tasks and args.sample_every and (step + 1) % args.sample_every == 0:
-            names = [data.class_names[label] for label in labels_shown]
-            save_grid(folder / f"step-{step + 1:05}.png", draw(ema, labels_shown, **how), names)
-    print(f"trained for {time.monotonic() - started:.0f} s")
-    save_curves(folder / "losses.png", curves)
-    torch.save(ema.ema_model.state_dict(), folder / "model.pt")
-
+    figures = {}
     if "draw" in tasks:
-        judge, judge_accuracy = train_judge(data, seed=args.seed, device=device)
+        judge, accuracy = train_judge(data, seed=config.seed, device=trainer.device)
         labels = torch.arange(len(data.class_names)).repeat(args.draw_per_class)
-        images = torch.cat([draw(ema, part, **how) for part in labels.split(100)])
+        images = torch.cat([artist.draw(trainer.average, part) for part in labels.split(100)])
         seen = recognised(judge, images)
-        names = [data.class_names[label] for label in labels]
-        save_grid(folder / "drawings.png", images[:100], names[:100], correct=(seen == labels)[:100])
-        print(f"judge: recognises {judge_accuracy:.1%} of {len(data.test.labels)} real held-out images")
-        print(f"drawing: {(seen == labels).float().mean():.1%} of {len(labels)} recognised as what was asked for")
+        figures["drawn as asked"] = (seen == labels).float().mean().item()
+        if trainer.is_main:
+            names = [data.class_names[label] for label in labels[:100]]
+            save_grid(place.folder / "drawings.png", images[:100], names, correct=(seen == labels)[:100])
+        trainer.say(f"judge: recognises {accuracy:.1%} of {len(data.test.labels)} real held-out images")
+        trainer.say(f"drawing: {figures['drawn as asked']:.1%} of {len(labels)} recognised as what was asked for")
     if "caption" in tasks:
         held_out = LabelledImages(*(part[:2000] for part in data.test))
-        written = torch.cat([caption(ema, part, patch=recipe.patch) for part in held_out.images.split(100)])
-        right = (written == held_out.labels).float().mean()
-        print(f"captioning: {right:.1%} of {len(written)} held-out images named correctly")
-    print(f"results in {folder} after {time.monotonic() - started:.0f} s")
+        written = torch.cat([artist.caption(trainer.average, part) for part in held_out.images.split(100)])
+        figures["named correctly"] = (written == held_out.labels).float().mean().item()
+        trainer.say(f"captioning: {figures['named correctly']:.1%} of {len(written)} held-out images named correctly")
+    card = ModelCard(training_data=data.source, steps=trainer.step, figures=figures)
+    trainer.save_pretrained(place.folder / "model", card=card)
+    if trainer.is_main:
+        curves = run.read_metrics(place.folder)
+        save_curves(place.folder / "losses.png", {name: curves[name] for name in ("text", "flow_0")})
+    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -11,21 +11,21 @@ import time
 
 import torch
 from torch import Tensor
-from torch.optim import Adam
+from torch.utils.data import Dataset
 
-from transfusion_pytorch import Transfusion, print_modality_sample
+from transfusion_pytorch import TrainConfig, Trainer, Transfusion, print_modality_sample
+from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.pictures import save_curves, save_grid
-from transfusion_pytorch.examples.run import (
-    add_common_arguments,
-    fresh_folder,
-    pick_device,
-    progress,
-    seed_everything,
-)
+from transfusion_pytorch.training.config import config_from_arguments
 
 PICTURE, VECTOR = 0, 1
 MOST_BARS = 4
 WIDTHS = (8, 10, 12)
+NAMES = {"text": "text", "flow_0": "flow of pictures", "flow_1": "flow of vectors"}
+DEFAULTS = TrainConfig(
+    steps=600, learning_rate=2e-3, beta2=0.999, weight_decay=0.0, schedule="constant", warmup=0, cooldown=0.0,
+    ema_beta=None, log_every=1, details_every=0, sample_every=0,
+)  # fmt: skip
 
 
 def bars(count: int, height: int, width: int) -> Tensor:
@@ -35,72 +35,84 @@ def bars(count: int, height: int, width: int) -> Tensor:
     return picture
 
 
-def random_sample() -> list:
+class Bars(Dataset):
     """The number of bars, the picture, and their height as a vector of 4 numbers: `[text, picture, vector]`."""
-    count, height = (int(torch.randint(1, most + 1, ())) for most in (MOST_BARS, 8))
-    width = WIDTHS[int(torch.randint(len(WIDTHS), ()))]
-    return [
-        torch.tensor([count]),
-        (PICTURE, bars(count, height, width)),
-        (VECTOR, torch.full((4,), height / 4 - 1.125)),
-    ]
+
+    def __len__(self) -> int:
+        return 1_000_000  # made when they are asked for
+
+    def sample(self, index: int, generator: torch.Generator) -> list:
+        count, height, width = (
+            int(torch.randint(most, (), generator=generator)) for most in (MOST_BARS, 8, len(WIDTHS))
+        )
+        return [
+            torch.tensor([count + 1]),
+            (PICTURE, bars(count + 1, height + 1, WIDTHS[width])),
+            (VECTOR, torch.full((4,), (height + 1) / 4 - 1.125)),
+        ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=16)
-    add_common_arguments(parser, steps=600)
-    args = parser.parse_args()
-
-    print("data: pictures of bars, made as they are needed: no download")
-    device = pick_device(args.device)
-    seed_everything(args.seed)
-    folder = fresh_folder(args.results, "toy")
-    model = Transfusion(
+def build_model() -> Transfusion:
+    return Transfusion(
         num_text_tokens=MOST_BARS + 1,
         dim_latent=(1, 4),
         modality_default_shape=((8, 8), ()),
         transformer=dict(dim=64, depth=3, heads=4, dim_head=16),
-    ).to(device)
-    optimizer = Adam(model.parameters(), lr=2e-3)
+    )
 
-    started, curves = time.monotonic(), {"text": [], "flow of pictures": [], "flow of vectors": []}
-    for _ in (bar := progress(args.steps, description="training")):
-        loss, parts = model([random_sample() for _ in range(args.batch_size)], return_breakdown=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for curve, value in zip(curves.values(), (parts.text, *parts.flow), strict=True):
-            curve.append(value.item())
-        bar.set_postfix(text=f"{curves['text'][-1]:.3f}", flow=f"{parts.flow.sum():.3f}")
-    save_curves(folder / "losses.png", curves)
-    for name, curve in curves.items():
-        tenth = max(len(curve) // 10, 1)
-        first, last = sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth
-        print(f"{name}: {first:.3f} over the first tenth of the steps, {last:.3f} over the last")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run.add_common_arguments(parser, DEFAULTS)
+    args = parser.parse_args()
+    config = config_from_arguments(args, DEFAULTS)
+    place = run.open_run(args, "toy", device=config.device)
+    run.seed_everything(config.seed)
+    trainer = Trainer(build_model(), Bars(), config, folder=place.folder)
+    trainer.say("data: pictures of bars, made as they are needed: no download")
+    started = time.monotonic()
+    if trainer.fit(resume=place.resume).was_stopped:
+        return
 
     asked = torch.arange(1, MOST_BARS + 1).repeat(2)
-    samples = model.sample_many(list(asked), max_length=256)
+    samples = trainer.average.sample_many(list(asked), max_length=256)
+    trainer.save_pretrained(place.folder / "model")
+    if not trainer.is_main:
+        return
+    report_losses(place.folder)
     print("a sample, part by part:")
     print_modality_sample(samples[0])
-    pictures = [next((x for kind, x in filter(is_modality, sample) if kind == PICTURE), None) for sample in samples]
-    drawn = [
-        (picture, f"{count} bars")
-        for picture, count in zip(pictures, asked.tolist(), strict=True)
-        if picture is not None
-    ]
-    if drawn:
-        widest = max(picture.shape[1] for picture, _ in drawn)
-        padded = torch.full((len(drawn), 1, max(picture.shape[0] for picture, _ in drawn), widest), -1.0)
-        for image, (picture, _) in zip(padded, drawn, strict=True):
-            image[0, : picture.shape[0], : picture.shape[1]] = picture[..., 0]
-        save_grid(folder / "samples.png", padded, [name for _, name in drawn], columns=MOST_BARS)
-    print(f"results in {folder} after {time.monotonic() - started:.0f} s")
+    save_pictures(place.folder / "samples.png", samples, asked.tolist())
+    print(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 
 
-def is_modality(part) -> bool:
-    return isinstance(part, tuple)
+def report_losses(folder) -> None:
+    """A picture of the curves, and how far each fell."""
+    metrics = run.read_metrics(folder)
+    curves = {name: metrics[column] for column, name in NAMES.items()}
+    save_curves(folder / "losses.png", curves)
+    for name, curve in curves.items():
+        values = [value for _, value in curve]
+        tenth = max(len(values) // 10, 1)
+        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+        print(f"{name}: {first:.3f} over the first tenth of the steps, {last:.3f} over the last")
+
+
+def save_pictures(path, samples: list, asked: list[int]) -> None:
+    """The first picture of each sample that has one, on a common size."""
+    pictures = [next((part[1] for part in filter(is_picture, sample)), None) for sample in samples]
+    drawn = [(picture, f"{count} bars") for picture, count in zip(pictures, asked, strict=True) if picture is not None]
+    if not drawn:
+        return
+    height, width = (max(picture.shape[axis] for picture, _ in drawn) for axis in (0, 1))
+    padded = torch.full((len(drawn), 1, height, width), -1.0)
+    for image, (picture, _) in zip(padded, drawn, strict=True):
+        image[0, : picture.shape[0], : picture.shape[1]] = picture[..., 0]
+    save_grid(path, padded, [name for _, name in drawn], columns=MOST_BARS)
+
+
+def is_picture(part) -> bool:
+    return isinstance(part, tuple) and part[0] == PICTURE
 
 
 if __name__ == "__main__":

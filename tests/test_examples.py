@@ -8,6 +8,7 @@ import struct
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 from types import ModuleType
 
 import numpy
@@ -17,10 +18,11 @@ import torch
 from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples import data as data_module
 from transfusion_pytorch.examples import run
-from transfusion_pytorch.examples.data import LabelledImages, load_images, load_text, read_idx
+from transfusion_pytorch.examples.data import load_images, load_text, read_idx
 from transfusion_pytorch.examples.judge import Judge, accuracy, augment, recognised, train_judge
-from transfusion_pytorch.examples.pairs import LabelImagePairs, endless
+from transfusion_pytorch.examples.pairs import LabelImagePairs
 from transfusion_pytorch.examples.pictures import points, save_curves, save_grid, smooth
+from transfusion_pytorch.training.config import TrainConfig, config_from_arguments
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -441,32 +443,45 @@ def test_folders_are_never_reused(tmp_path):
 
 def test_common_arguments():
     parser = argparse.ArgumentParser()
-    run.add_common_arguments(parser, steps=500)
-    assert (parser.parse_args([]).steps, parser.parse_args([]).seed, parser.parse_args([]).device) == (500, 0, None)
-    assert parser.parse_args(["--steps", "3", "--results", "there"]).steps == 3
+    run.add_common_arguments(parser, TrainConfig(steps=500))
+    empty = parser.parse_args([])
+    assert config_from_arguments(empty, TrainConfig(steps=500)) == TrainConfig(steps=500)
+    assert (empty.results, empty.resume) == (Path("results"), None)
+    given = parser.parse_args(["--steps", "3", "--results", "there", "--resume"])
+    assert (given.steps, given.results, given.resume) == (3, Path("there"), "latest")
 
 
-@pytest.mark.parametrize("steps", ["0", "-3", "many"])
-def test_steps_must_be_positive(steps, capsys):
+@pytest.mark.parametrize("steps", ["1.5", "many"])
+def test_steps_are_a_whole_number(steps, capsys):
     parser = argparse.ArgumentParser()
-    run.add_common_arguments(parser, steps=500)
+    run.add_common_arguments(parser, TrainConfig(steps=500))
     with pytest.raises(SystemExit):
         parser.parse_args([f"--steps={steps}"])
-    assert "argument --steps" in capsys.readouterr().err
+    assert "argument --steps: expected a whole number or none" in capsys.readouterr().err
 
 
-def test_device_is_found_or_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert run.pick_device() == run.pick_device("cpu") == torch.device("cpu")
-    for name in ("cuda", "cuda:1", "abacus"):
-        with pytest.raises(ValueError, match=f"device '{name}' is not available on this machine, which has cpu"):
-            run.pick_device(name)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert run.pick_device() == torch.device("mps")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run.pick_device() == torch.device("cuda")
-    assert run.pick_device("cuda:1") == torch.device("cuda:1")
+def test_a_run_is_found_again(tmp_path):
+    def opened(resume=None):
+        return run.open_run(argparse.Namespace(results=tmp_path, resume=resume), "toy", device="cpu")
+
+    with pytest.raises(FileNotFoundError, match=r"no run toy-\* with a checkpoint"):
+        opened("latest")
+    first, second = opened(), opened()
+    assert first.folder != second.folder
+    assert first.resume is False
+    checkpoint = first.folder / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    assert opened("latest") == (first.folder, True)  # the later one has none
+    assert opened(str(first.folder)) == (first.folder, True)
+    assert opened(str(checkpoint)) == (first.folder, checkpoint)
+    with pytest.raises(FileNotFoundError, match="neither the folder of a run nor one of its checkpoints"):
+        opened(str(tmp_path))
+
+
+def test_metrics_are_read_by_column(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss,validation/loss\n1,0.5,\n2,0.25,1.5\n")
+    assert run.read_metrics(tmp_path) == {"loss": [(1, 0.5), (2, 0.25)], "validation/loss": [(2, 1.5)]}
 
 
 def test_seed_repeats_everything():
@@ -497,21 +512,14 @@ def test_cosine_schedule():
 
 def test_pairs_are_drawn_or_named_and_only_named_ones_are_moved():
     data = load_images("digits").train
-    both = {task: LabelImagePairs(data, (task,), patch=2, seed=0) for task in ("draw", "caption")}
-    label, image = both["draw"][5]
-    named, again = both["caption"][5]
+
+    def sample(task, seed):
+        return LabelImagePairs(data, (task,), patch=2).sample(5, torch.Generator().manual_seed(seed))
+
+    label, image = sample("draw", 0)
+    named, again = sample("caption", 0)
     assert label == again == data.labels[5]
     assert torch.equal(image, patchify(data.images[5], 2))
     assert 0 < (named - image).abs().mean() < 0.5
-    both["caption"].start_epoch()
-    assert not torch.equal(both["caption"][5][0], named)
-
-
-def test_endless_starts_every_epoch_anew():
-    dataset = LabelImagePairs(
-        LabelledImages(*(part[:4] for part in load_images("digits").train)), ("caption",), patch=2, seed=0
-    )
-    batches = endless(dataset, [1, 2])
-    before = dataset.augmented
-    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1]
-    assert not torch.equal(dataset.augmented, before)
+    assert torch.equal(sample("caption", 0)[0], named)
+    assert not torch.equal(sample("caption", 1)[0], named)

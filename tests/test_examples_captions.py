@@ -1,6 +1,5 @@
-"""Labelled images with sentences, images that are held out, scores, and the folders of runs."""
+"""Labelled images with sentences, images that are held out, and scores."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from transfusion_pytorch.examples.captions import (
     some_images,
 )
 from transfusion_pytorch.examples.data import FASHION_CLASSES, LabelledImages, load_images
-from transfusion_pytorch.examples.runs import open_run
 
 
 @pytest.fixture
@@ -176,28 +174,3 @@ def test_scores_of_digits(tmp_path):
     assert scores.captioned == pytest.approx((data.test.labels == 3).float().mean().item())
     assert scores.reference >= 0.98
     assert (tmp_path / "a.png").is_file()
-
-
-# folders of runs
-
-
-def test_a_run_is_fresh_or_found_again(tmp_path):
-    first, resume = open_run(tmp_path, "a", resume=None)
-    assert (first.is_dir(), resume) == (True, False)
-    with pytest.raises(FileNotFoundError, match=r"there is no run a-\.\.\. with checkpoints"):
-        open_run(tmp_path, "a", resume=True)
-
-    (first / "checkpoints/step-00000001").mkdir(parents=True)
-    second, _ = open_run(tmp_path, "a", resume=None)
-    (second / "checkpoints").mkdir()
-    os.utime(second, (1, 1))
-    assert first != second
-    assert open_run(tmp_path, "a", resume=True) == (first, True)
-    assert open_run(tmp_path, "a", resume=second) == (second, True)
-    step = first / "checkpoints/step-00000001"
-    assert open_run(tmp_path, "a", resume=step) == (first, step)
-    with pytest.raises(FileNotFoundError, match="is no run with checkpoints"):
-        open_run(tmp_path, "a", resume=tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="results cannot be written to"):
-        open_run(tmp_path / "file", "a", resume=None)

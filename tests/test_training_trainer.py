@@ -292,8 +292,18 @@ def test_a_run_of_another_model_is_refused(tmp_path):
 
 def test_a_run_on_other_data_is_refused(tmp_path):
     trainer(tmp_path).fit()
-    with pytest.raises(ValueError, match=r"the data are not those.*sizes was \{'data': 40\} and is \{'data': 41\}"):
+    with pytest.raises(ValueError, match=r"order of samples differs.*sizes was \{'data': 40\} and is \{'data': 41\}"):
         trainer(tmp_path, data=samples(41)).fit(resume=True)
+
+
+@pytest.mark.parametrize("options", [dict(optimizer="muon"), dict(ema_beta=None), dict()])
+def test_a_run_with_other_options_is_refused(tmp_path, options):
+    trainer(tmp_path, replace(CONFIG, ema_beta=None) if not options else CONFIG).fit()
+    if options == dict(ema_beta=None):  # what is not used is left in the checkpoint
+        assert trainer(tmp_path, replace(CONFIG, **options)).fit(resume=True).step == 12
+        return
+    with pytest.raises(ValueError, match=r"has no (muon|ema), only .*resume with the options of the run"):
+        trainer(tmp_path, replace(CONFIG, **options)).fit(resume=True)
 
 
 def test_epochs_are_steps(tmp_path):

@@ -41,6 +41,7 @@ class BatchingMethods:
         prob_uncond: float | None = None,
         latent_shape_fn: LatentShapeFunction | Sequence[LatentShapeFunction | None] | None = None,
         checks_devices: tuple[str, ...] | None = ("cpu",),
+        adds_markers: bool = True,
     ) -> Packer:
         """Packs samples for this model without its parameters: `model(packer(samples))` is `model(samples)`.
 
@@ -50,11 +51,18 @@ class BatchingMethods:
 
         Shapes behind encoders and adapters are found by dry runs of copies on the `meta` device; for those that do not
         run there, `latent_shape_fn` takes the shape of raw data to the axial shape of their latents (one, or one for
-        each modality). See `Packer` for the rest.
+        each modality). Without `adds_markers`, samples are plain text or plain modalities, as `(b, ...)` is. See
+        `Packer` for the rest.
         """
         functions = per_modality(latent_shape_fn, len(self.modalities), "latent_shape_fn")
         packer = self._packer(self._shape_finders(functions), prob_uncond)
-        return replace(packer, token_budget=token_budget, span_budget=span_budget, checks_devices=checks_devices)
+        return replace(
+            packer,
+            token_budget=token_budget,
+            span_budget=span_budget,
+            checks_devices=checks_devices,
+            adds_markers=adds_markers,
+        )
 
     def count_targets(self, samples: Any, *, prob_uncond: float | None = None, **options: Any) -> TargetCounts:
         """The targets of a batch, as `forward` in the present mode would count them. `options` are those of `Packer`.

@@ -157,7 +157,7 @@ def score_labelled(
     *,
     per_class: int,
     seed: int,
-    sheet: Path,
+    sheet: Path | None,
     options: Mapping[str, Any],
 ) -> Scores:
     """Drawings are recognised by an independent classifier. Captions of held-out images (at most 1,000) name their
@@ -173,7 +173,8 @@ def score_labelled(
     drawn = as_one_size(pictures.draw(prompts, generator=generator, **options))
     size = data.train.images.shape[2:]  # the only one that the judge takes
     seen = recognised(judge, drawn if drawn.shape[2:] == size else F.interpolate(drawn, size, mode="area"))
-    save_grid(sheet, drawn[:40], prompts[:40], smallest=96, correct=(seen == labels)[:40])
+    if sheet is not None:
+        save_grid(sheet, drawn[:40], prompts[:40], smallest=96, correct=(seen == labels)[:40])
     shown = range(min(len(held_out), 1000))
     images = [held_out.modalities(i)[0][1] for i in shown]
     written = pictures.describe(images, text_temperature=0.0, generator=generator)

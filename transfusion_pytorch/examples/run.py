@@ -1,17 +1,20 @@
 """What every example script does alike: its arguments, device, seed, result folder, progress bar and learning rate."""
 
 import argparse
+import csv
 import math
 import random
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from transfusion_pytorch.data.optional import import_optional
+from transfusion_pytorch.training.config import TrainConfig, add_arguments
+from transfusion_pytorch.training.launch import Launch
 
 
 def optional(module: str, *, extra: str = "examples") -> ModuleType:
@@ -27,24 +30,63 @@ def positive_int(text: str) -> int:
     return number
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, steps: int | None) -> None:
-    """Adds `--steps` (with this default, None where it depends on the data), `--seed`, `--device` and `--results`."""
-    usual = "what suits the data" if steps is None else steps
-    parser.add_argument("--steps", type=positive_int, default=steps, help=f"training steps (default: {usual})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is here)")
+def add_common_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+    """Adds every option of a `TrainConfig`, with these defaults, `--results` and `--resume`."""
     parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own, fresh folder")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="PATH",
+        help="go on with the latest run of this script, or with the run or checkpoint at PATH",
+    )
+    add_arguments(parser, defaults)
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the best one of this machine. `ValueError` if it is unknown or not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is None:
-        return torch.device(next(kind for kind, available in here.items() if available))
-    if not here.get(name.partition(":")[0], False):
-        available = ", ".join(kind for kind, available in here.items() if available)
-        raise ValueError(f"device {name!r} is not available on this machine, which has {available}")
-    return torch.device(name)
+class Run(NamedTuple):
+    """Where a run is written, and what `Trainer.fit` is to resume."""
+
+    folder: Path
+    resume: bool | Path
+
+
+def open_run(arguments: argparse.Namespace, name: str, *, device: str | None = None) -> Run:
+    """A fresh folder `results/name-<time>`, or that of the run to go on with. All processes get the same.
+
+    Raises `FileNotFoundError` where there is no such run, and `OSError` where `results` cannot be written.
+    """
+    return Launch(device=device).from_main(lambda: _open_run(arguments.results, name, arguments.resume))
+
+
+def _open_run(results: Path, name: str, resume: str | None) -> Run:
+    if resume is None:
+        try:
+            return Run(fresh_folder(results, name), False)
+        except OSError as error:
+            raise OSError(f"results cannot be written to {results}: {error.strerror}") from error
+    if resume != "latest":
+        path = Path(resume)
+        if (path / "checkpoints").is_dir():
+            return Run(path, True)
+        if (path / "state.json").is_file():
+            return Run(path.parents[1], path)
+        raise FileNotFoundError(f"{path} is neither the folder of a run nor one of its checkpoints")
+    runs = [folder for folder in results.glob(f"{name}-*") if any((folder / "checkpoints").glob("step-*"))]
+    if not runs:
+        raise FileNotFoundError(f"there is no run {name}-* with a checkpoint in {results} to go on with")
+    return Run(max(runs, key=lambda folder: folder.stat().st_mtime), True)
+
+
+def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The columns of a run's `metrics.csv`, each as pairs of a step and a number."""
+    columns: dict[str, list[tuple[int, float]]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                if value:
+                    columns.setdefault(name, []).append((step, float(value)))
+    return columns
 
 
 def seed_everything(seed: int) -> None:

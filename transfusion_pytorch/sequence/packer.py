@@ -70,6 +70,8 @@ class Packer:
       for 64 tokens, at least 8, doubled for a batch that has more, which is then of another shape
     - `finds_blocks`: whether the tables of flex attention are made too
     - `checks_devices`: latents on these kinds of device are searched for NaN; None for all, which waits for a GPU
+    - `adds_markers`: samples get sos, eos and the markers of modalities; without, each is one part: plain text, or a
+      plain modality, as batches `(b, ...)` are
     - `takes_tuples`: a sample may be a tuple of parts, as datasets give it
     - `live_device`: that of the model, where it packs for itself: its random state settles which text is dropped
     - `numbers`: where the random numbers of batches without seeds come from
@@ -85,6 +87,7 @@ class Packer:
     span_budget: int | None = None
     finds_blocks: bool = False
     checks_devices: tuple[str, ...] | None = ("cpu",)
+    adds_markers: bool = True
     takes_tuples: bool = True
     live_device: torch.device | None = None
     numbers: StateNumbers = field(default_factory=StateNumbers)
@@ -116,7 +119,7 @@ class Packer:
             pieces = self._pieces(samples, modality_type, labels)
             pieces, places = self._shaped(pieces, refuses_gradients)
             if not isinstance(samples, Tensor):
-                pieces = [mark(sample, self.vocabulary) for sample in pieces]
+                pieces = self._framed(pieces)
             stream = pack(pieces, ignore_index=self.ignore_index, token_shape=self._token_shape)
             weights = _weights(sample_weights, [sample.weight for sample in described], len(pieces))
             batch = self._batch(stream, pieces, places, weights)
@@ -145,7 +148,7 @@ class Packer:
             ]
             return sum(
                 len(piece.ids) if isinstance(piece, Text) else prod(self._token_shape(piece.type, piece.shape))
-                for piece in mark(pieces, self.vocabulary)
+                for piece in self._framed([pieces])[0]
             )
 
     def _axes(self, piece: Modality, where: str) -> Shape:
@@ -156,6 +159,14 @@ class Packer:
         axes = tuple(shapes.spec.to_channel_last(piece.tensor, where).shape[:-1])
         _check_tokens(shapes, axes, where)
         return axes
+
+    def _framed(self, samples: list[list[Piece]]) -> list[list[Piece]]:
+        if self.adds_markers:
+            return [mark(sample, self.vocabulary) for sample in samples]
+        for i, sample in enumerate(samples):
+            if len(sample) != 1:
+                raise ValueError(f"sample {i} has {len(sample)} parts; without markers a sample is one part")
+        return samples
 
     def _pieces(self, samples: Any, modality_type: Any, labels: Any) -> list[list[Piece]]:
         """Parsed, without markers."""

@@ -57,8 +57,8 @@ class TrainConfig:
 
     log_every: int = option(10, "steps between the lines of metrics.csv")
     details_every: int = option(200, "steps between losses by source and by time (0 for never)")
-    validate_every: int | None = option(None, "steps between validations (a tenth of all)")
-    sample_every: int | None = option(None, "steps between samples (as validations)")
+    validate_every: int | None = option(None, "steps between validations (a tenth of all; 0 for none but the last)")
+    sample_every: int | None = option(None, "steps between samples (as validations; 0 for none but the last)")
     save_every: int | None = option(None, "steps between checkpoints (as validations; 0 for none but the last)")
     keep_last: int = option(2, "checkpoints that are kept")
     keep_best: int = option(1, "checkpoints that are kept beside them, of the lowest validation loss")
@@ -238,10 +238,11 @@ def _describe(hint: Any) -> str:
 _HINTS: dict[str, Any] = get_type_hints(TrainConfig)
 _POSITIVE = (
     *("steps", "epochs", "batch_size", "accumulation", "token_budget", "packs_per_step", "learning_rate"),
-    *("muon_learning_rate", "clip", "ema_every", "log_every", "keep_last", "validate_every", "sample_every"),
-    *("explosion",),
+    *("muon_learning_rate", "clip", "ema_every", "log_every", "keep_last", "explosion"),
 )
 _NOT_NEGATIVE = (
+    "validate_every",
+    "sample_every",
     "num_workers",
     "seed",
     "weight_decay",

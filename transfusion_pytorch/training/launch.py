@@ -93,6 +93,13 @@ class Launch:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What the main process makes, for all. All must ask."""
+        made = [make() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(made, src=0)
+        return made[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes, on this device. All must ask."""
         values = values.to(self.device)
@@ -107,14 +114,6 @@ class Launch:
         gathered = [None] * self.size if self.is_main else None
         dist.gather_object(value, gathered)
         return gathered or []
-
-    def share(self, value: Any) -> Any:
-        """What the main process has, for all. All must ask."""
-        if self.size == 1:
-            return value
-        shared = [value]
-        dist.broadcast_object_list(shared)
-        return shared[0]
 
 
 def shard(model: nn.Module) -> None:

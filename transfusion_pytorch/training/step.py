@@ -14,8 +14,18 @@ from torch.optim import Optimizer
 
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.training.checkpoint_files import LoadedCheckpoint
 from transfusion_pytorch.training.config import TrainConfig
-from transfusion_pytorch.training.launch import Launch, is_sharded
+from transfusion_pytorch.training.launch import (
+    Launch,
+    is_sharded,
+    load_model_state,
+    load_optimizer_state,
+    load_whole_ema_state,
+    whole_ema_state,
+    whole_model_state,
+    whole_optimizer_state,
+)
 from transfusion_pytorch.training.losses import LossBreakdown
 from transfusion_pytorch.training.optimizers import clip_gradients, set_learning_rates
 
@@ -73,10 +83,31 @@ class TrainStep:
             optimizer.zero_grad()
         return StepResult(losses, norm, rate, problem)
 
-    def state(self) -> dict[str, Any]:
-        return {"usual": list(self.usual), "scaler": self.scaler.state_dict()}
+    def parts(self) -> dict[str, Any]:
+        """The parts of a checkpoint: model, average, optimizers and what else a step depends on. All processes must
+        ask; sharded states are gathered.
+        """
+        parts = {"model": whole_model_state(self.model)}
+        if self.ema is not None:
+            parts["ema"] = whole_ema_state(self.ema)
+        for name, optimizer in self.optimizers.items():
+            parts[name] = whole_optimizer_state(self.model, optimizer)
+        return parts | {"step": {"usual": list(self.usual), "scaler": self.scaler.state_dict()}}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_parts(self, loaded: LoadedCheckpoint) -> None:
+        """The inverse of `parts`. Raises `ValueError` where they belong to another model or other options."""
+        names = {"model", "step", *self.optimizers, *(["ema"] if self.ema is not None else [])}
+        if missing := sorted(names - set(loaded.parts)):
+            raise ValueError(
+                f"{loaded.path} has no {', '.join(missing)}, only {', '.join(loaded.parts)}: it was saved with another "
+                "optimizer, or without a moving average; resume with the options of the run"
+            )
+        load_model_state(self.model, loaded.part_for("model", whole_model_state(self.model)))
+        if self.ema is not None:
+            load_whole_ema_state(self.ema, loaded.parts["ema"])
+        for name, optimizer in self.optimizers.items():
+            load_optimizer_state(self.model, optimizer, loaded.parts[name])
+        state = loaded.parts["step"]
         self.usual = deque(state["usual"], maxlen=USUAL_STEPS)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

@@ -1,7 +1,7 @@
 """`Trainer`: a training run from data to a model that can be kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from transfusion_pytorch.data.mixture import as_mixture
 from transfusion_pytorch.data.order import seed_of
 from transfusion_pytorch.data.plan import DataPlan
 from transfusion_pytorch.evaluating import evaluating
-from transfusion_pytorch.network.attend import choose_attention
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.training.callbacks import Callback
@@ -21,21 +20,13 @@ from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.collate import Packed, PackSeeded, idle
 from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.flops import FlopCounter, peak_flops
-from transfusion_pytorch.training.launch import (
-    Launch,
-    load_model_state,
-    load_optimizer_state,
-    load_whole_ema_state,
-    shard,
-    whole_ema_state,
-    whole_model_state,
-    whole_optimizer_state,
-)
+from transfusion_pytorch.training.launch import Launch, shard
 from transfusion_pytorch.training.metrics import LossTable, RunningMeans, describe_bad_batch, means_of
 from transfusion_pytorch.training.metrics_file import MetricsFile
 from transfusion_pytorch.training.optimizers import create_optimizers
 from transfusion_pytorch.training.random_states import random_states, set_random_states
 from transfusion_pytorch.training.reporting import ProgressReporter
+from transfusion_pytorch.training.run_log import RunLog, describe_run
 from transfusion_pytorch.training.step import StepResult, TrainStep
 from transfusion_pytorch.training.stopping import StopSignals
 from transfusion_pytorch.training.trackers import Tracker, create_tracker
@@ -100,7 +91,8 @@ class Trainer:
         self.validation: Validation | None = None
         if validation is not None:
             size, skips = min(self.config.batch_size or 16, 64), self.pack.skips_bad
-            self.validation = Validation(validation, model.packer(), self.launch, batch_size=size, skips_bad=skips)
+            plain = replace(packer, token_budget=None, span_budget=None)
+            self.validation = Validation(validation, plain, self.launch, batch_size=size, skips_bad=skips)
         self.step, self.figures = 0, dict[str, float]()
         self._prepare_model()
         self._problems: dict[str, int] = {}
@@ -114,6 +106,15 @@ class Trainer:
     def average(self) -> Any:
         """The model that is sampled from and validated: the moving average, or what is trained if there is none."""
         return self.model if self.ema is None else self.ema.ema_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.launch.device
+
+    def say(self, message: str) -> None:
+        """Prints on the main process."""
+        if self.is_main:
+            print(message, flush=True)
 
     def fit(self, *, resume: bool | str | Path = False) -> Fitted:
         """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.
@@ -151,6 +152,12 @@ class Trainer:
         if self.validation is None:
             raise ValueError("there is no validation data: give Trainer(..., validation=...)")
         return self.validation(self.average)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Saves the average (`Transfusion.save_pretrained` has the options). All processes must take part."""
+        if self.is_main or self.launch.shards:
+            self.average.save_pretrained(folder, **options)
+        self.launch.wait()
 
     # preparing
 
@@ -210,23 +217,11 @@ class Trainer:
 
     def _describe(self) -> None:
         """Says what is about to happen, and writes it down."""
-        if not self.is_main:
-            return
-        save_json(self.folder / "config.json", self.config.as_dict())
-        kind = getattr(self.model.transformer, "attention", None)
-        attention = "of the trunk" if kind is None else choose_attention(kind, self.launch.device.type, True)
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        processes = "1 process" if self.launch.size == 1 else f"{self.launch.size} processes"
-        shared = "" if self.launch.size == 1 else " (FSDP2)" if self.launch.shards else " (DDP)"
-        differs = {
-            spec.name: getattr(self.config, spec.name)
-            for spec in fields(TrainConfig)
-            if getattr(self.config, spec.name) != spec.default
-        }
-        print(f"model: {trained:,} parameters on {self.launch.device}, {processes}{shared}")
-        print(f"precision: {self.launch.precision}; attention: {attention}; compiled: {self.config.compile}")
-        print(f"config: {', '.join(f'{name}={value}' for name, value in differs.items())}")
-        print(f"run: {self.folder}, step {self.step} of {self._total}", flush=True)
+        if self.is_main:
+            save_json(self.folder / "config.json", self.config.as_dict())
+        for line in describe_run(self.model, self.config, self.launch):
+            self.say(line)
+        self.say(f"run: {self.folder}, step {self.step} of {self._total}")
 
     # resuming and saving
 
@@ -245,13 +240,8 @@ class Trainer:
                 raise
             self._seed()
             return
-        load_model_state(self.model, loaded.part_for("model", whole_model_state(self.model)))
-        if self.ema is not None:
-            load_whole_ema_state(self.ema, loaded.parts["ema"])
-        for name, optimizer in self._train_step.optimizers.items():
-            load_optimizer_state(self.model, optimizer, loaded.parts[name])
+        self._train_step.load_parts(loaded)
         self.plan.load_state(loaded.parts["data"])
-        self._train_step.load_state(loaded.parts["training"])
         self.step, self.figures = loaded.step, dict(loaded.figures)
         own = loaded.of_rank(self.launch.rank, self.launch.size)
         if own is None:  # the number of processes is another one
@@ -265,12 +255,7 @@ class Trainer:
         torch.manual_seed(seed_of(self.config.seed, "process", self.launch.rank, self.step))
 
     def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
-        parts = {"model": whole_model_state(self.model)}
-        if self.ema is not None:
-            parts["ema"] = whole_ema_state(self.ema)
-        for name, optimizer in self._train_step.optimizers.items():
-            parts[name] = whole_optimizer_state(self.model, optimizer)
-        parts |= {"data": data_state, "training": self._train_step.state()}
+        parts = self._train_step.parts() | {"data": data_state}
         per_rank = self.launch.gather(random_states())
         path = checkpoints.save(self.step, parts, figures=self.figures, per_rank=per_rank)
         self.launch.wait()
@@ -415,32 +400,3 @@ class Trainer:
     def _call(self, name: str, *details: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, name)(self, *details)
-
-
-class RunLog:
-    """Figures to `metrics.csv`, a row for each step that has any, and to a tracker, where there are these."""
-
-    def __init__(self, metrics: MetricsFile | None, tracker: Tracker | None) -> None:
-        self.metrics, self.tracker = metrics, tracker
-        self._step, self._row = 0, dict[str, float]()
-
-    def write(self, step: int, figures: Mapping[str, float], *, prefix: str = "") -> None:
-        named = {prefix + name: value for name, value in figures.items()}
-        self._step = step
-        self._row |= named
-        self.track(step, named)
-
-    def track(self, step: int, values: Mapping[str, Any]) -> None:
-        if self.tracker is not None and values:
-            self.tracker.log(values, step)
-
-    def flush(self) -> None:
-        """Writes the row of a step, before its checkpoint."""
-        if self.metrics is not None and self._row:
-            self.metrics.append(self._step, self._row)
-        self._row = {}
-
-    def close(self) -> None:
-        self.flush()
-        if self.tracker is not None:
-            self.tracker.finish()
