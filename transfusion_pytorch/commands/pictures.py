@@ -19,7 +19,7 @@ from transfusion_pytorch.data.text import ByteText, TextCodec, TokenizerText
 from transfusion_pytorch.modalities.patches import PatchEncoder
 from transfusion_pytorch.saving.files import whole_file
 
-Picture = Float[Tensor, "h w c"]
+Picture = Float[Tensor, "_h _w _c"]  # many of them need not be of one size
 MOST_LATENTS = 4096  # of a picture, where the model has no default shape
 MARKERS = 32  # more than enough for what stands around text and a picture
 

@@ -112,7 +112,7 @@ def longest_caption(pairs: ImageCaptionPairs, text: TextCodec, *, look_at: int =
     return max((len(text.encode(caption)) for caption in captions), default=0)
 
 
-def as_one_size(pictures: Sequence[Float[Tensor, "h w c"] | None]) -> Float[Tensor, "n c h w"]:
+def as_one_size(pictures: Sequence[Float[Tensor, "_h _w _c"] | None]) -> Float[Tensor, "n c h w"]:
     """Pictures of any size, each in the upper left corner of a white one that has room for all; white for None."""
     drawn = [picture for picture in pictures if picture is not None] or [torch.ones(8, 8, 1)]
     height, width, channels = (max(picture.shape[axis] for picture in drawn) for axis in range(3))
@@ -123,7 +123,7 @@ def as_one_size(pictures: Sequence[Float[Tensor, "h w c"] | None]) -> Float[Tens
     return sheet
 
 
-def some_images(pairs: ImageCaptionPairs, count: int) -> list[tuple[Float[Tensor, "h w c"], Sequence[str]]]:
+def some_images(pairs: ImageCaptionPairs, count: int) -> list[tuple[Float[Tensor, "_h _w _c"], Sequence[str]]]:
     """Up to `count` images with their captions, evenly spread over all; without those that are broken or bare."""
     found = []
     for index in range(0, len(pairs), max(1, len(pairs) // max(count, 1))):
