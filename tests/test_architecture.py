@@ -24,7 +24,7 @@ ALLOWED = {
     "data": ["sequence", "modalities", "saving"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving", "data"],
     "batching": ["sequence", "modalities"],
-    "examples": ["data", "training.config", "training.launch"],
+    "examples": ["data", "training.config", "training.launch", "training.schedule"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["__init__"] = list(ALLOWED)
