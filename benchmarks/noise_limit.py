@@ -39,11 +39,12 @@ from transfusion_pytorch import TimePolicy, Transfusion
 from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples.data import load_images
 from transfusion_pytorch.examples.judge import augment, recognised, train_judge
-from transfusion_pytorch.examples.run import cosine_schedule, positive_int, seed_everything
+from transfusion_pytorch.examples.run import positive_int, seed_everything
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.modalities.latents import latent_times
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.stream import TokenStream
+from transfusion_pytorch.training.schedule import learning_rate_factor
 
 Scores = dict[str, float]  # each from 0 to 1
 DRAWINGS = 200  # scored in each place
@@ -121,7 +122,7 @@ def train(recipe: Recipe, policy: Policy | TimePolicy, batch: Callable[[], list]
         model = LimitedTransfusion(**recipe.model)
         model.policy = policy
     optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
-    schedule = LambdaLR(optimizer, lambda step: cosine_schedule(step, total=steps, warmup=min(100, steps // 10)))
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total=steps, warmup=min(100, steps // 10)))
     for _ in range(steps):
         model(batch()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

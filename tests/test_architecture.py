@@ -24,7 +24,7 @@ ALLOWED = {
     "data": ["sequence", "modalities", "saving"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving", "data"],
     "batching": ["sequence", "modalities"],
-    "examples": ["data", "sequence.samples", "training.config", "training.launch"],
+    "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["commands"] = ["data", "modalities", "saving", "training.trainer", "transfusion"]

@@ -501,15 +501,6 @@ def test_progress_passes_everything_on():
     assert list(run.progress(["a", "b"], description="letters")) == ["a", "b"]
 
 
-def test_cosine_schedule():
-    factors = [run.cosine_schedule(step, total=5, warmup=1) for step in range(6)]
-    assert factors == pytest.approx([0.5, 1, 0.8536, 0.5, 0.1464, 0], abs=1e-4)
-    assert run.cosine_schedule(99, total=10, floor=0.1) == pytest.approx(0.1)
-    assert run.cosine_schedule(0, total=1) == 1
-    rising = [run.cosine_schedule(step, total=100, warmup=10) for step in range(11)]
-    assert rising == pytest.approx([(step + 1) / 11 for step in range(11)])
-
-
 def test_pairs_are_drawn_or_named_and_only_named_ones_are_moved():
     data = load_images("digits").train
 

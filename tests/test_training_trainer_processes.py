@@ -1,5 +1,6 @@
 """The trainer on two processes, held to one: the same losses and weights, checkpoints that fit either, no hangs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,17 +40,14 @@ print("fitted", run.launch.rank, run.launch.size, fitted.step, flush=True)
 
 def launch(folder, *, processes=2, fsdp=False, **options) -> str:
     """Runs a training on so many processes of this machine, as `accelerate launch` would start them."""
-    import json
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--use_fsdp", "--fsdp_version", "2"] if fsdp else ["--multi_gpu"] if processes > 1 else []
+    command += ["--main_process_port", "0"] if processes > 1 else []
     script = Path(folder).parent / f"{Path(folder).name}.py"
     script.write_text(SCRIPT)
     tests = str(Path(__file__).parent)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)]),
-        "ACCELERATE_USE_CPU": "true",
-        "ACCELERATE_USE_FSDP": str(fsdp).lower(),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 
 @contextmanager
@@ -30,6 +30,8 @@ def gathered(model: Any) -> Iterator[None]:
     Processes wait for each other here and nowhere inside, so each may sample as long as it needs.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if isinstance(model, FSDPModule):
+        _connect(model)
     for module in sharded:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -39,3 +41,12 @@ def gathered(model: Any) -> Iterator[None]:
         for module in sharded:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)
+
+
+def _connect(model: Any) -> None:
+    """Lets FSDP know the root of a model before an inner module runs: it finds the others in the root's first forward
+    pass, and sampling has none.
+    """
+    if "begin_forward" not in vars(model):
+        register_fsdp_forward_method(model, "begin_forward")
+    model.begin_forward()

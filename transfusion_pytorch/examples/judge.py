@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
+from transfusion_pytorch.training.schedule import learning_rate_factor
+
 from .data import ImageData
-from .run import cosine_schedule, progress
+from .run import progress
 
 BATCH_SIZE = 128
 # Four passes over the training images; small sets need more of them, and large ones are learned by then.
@@ -68,7 +70,7 @@ def train_judge(
     images, labels = (tensor.cpu() for tensor in data.train)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-2, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine_schedule(step, total=steps, warmup=steps // 7)
+        optimizer, lambda step: learning_rate_factor(step, total=steps, warmup=steps // 7)
     )
     generator = torch.Generator().manual_seed(seed)
     for _ in progress(steps, description="judge"):

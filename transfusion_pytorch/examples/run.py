@@ -1,8 +1,7 @@
-"""What every example script does alike: its arguments, device, seed, result folder, progress bar and learning rate."""
+"""What every example script does alike: its arguments, seed, result folder and progress bar."""
 
 import argparse
 import csv
-import math
 import random
 from collections.abc import Iterable
 from datetime import datetime
@@ -117,14 +116,3 @@ def progress(steps: int | Iterable, *, description: str = "") -> Any:
     """A tqdm bar over `range(steps)` or over any iterable. Silent where the output is not a terminal."""
     steps = range(steps) if isinstance(steps, int) else steps
     return optional("tqdm").tqdm(steps, desc=description, dynamic_ncols=True, disable=None)
-
-
-def cosine_schedule(step: int, *, total: int, warmup: int = 0, floor: float = 0.0) -> float:
-    """Factor of the learning rate, for `LambdaLR`: a linear rise over `warmup` steps, then half a cosine to `floor`.
-
-    With total 5 and warmup 1 the steps 0 to 5 get 0.5, 1, 0.85, 0.5, 0.15, 0.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2

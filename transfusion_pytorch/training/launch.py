@@ -144,6 +144,11 @@ def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return {"state": {members[index]: value for index, value in state["state"].items()}, "param_groups": groups}
 
 
+def outline_of_state(model: nn.Module) -> dict[str, Tensor]:
+    """Names, shapes and types of a model's whole state, without values."""
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in model.state_dict().items()}
+
+
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """The inverse of `whole_model_state`; every process has the whole state."""
     if is_sharded(model):
@@ -197,7 +202,8 @@ def _partial_state(device: str | None) -> Any:
         from accelerate import PartialState
     except ModuleNotFoundError as error:
         raise ImportError('training needs accelerate: pip install "transfusion-pytorch[train]"') from error
-    return PartialState(cpu=device == "cpu")
+    # without being told, accelerate connects processes only where it sees accelerators
+    return PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
 
 
 def _placed(device: str, state: Any) -> torch.device:

@@ -119,7 +119,8 @@ def combine(
         + weights.velocity * of_velocity.sum(dim=-1)
         + weights.recon * of_recon.sum(dim=-1)
     )
-    return LossBreakdown(total, of_text, of_flow, of_velocity, of_recon)
+    # copies: FSDP hooks into what a module returns, and views would lose that
+    return LossBreakdown(total, *(part.clone() for part in (of_text, of_flow, of_velocity, of_recon)))
 
 
 def divided(totals: Float[Tensor, "*b e"], counts: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:

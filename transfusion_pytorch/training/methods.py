@@ -29,6 +29,9 @@ class TrainingMethods(nn.Module):
             raise TypeError(f"only a Transformer is compiled from here, this is a {type(self.transformer).__name__}")
         self.transformer.compile(**options)
 
+    def begin_forward(self) -> None:
+        """Does nothing by itself. FSDP's hooks run around it as around `forward` (see `evaluating.gathered`)."""
+
     def create_ema(self, beta: float = 0.99, **options: Any) -> EMA:
         """A moving average that can sample. It starts after 100 updates; `options` as in `training.ema.create_ema`."""
         return create_ema(self, beta=beta, **options)

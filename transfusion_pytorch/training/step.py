@@ -22,6 +22,7 @@ from transfusion_pytorch.training.launch import (
     load_model_state,
     load_optimizer_state,
     load_whole_ema_state,
+    outline_of_state,
     whole_ema_state,
     whole_model_state,
     whole_optimizer_state,
@@ -102,7 +103,7 @@ class TrainStep:
                 f"{loaded.path} has no {', '.join(missing)}, only {', '.join(loaded.parts)}: it was saved with another "
                 "optimizer, or without a moving average; resume with the options of the run"
             )
-        load_model_state(self.model, loaded.part_for("model", whole_model_state(self.model)))
+        load_model_state(self.model, loaded.part_for("model", outline_of_state(self.model)))
         if self.ema is not None:
             load_whole_ema_state(self.ema, loaded.parts["ema"])
         for name, optimizer in self.optimizers.items():
