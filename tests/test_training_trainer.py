@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import CHANNELS, NUM_TEXT, tiny
 from torch import tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from transfusion_pytorch import Callback, Mixture, SampleError, TrainConfig, Trainer, TrainingError
 from transfusion_pytorch.data.order import seed_of
@@ -81,7 +81,7 @@ def test_a_run_is_the_loop_that_one_would_write(tmp_path):
     by_hand = fresh_model().train()
     groups = by_hand.parameter_groups(weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
-    pack, mixture, data = by_hand.packer(), run.plan.mixture, samples()
+    pack, mixture, data = by_hand.packer(), run.loader.plan.mixture, samples()
     for step in range(12):
         positions = range(4 * step, 4 * step + 4)
         chosen = [data[mixture.reference(position, seed=0).index] for position in positions]
@@ -123,6 +123,40 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path, options):
     assert_equal_states(weights(again.average), weights(whole.average))
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert [int(row["step"]) for row in rows(tmp_path / "whole")] == list(range(1, 13))
+
+
+class Stream(IterableDataset):
+    """Numbers, of which samples are made when they are read."""
+
+    def __iter__(self):
+        return iter(range(40))
+
+
+def from_number(number: int, generator: torch.Generator) -> list:
+    noise = torch.randn(2, 2, CHANNELS[0], generator=generator)
+    return [tensor([number % NUM_TEXT]), noise]
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_workers=1), dict(batch_size=None, token_budget=40)])
+def test_a_stream_is_trained_on_and_resumed_to_the_bit(tmp_path, options):
+    config = replace(CONFIG, **options)
+
+    def run(name, **given):
+        return trainer(tmp_path / name, config, data=Stream(), prepare=from_number, **given)
+
+    whole = run("whole")
+    whole.fit()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run("cut", callbacks=[StopAt(8)]).fit()
+    again = run("cut")
+    again.fit(resume=True)
+    assert_equal_states(weights(again.model), weights(whole.model))
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_prepare_goes_with_streams(tmp_path):
+    with pytest.raises(ValueError, match="prepare goes with data that can only be iterated over, got a list"):
+        trainer(tmp_path, prepare=from_number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

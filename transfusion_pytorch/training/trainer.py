@@ -1,23 +1,20 @@
 """`Trainer`: a training run from data to a model that can be kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from transfusion_pytorch.data.loader import LoadedStep, StepLoader
-from transfusion_pytorch.data.loading import load_sample
-from transfusion_pytorch.data.mixture import as_mixture
+from transfusion_pytorch.data.loader import LoadedStep
 from transfusion_pytorch.data.order import seed_of
-from transfusion_pytorch.data.plan import DataPlan
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
-from transfusion_pytorch.training.collate import Packed, PackSeeded, idle
+from transfusion_pytorch.training.collate import Packed, PackSeeded
 from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.flops import FlopCounter, peak_flops
 from transfusion_pytorch.training.launch import Launch, shard
@@ -27,6 +24,7 @@ from transfusion_pytorch.training.optimizers import create_optimizers
 from transfusion_pytorch.training.random_states import random_states, set_random_states
 from transfusion_pytorch.training.reporting import ProgressReporter
 from transfusion_pytorch.training.run_log import RunLog, describe_run
+from transfusion_pytorch.training.sources import idle_batch, open_data
 from transfusion_pytorch.training.step import StepResult, TrainStep
 from transfusion_pytorch.training.stopping import StopSignals
 from transfusion_pytorch.training.trackers import Tracker, create_tracker
@@ -55,12 +53,13 @@ class Fitted(NamedTuple):
 class Trainer:
     """Trains a `Transfusion` on one process or many.
 
-    `data` is a dataset of samples, a list of them, or a `Mixture`; `validation` one of these. Everything is written
+    `data` is a dataset of samples, a list of them, or a `Mixture`; `validation` is one of these. Everything is written
     to `folder`: `config.json`, `metrics.csv` and `checkpoints/`. Start it by itself, or on several processes with
     `accelerate launch`: a step sees the same samples either way, with the same times and noise.
 
     `callbacks` see the run and add to it (`Callback`). The model is moved to its device and trained in place;
-    `average` is its EMA, if there is one. `packer` replaces `model.packer()`, for its options.
+    `average` is its EMA, if there is one. `packer` replaces `model.packer()`, for its options. Data that can only be
+    iterated over are read as a stream (`StreamLoader`), whose items `prepare(item, generator)` makes samples of.
 
     A run of `Trainer` goes like this:
 
@@ -81,13 +80,14 @@ class Trainer:
         validation: Any = None,
         callbacks: Sequence[Callback] = (),
         packer: Any = None,
+        prepare: Callable[..., Any] | None = None,
     ) -> None:
         self.launch = Launch(device=config.device, precision=config.precision)
         self.model, self.folder, self.callbacks = model.to(self.launch.device), Path(folder), tuple(callbacks)
         budget = config.token_budget if config.compile or self.launch.device.type == "cuda" else None
         packer = model.packer(token_budget=budget) if packer is None else packer
-        self.plan, self.config = self._plan(as_mixture(data), config, packer)
         self.pack = PackSeeded(packer, config.seed, skips_bad=config.on_bad_sample == "skip")
+        self.loader, self.config = open_data(data, config, self.pack, self.launch, prepare)
         self.validation: Validation | None = None
         if validation is not None:
             size, skips = min(self.config.batch_size or 16, 64), self.pack.skips_bad
@@ -161,16 +161,6 @@ class Trainer:
 
     # preparing
 
-    def _plan(self, mixture: Any, config: TrainConfig, packer: Any) -> tuple[DataPlan, TrainConfig]:
-        options: dict[str, Any] = dict(seed=config.seed, packer=packer)
-        if config.token_budget is not None:
-            skips = "skip" if config.on_bad_sample == "skip" else "error"
-            options |= dict(token_budget=config.token_budget, packs_per_step=config.packs_per_step, too_long=skips)
-        else:
-            options |= dict(batch_size=config.batch_size or 16)
-        num_steps = DataPlan(mixture, epochs=config.epochs, **options).num_steps if config.epochs else None
-        return DataPlan(mixture, **options), config.resolved(num_steps)
-
     def _prepare_model(self) -> None:
         config = self.config
         self.launch.synchronise(self.model)
@@ -241,7 +231,7 @@ class Trainer:
             self._seed()
             return
         self._train_step.load_parts(loaded)
-        self.plan.load_state(loaded.parts["data"])
+        self.loader.load_state(loaded.parts["data"])
         self.step, self.figures = loaded.step, dict(loaded.figures)
         own = loaded.of_rank(self.launch.rank, self.launch.size)
         if own is None:  # the number of processes is another one
@@ -262,18 +252,6 @@ class Trainer:
         self._call("on_save", path)
 
     # the loop
-
-    def _loader(self) -> StepLoader:
-        return StepLoader(
-            self.plan,
-            self.pack,
-            rank=self.launch.rank,
-            num_processes=self.launch.size,
-            num_workers=self.config.num_workers,
-            pin_memory=self.launch.device.type == "cuda",
-            persistent_workers=self.config.num_workers > 0,
-            accumulation=None if self.config.batch_size is None else self.config.accumulation,
-        )
 
     def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
         """Steps until the last one. Returns whether a signal ended it before."""
@@ -303,7 +281,7 @@ class Trainer:
     def _steps(self) -> Iterator[LoadedStep]:
         if self.step >= self._total:
             return
-        for loaded in self._loader():
+        for loaded in self.loader:
             yield loaded
             if self.step >= self._total:
                 return
@@ -325,13 +303,8 @@ class Trainer:
         return batches + [self._idle_batch() for _ in range(missing)]
 
     def _idle_batch(self) -> Batch:
-        """For a process without samples in a step: it computes one without weight, and waits for nobody."""
         if self._stand_in is None:
-            reference = self.plan.mixture.reference(0, seed=self.plan.seed)
-            sample = load_sample(self.plan.mixture.datasets, reference, self.plan.seed)
-            packed = self.pack([sample], [reference])
-            assert packed.batch is not None
-            self._stand_in = idle(packed.batch)
+            self._stand_in = idle_batch(self.model, self.pack.packer)
         return self._stand_in
 
     def _check(self, result: StepResult, batches: Sequence[Batch], progress: ProgressReporter) -> None:
