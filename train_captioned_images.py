@@ -120,9 +120,9 @@ def main() -> None:
         return
     trainer.say(f"trained for {time.monotonic() - started:.0f} s")
     figures: dict[str, Any] = {f"validation {name}": value for name, value in fitted.figures.items()}
-    if trainer.plan.fill is not None:
-        figures["fill of the token budget"] = f"{trainer.plan.fill:.1%}"
-        trainer.say(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.plan.fill:.1%}")
+    if trainer.fill is not None:
+        figures["fill of the token budget"] = f"{trainer.fill:.1%}"
+        trainer.say(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.fill:.1%}")
     figures |= score(trainer, samples, data, per_class=arguments.draw_per_class)
     save_model(trainer, data, text, figures, prompt=samples.prompts[0])
     trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s; to use the model:")

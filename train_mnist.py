@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer, Transfusion
+from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images
@@ -154,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

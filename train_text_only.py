@@ -11,6 +11,7 @@ import time
 import torch
 
 from transfusion_pytorch import ModelCard, TrainConfig, Trainer, Transfusion
+from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.data.text import TextWindows
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import load_text
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfusion_pytorch import TrainConfig, Trainer, Transfusion, print_modality_sample
+from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.pictures import save_curves, save_grid
 from transfusion_pytorch.training.config import config_from_arguments
@@ -116,4 +117,4 @@ def is_picture(part) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

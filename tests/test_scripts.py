@@ -70,6 +70,7 @@ CAPTIONED = "train_captioned_images.py"
 SHORT = ("--size", 8, "--dim", 32, "--depth", 1, "--modality-steps", 2)
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_model_that_can_be_used_and_gone_on_with(tmp_path):
     folder = pictures_with_captions(tmp_path / "pictures")
     options = ("--data", folder, "--sizes", "native", "--token-budget", 200, "--bpe", 300, *SHORT)

@@ -154,6 +154,16 @@ def test_a_stream_is_trained_on_and_resumed_to_the_bit(tmp_path, options):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
+def test_the_fill_of_the_token_budget_is_known(tmp_path):
+    packed = trainer(tmp_path / "packed", replace(CONFIG, batch_size=None, token_budget=40))
+    assert packed.fill is None
+    packed.fit()
+    assert 0.8 < packed.fill <= 1
+    plain = trainer(tmp_path / "plain")
+    plain.fit()
+    assert plain.fill is None
+
+
 def test_prepare_goes_with_streams(tmp_path):
     with pytest.raises(ValueError, match="prepare goes with data that can only be iterated over, got a list"):
         trainer(tmp_path, prepare=from_number)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from transfusion_pytorch.data.loader import LoadedStep
+from transfusion_pytorch.data.loader import LoadedStep, StepLoader
 from transfusion_pytorch.data.order import seed_of
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.saving.files import save_json
@@ -146,6 +146,11 @@ class Trainer:
         finally:
             self.log.close()
         return Fitted(self.step, dict(self.figures), was_stopped)
+
+    @property
+    def fill(self) -> float | None:
+        """The mean share of the token budget that samples have filled so far; None where they are not packed."""
+        return self.loader.plan.fill if isinstance(self.loader, StepLoader) else None
 
     def validate(self) -> dict[str, float]:
         """Losses of the validation data with the average, at fixed times and noise. All processes must take part."""
