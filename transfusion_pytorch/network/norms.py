@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.network.cpu.elementwise import GatedAdd, ModulatedNorm
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.lookup import Segments, look_up
-from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise, working_dtype
 from transfusion_pytorch.network.shortcuts import uses_cpu_kernels
 
 
@@ -46,8 +46,8 @@ class TextModulation(NamedTuple):
     gate: Shaped[Tensor, " d"] | None
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        """The layer norm of `x`, scaled and shifted."""
-        return F.layer_norm(x, x.shape[-1:], weight=self.scale, eps=LAYER_NORM_EPS)
+        """The layer norm of `x`, scaled and shifted, rounded once to what the products behind it take."""
+        return F.layer_norm(x, x.shape[-1:], weight=self.scale, eps=LAYER_NORM_EPS).to(working_dtype(x))
 
     def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         """The output of a branch, times its gate."""
@@ -69,7 +69,7 @@ class SpanModulation(NamedTuple):
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         normed = F.layer_norm(self._by_span(x), x.shape[-1:], eps=LAYER_NORM_EPS)
-        return torch.addcmul(self.shift, normed, self.scale).view_as(x)
+        return torch.addcmul(self.shift, normed, self.scale).view_as(x).to(working_dtype(x))
 
     def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         assert self.gate is not None
@@ -95,9 +95,9 @@ class IndexedModulation(NamedTuple):
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         if uses_cpu_kernels(x):
-            return ModulatedNorm.apply(x, self.scale, self.shift, self.index)  # type: ignore[return-value]
+            return ModulatedNorm.apply(x, self.scale, self.shift, self.index, working_dtype(x))  # type: ignore[return-value]
         normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-        return torch.addcmul(self._of_tokens(self.shift), normed, self._of_tokens(self.scale))
+        return torch.addcmul(self._of_tokens(self.shift), normed, self._of_tokens(self.scale)).to(working_dtype(x))
 
     def gated(self, out: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         return out * self._of_tokens(self.gate)
