@@ -20,7 +20,7 @@ def read(*arguments: str, defaults: TrainConfig = DEFAULTS) -> TrainConfig:
 
 def test_the_command_line_comes_before_the_file_and_that_before_the_defaults(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("steps: 7\nlearning_rate: 1e-3\nema_beta: null\ncompile: false\noptimizer: muon\n")
+    file.write_text("steps: 7e0\nlearning_rate: 1e-3\nema_beta: none\ncompile: false\noptimizer: muon\n")
     assert read() == DEFAULTS
     assert read("--config", str(file)) == replace(
         DEFAULTS, steps=7, learning_rate=1e-3, ema_beta=None, optimizer="muon"
@@ -78,7 +78,7 @@ def test_defaults_that_depend_on_the_steps():
     assert (config.batch_size, config.warmup, config.ema_start) == (16, 5, 12)
     assert (config.validate_every, config.sample_every, config.save_every) == (5, 5, 5)
     assert TrainConfig(epochs=2).resolved(30).steps == 30
-    with pytest.raises(ValueError, match="packed by tokens: give steps"):
+    with pytest.raises(ValueError, match="packs of tokens, and for streams: give steps"):
         TrainConfig(epochs=2, token_budget=10).resolved(None)
 
 

@@ -59,6 +59,24 @@ def rows(folder) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+class Poisoned(Dataset):
+    """One sample has latents that are fine by themselves, and whose loss is not finite."""
+
+    def __init__(self, value=1e30):
+        self.samples, self.value = samples(), value
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if index == 21:
+            return [tensor([0]), torch.full((2, 2, CHANNELS[0]), self.value)]
+        return self.samples[index]
+
+    def describe(self, index):
+        return f"photo-{index}.png"
+
+
 class StopAt(Callback):
     """Raises, or sends a signal, after so many steps."""
 
@@ -123,6 +141,148 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path, options):
     assert_equal_states(weights(again.average), weights(whole.average))
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert [int(row["step"]) for row in rows(tmp_path / "whole")] == list(range(1, 13))
+
+
+def poisoned_gradient(model, at: int, value: float = torch.nan):
+    """The gradient of one matrix is not finite in one step."""
+    calls = [0]
+
+    def hook(gradient):
+        calls[0] += 1
+        return torch.full_like(gradient, value) if calls[0] == at else gradient
+
+    model.muon_parameters()[0].register_hook(hook)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_optimizer_steps_where_one_gradient_is_not_finite(tmp_path, value):
+    """With float16 the scaler looks at each optimizer by itself, and clipping has spoilt all gradients."""
+    model = fresh_model()
+    poisoned_gradient(model, at=5, value=value)
+    run = trainer(tmp_path, replace(CONFIG, optimizer="muon", precision="fp16"), model=model)
+    run.fit()
+    for each in (run.model, run.average):
+        assert all(tensor.isfinite().all() for tensor in each.state_dict().values())
+
+
+@pytest.mark.parametrize("options", [dict(precision="fp16"), dict(precision="fp16", explosion=3.0)])
+def test_float16_leaves_out_and_names_bad_steps_too(tmp_path, capfd, options):
+    poison = 30.0 if "explosion" in options else 1e30
+    config = replace(CONFIG, steps=80, details_every=0, save_every=0, validate_every=0, **options)
+    assert trainer(tmp_path, config, data=Poisoned(poison)).fit().step == 80
+    assert "data[21]" in capfd.readouterr().err
+    assert all("nan" not in row["loss"] for row in rows(tmp_path))
+
+
+def test_a_run_that_trains_nothing_any_more_stops(tmp_path):
+    model = fresh_model()
+    with torch.no_grad():
+        model.to_logits.weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="50 steps in a row were left out, nothing is trained now"):
+        trainer(tmp_path, replace(CONFIG, steps=100), model=model).fit()
+    bad = [[tensor([0]), torch.full((2, 2, CHANNELS[0]), torch.nan)]] * 8
+    with pytest.raises(TrainingError, match="every sample of it was left out"):
+        trainer(tmp_path / "bad", replace(CONFIG, steps=100, on_bad_sample="skip"), data=bad).fit()
+
+
+def test_gradients_that_stay_long_are_the_new_normal(tmp_path, capfd):
+    easy, hard = [[torch.arange(1)]] * 160, [[tensor([0]), torch.full((2, 2, CHANNELS[0]), 300.0)]] * 160
+    config = replace(CONFIG, steps=80, explosion=5.0, save_every=0, validate_every=0, details_every=0)
+    trainer(tmp_path, config, data=Mixture({"data": easy + hard}, shuffle=False)).fit()
+    assert 1 <= capfd.readouterr().err.count("step left out") <= 12
+
+
+class Fragile(Poisoned):
+    """One sample cannot be loaded."""
+
+    def __getitem__(self, index):
+        if index == 21:
+            raise OSError("the disk is gone")
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_workers=1), dict(batch_size=None, token_budget=40)])
+def test_a_sample_that_cannot_be_loaded_is_left_out_on_request(tmp_path, capfd, options):
+    config = replace(CONFIG, on_bad_sample="skip", **options)
+    assert trainer(tmp_path / "skip", config, data=Fragile()).fit().step == 12
+    assert "the disk is gone" in capfd.readouterr().err
+    with pytest.raises(SampleError, match=r"index 21 \(photo-21.png\).*the disk is gone"):
+        trainer(tmp_path / "stop", replace(config, on_bad_sample="stop"), data=Fragile()).fit()
+
+
+def test_gradients_of_others_do_not_count(tmp_path):
+    states = []
+    for name in ("with", "without"):
+        model = fresh_model()
+        if name == "with":
+            model(samples(3)).backward()
+        trainer(tmp_path / name, model=model).fit()
+        states.append(weights(model))
+    assert_equal_states(*states)
+
+
+def test_other_options_hold_from_the_checkpoint_on_and_are_told(tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer(tmp_path, callbacks=[StopAt(8)]).fit()
+    again = trainer(tmp_path, replace(CONFIG, learning_rate=1e-5, beta1=0.5, weight_decay=0.2))
+    again.fit(resume=True)
+    told = capsys.readouterr().out
+    assert (
+        "resumed with other options: learning_rate 0.001 -> 1e-05, beta1 0.9 -> 0.5, weight_decay 0.05 -> 0.2" in told
+    )
+    group = again._train_step.optimizers["adamw"].param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["peak_lr"]) == ((0.5, 0.99), 0.2, 1e-5)
+
+
+def test_the_best_checkpoint_has_the_losses_of_its_own_weights(tmp_path):
+    run = trainer(tmp_path, replace(CONFIG, validate_every=4, save_every=5, keep_last=9), validation=samples(5))
+    run.fit()
+    figures = {info.step: info.figures for info in run._checkpoints().infos()}
+    assert figures[5] == figures[10] == {}
+    assert figures[12] == run.figures == run.validate()
+
+
+def test_without_validation_the_figures_are_the_last_training_losses(tmp_path):
+    fitted = trainer(tmp_path).fit()
+    assert fitted.figures["loss"] == float(rows(tmp_path)[-1]["loss"])
+
+
+def test_rows_of_metrics_span_checkpoints(tmp_path):
+    """A row is a mean over steps before and after the one that is resumed from."""
+    config = replace(CONFIG, log_every=6)
+    trainer(tmp_path / "whole", config).fit()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer(tmp_path / "cut", config, callbacks=[StopAt(8)]).fit()
+    trainer(tmp_path / "cut", config).fit(resume=tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_numbers_of_samples_are_in_the_metrics(tmp_path):
+    class Scores(Callback):
+        def on_sample(self, trainer):
+            return {"drawn as asked": 0.5, "grid": torch.zeros(2, 2, 3, dtype=torch.uint8)}
+
+    trainer(tmp_path, replace(CONFIG, sample_every=0), callbacks=[Scores()]).fit()
+    assert rows(tmp_path)[-1]["samples/drawn as asked"] == "0.5"
+
+
+def test_what_is_not_trained_is_no_error(tmp_path):
+    model = fresh_model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        trainer(tmp_path, model=model)
+    for parameter in model.muon_parameters() or model.transformer.parameters():
+        parameter.requires_grad_(True)
+    trainer(tmp_path, replace(CONFIG, optimizer="muon"), model=model).fit()
+
+
+def test_validation_needs_something_to_predict(tmp_path):
+    bad = [[tensor([0]), torch.full((2, 2, CHANNELS[0]), torch.nan)]] * 3
+    run = trainer(tmp_path, replace(CONFIG, on_bad_sample="skip"), validation=bad)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        run.validate()
+    with pytest.raises(TypeError, match="validation data are a list or a dataset with a length, got Stream"):
+        trainer(tmp_path, validation=Stream())
 
 
 class Stream(IterableDataset):
@@ -200,24 +360,6 @@ def test_accumulation_is_one_large_batch(tmp_path):
         states.append(weights(model))
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-6, atol=1e-8)
-
-
-class Poisoned(Dataset):
-    """One sample has latents that are fine by themselves, and whose loss is not finite."""
-
-    def __init__(self, value=1e30):
-        self.samples, self.value = samples(), value
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        if index == 21:
-            return [tensor([0]), torch.full((2, 2, CHANNELS[0]), self.value)]
-        return self.samples[index]
-
-    def describe(self, index):
-        return f"photo-{index}.png"
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_named(tmp_path, capfd):
@@ -376,6 +518,7 @@ def test_without_accelerate_an_error_says_what_to_install(tmp_path, monkeypatch)
         (dict(optimizer="sgd"), TypeError, "optimizer must be 'adamw' or 'muon', got 'sgd'"),
         (dict(batch_size=4, token_budget=100), ValueError, "batch_size or token_budget, not both"),
         (dict(token_budget=100, accumulation=2), ValueError, "set packs_per_step"),
+        (dict(packs_per_step=2), ValueError, "packs_per_step goes with a token_budget"),
         (dict(compile=True), ValueError, "compile needs a token_budget"),
         (dict(warmup=-1), ValueError, "warmup must not be negative"),
         (dict(cooldown=1.5), ValueError, "cooldown must lie between 0 and 1"),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from transfusion_pytorch.data.loading import Skipped, SkipSample, load_sample
+from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, leave_signals, load_sample
 from transfusion_pytorch.data.order import SampleReference, generators_kept
 from transfusion_pytorch.data.plan import DataPlan, StepPlan
 from transfusion_pytorch.sequence.samples import Sample
@@ -40,6 +40,8 @@ class StepLoader:
     `num_processes * accumulation` nearly equal neighbouring pieces, of which process `rank` gets `accumulation`. With a
     token budget, pack `k` of a step goes to process `k % num_processes`.
 
+    With `skips_errors`, samples that cannot be loaded are left out, as those that raise `SkipSample` are.
+
     Samples and bits are the same for any number of workers, and a step has the same samples for any number of
     processes. The global random generators do not move. Iterate over one iterator at a time.
     """
@@ -56,15 +58,17 @@ class StepLoader:
         pin_memory: bool = False,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
+        skips_errors: bool = False,
     ):
         check_share(rank, num_processes, accumulation, plan.batch_size)
         self.plan = plan
         self._upcoming = _Upcoming(plan, rank, num_processes, accumulation or 1)
         self._loader = DataLoader(
-            _MicroBatches(plan.mixture.datasets, plan.seed, collate),
+            _MicroBatches(plan.mixture.datasets, plan.seed, collate, skips_errors),
             batch_size=None,
             sampler=self._upcoming,
             collate_fn=as_it_is,
+            worker_init_fn=leave_signals,
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
@@ -136,8 +140,8 @@ class _Loaded(NamedTuple):
 class _MicroBatches(Dataset):
     """Loads and collates; this is what data workers get."""
 
-    def __init__(self, datasets: Mapping[str, Any], seed: int, collate: Collate):
-        self.datasets, self.seed, self.collate = datasets, seed, collate
+    def __init__(self, datasets: Mapping[str, Any], seed: int, collate: Collate, skips_errors: bool):
+        self.datasets, self.seed, self.collate, self.skips_errors = datasets, seed, collate, skips_errors
 
     def __getitem__(self, references: MicroBatch) -> _Loaded:
         samples: list[Sample] = []
@@ -148,7 +152,9 @@ class _MicroBatches(Dataset):
                 try:
                     samples.append(load_sample(self.datasets, reference, self.seed))
                     kept.append(reference)
-                except SkipSample as reason:
+                except (SkipSample, SampleError) as reason:
+                    if isinstance(reason, SampleError) and not self.skips_errors:
+                        raise
                     skipped.append(Skipped(reference, str(reason)))
             return _Loaded(self.collate(samples, kept) if samples else None, skipped)
 

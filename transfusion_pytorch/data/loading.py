@@ -1,5 +1,6 @@
 """Samples out of datasets, with errors that say which one it was; and plain batches of them."""
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,14 @@ class Skipped(NamedTuple):
 
     reference: SampleReference
     reason: str
+
+
+def leave_signals(worker: int) -> None:
+    """A data worker's start: Ctrl-C and SIGTERM go to the whole group of processes, and are for the training one, which
+    still needs its workers to end the step. They end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: int) -> Sample:

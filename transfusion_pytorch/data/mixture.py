@@ -81,6 +81,11 @@ def as_mixture(data: Any) -> Mixture:
     return data if isinstance(data, Mixture) else Mixture({"data": data})
 
 
+def is_stream(data: Any) -> bool:
+    """Whether data have no index: they can only be iterated over."""
+    return not isinstance(data, Mixture) and hasattr(data, "__iter__") and not hasattr(data, "__len__")
+
+
 def _share(count: int, weight: int, total: int) -> int:
     """The part of `count` samples that a weight has of a total, rounded. Exact: whole numbers of any size."""
     return (2 * count * weight + total) // (2 * total) if weight < total else count

@@ -59,8 +59,8 @@ def make_window(
 ) -> Window:
     """Measures and packs the samples of the window that starts at a position, with those `deferred` by the one before.
 
-    `size_of` raises `SkipSample` for a sample that is left out. A sample longer than the budget raises `SampleError`,
-    or is left out, as `too_long` says.
+    `size_of` raises `SkipSample` for a sample that is left out. A sample longer than the budget, or one that cannot
+    be measured, raises `SampleError`, or is left out, as `too_long` says.
     """
     by_position = {reference.position: reference for reference in references}
     sizes: dict[int, int] = {}
@@ -68,7 +68,9 @@ def make_window(
     for position, reference in by_position.items():
         try:
             sizes[position] = _checked(size_of(reference), reference, budget, too_long)
-        except SkipSample as reason:
+        except (SkipSample, SampleError) as reason:
+            if isinstance(reason, SampleError) and too_long == "error":
+                raise
             skipped.append(Skipped(reference, str(reason)))
     packs, left = pack_window(sizes, deferred, budget=budget, seed=seed_of(seed, "window", start), is_last=is_last)
     return Window(tuple(tuple(map(by_position.__getitem__, pack)) for pack in packs), left, sizes, tuple(skipped))

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, check_share, split_evenly
-from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample
+from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample, leave_signals
 from transfusion_pytorch.data.order import (
     SampleReference,
     generator_of,
@@ -85,6 +85,7 @@ class StreamLoader:
         accumulation: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        skips_errors: bool = False,
     ):
         check_sizes(batch_size, token_budget, packs_per_step, epochs, buffer, too_long)
         check_share(rank, num_processes, accumulation, batch_size)
@@ -98,13 +99,14 @@ class StreamLoader:
         self.too_long: TooLong = too_long
         self.rank, self.num_processes, self.accumulation = rank, num_processes, accumulation or 1
         self._cursor = StreamCursor()
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.skips_errors = num_workers, pin_memory, skips_errors
 
     def __iter__(self) -> Iterator[LoadedStep]:
         loader = DataLoader(
             _Steps(self),
             batch_size=None,
             collate_fn=as_it_is,
+            worker_init_fn=leave_signals,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),
@@ -155,7 +157,9 @@ class StreamLoader:
                 try:
                     samples.append(self._prepared(item))
                     references.append(item.reference)
-                except SkipSample as reason:
+                except (SkipSample, SampleError) as reason:
+                    if isinstance(reason, SampleError) and not self.skips_errors:
+                        raise
                     skipped.append(Skipped(item.reference, str(reason)))
             return self.collate(samples, references) if samples else None
 
@@ -202,7 +206,11 @@ class StreamLoader:
             item = by_position[reference.position]
             sample = self._prepared(item)
             prepared[reference.position] = item._replace(content=sample, is_prepared=True)
-            return packer.num_tokens(sample)
+            try:
+                return packer.num_tokens(sample)
+            except (ValueError, TypeError) as error:
+                where = f"source {self.source!r}, index {reference.index}"
+                raise SampleError(f"{where} could not be measured: {error}") from error
 
         packer = self.packer
         with generators_kept():

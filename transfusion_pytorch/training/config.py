@@ -80,6 +80,8 @@ class TrainConfig:
             raise ValueError("give batch_size or token_budget, not both: with a budget, packs_per_step sizes a step")
         if self.token_budget is not None and self.accumulation != 1:
             raise ValueError("accumulation goes with batch_size; with a token_budget, set packs_per_step")
+        if self.token_budget is None and self.packs_per_step != 1:
+            raise ValueError("packs_per_step goes with a token_budget; with batch_size, set accumulation")
         if self.compile and self.token_budget is None:
             raise ValueError("compile needs a token_budget, to which batches are padded: one graph for one shape")
         if self.velocity_consistency and self.ema_beta is None:
@@ -97,8 +99,10 @@ class TrainConfig:
     def resolved(self, num_steps: int | None) -> "TrainConfig":
         """With every default that depends on something filled in. `num_steps` are those that the epochs come to."""
         steps = num_steps if self.steps is None else self.steps
+        if steps is None and self.epochs is None:
+            raise ValueError("give steps, or epochs")
         if steps is None:
-            raise ValueError("how many steps epochs have is unknown where samples are packed by tokens: give steps")
+            raise ValueError("how many steps epochs have is unknown for packs of tokens, and for streams: give steps")
         tenth = max(steps // 10, 1)
         sizes = dict(batch_size=16) if self.batch_size is None and self.token_budget is None else {}
         every = {
@@ -179,11 +183,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as text; 1.0e-3 is a number."""
+    """YAML reads 1e-3 and none as text."""
+    if value == "none":
+        return None
     try:
-        return float(value) if isinstance(value, str) else value
+        number = float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+    return int(number) if isinstance(number, float) and number.is_integer() and isinstance(value, str) else number
 
 
 def _reader(name: str) -> Any:

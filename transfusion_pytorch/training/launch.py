@@ -93,6 +93,14 @@ class Launch:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def all(self, value: Any) -> list[Any]:
+        """What every process has, for all. All must ask."""
+        if self.size == 1:
+            return [value]
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def from_main(self, make: Callable[[], Any]) -> Any:
         """What the main process makes, for all. All must ask."""
         made = [make() if self.is_main else None]

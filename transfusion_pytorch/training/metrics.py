@@ -5,7 +5,7 @@ b samples, m spans.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,13 @@ class RunningMeans:
                 value = value.detach().to(precise(value.dtype))
             total, counts = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (total + value * count, counts + count)
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, for a checkpoint."""
+        return {name: tuple(map(float, pair)) for name, pair in self._sums.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._sums = {name: (total, count) for name, (total, count) in state.items()}
 
     def read(self) -> dict[str, float]:
         """The mean of each name that has a count, in the order in which they came; starts again."""

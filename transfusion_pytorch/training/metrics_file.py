@@ -55,11 +55,12 @@ class MetricsFile:
         return rows
 
     def _read(self) -> list[Row]:
-        """All rows but one that a killed process did not finish."""
+        """All rows but those that a killed process or a full disk did not finish."""
         text = self.path.read_bytes().decode("utf-8", errors="replace")
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
         self.columns = lines[0] if lines else [STEP]
-        return [dict(zip(self.columns, line, strict=True)) for line in lines[1:]]
+        whole = [line for line in lines[1:] if len(line) == len(self.columns)]
+        return [dict(zip(self.columns, line, strict=True)) for line in whole]
 
 
 def _as_text(value: float | int | str | None) -> str:

@@ -16,7 +16,7 @@ PEAK = "peak_lr"  # in a parameter group: its highest learning rate
 def create_optimizers(model: Any, config: TrainConfig) -> dict[str, Optimizer]:
     """AdamW for all parameters; or Muon (arXiv 2502.16982) for the hidden matrices, and AdamW for the rest.
 
-    Raises `RuntimeError` where torch has no Muon yet.
+    Raises `RuntimeError` where torch has no Muon yet, and `ValueError` where nothing is trained.
     """
     groups = parameter_groups(model, weight_decay=config.weight_decay)
     optimizers: dict[str, Optimizer] = {}
@@ -28,8 +28,12 @@ def create_optimizers(model: Any, config: TrainConfig) -> dict[str, Optimizer]:
         groups = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
         groups = [group for group in groups if group["params"]]
         rate, decay = config.muon_learning_rate, config.weight_decay
-        optimizers["muon"] = torch.optim.Muon(matrices, lr=rate, weight_decay=decay)
-    optimizers["adamw"] = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+        if matrices:
+            optimizers["muon"] = torch.optim.Muon(matrices, lr=rate, weight_decay=decay)
+    if groups:
+        optimizers["adamw"] = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    if not optimizers:
+        raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group[PEAK] = group["lr"]

@@ -43,9 +43,9 @@ class RunLog:
 
     def flush(self) -> None:
         """Writes the row of a step, before its checkpoint."""
-        if self.metrics is not None and self._row:
-            self.metrics.append(self._step, self._row)
-        self._row = {}
+        row, self._row = self._row, {}
+        if self.metrics is not None and row:
+            self.metrics.append(self._step, row)
 
     def close(self) -> None:
         self.flush()

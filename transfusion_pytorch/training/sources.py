@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from transfusion_pytorch.data.loader import StepLoader
-from transfusion_pytorch.data.mixture import Mixture, as_mixture
+from transfusion_pytorch.data.mixture import Mixture, as_mixture, is_stream
 from transfusion_pytorch.data.plan import DataPlan
 from transfusion_pytorch.data.stream import StreamLoader
 from transfusion_pytorch.sequence.batch import Batch
@@ -38,13 +38,9 @@ def open_data(
         pin_memory=launch.device.type == "cuda",
         persistent_workers=config.num_workers > 0,
         accumulation=None if plan.batch_size is None else config.accumulation,
+        skips_errors=config.on_bad_sample == "skip",
     )
     return loader, config.resolved(num_steps)
-
-
-def is_stream(data: Any) -> bool:
-    """Whether data have no index: they can only be iterated over."""
-    return not isinstance(data, Mixture) and hasattr(data, "__iter__") and not hasattr(data, "__len__")
 
 
 def _plan(mixture: Mixture, config: TrainConfig, packer: Packer, epochs: int | None = None) -> DataPlan:
@@ -67,9 +63,10 @@ def _open_stream(data: Any, config: TrainConfig, pack: PackSeeded, launch: Launc
         packer=pack.packer,
         rank=launch.rank,
         num_processes=launch.size,
-        num_workers=min(config.num_workers, 1),
+        num_workers=config.num_workers,
         pin_memory=launch.device.type == "cuda",
         accumulation=None if config.batch_size is None else config.accumulation,
+        skips_errors=config.on_bad_sample == "skip",
         **_sizes(config),
     )
 

@@ -32,6 +32,7 @@ from transfusion_pytorch.training.optimizers import clip_gradients, set_learning
 
 USUAL_STEPS = 100  # whose median length of the gradient is the usual one
 FEWEST_STEPS = 20  # before which nothing counts as an explosion
+NEW_NORMAL = 10  # explosions in a row, after which gradients are taken to be so long now
 
 
 class StepResult(NamedTuple):
@@ -40,12 +41,18 @@ class StepResult(NamedTuple):
     - `losses`: by name, on the device, over all processes
     - `gradient_norm`: before clipping
     - `problem`: why the weights were left as they are; None for a step that was made
+    - `overflowed`: float16 overflowed, as it does now and then, and the scaler has left the step out
     """
 
     losses: dict[str, Tensor]
     gradient_norm: float
     learning_rate: float
     problem: str | None
+    overflowed: bool = False
+
+    @property
+    def is_made(self) -> bool:
+        return self.problem is None and not self.overflowed
 
 
 class TrainStep:
@@ -61,28 +68,29 @@ class TrainStep:
         self.launch, self.config = launch, config
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.precision == "fp16")
         self.usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        self.explosions = 0  # in a row
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._teacher = dict(velocity_consistency_ema_model=ema) if config.velocity_consistency else {}
 
     def __call__(self, batches: Sequence[Batch], step: int) -> StepResult:
         """`step` is counted from 0. Every process has equally many micro-batches."""
+        self._forget_gradients()  # somebody else's, or those of a step that was interrupted
         rate = set_learning_rates(self.optimizers, step, self.config)
         losses = self._accumulate(batches)
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.config.clip).item()
-        problem = self._problem(norm)
-        if problem is None:
+        overflowed = self.scaler.is_enabled() and not math.isfinite(norm) and math.isfinite(losses["loss"].item())
+        problem = None if overflowed else self._problem(norm)
+        if problem is None and not overflowed:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
-            self.scaler.update()
             if self.ema is not None:
                 self.ema.update()
-            if math.isfinite(norm):  # float16 overflows now and then: the scaler has left that step out
-                self.usual.append(norm)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        return StepResult(losses, norm, rate, problem)
+            self.usual.append(norm)
+        self.scaler.update()
+        self._forget_gradients()
+        return StepResult(losses, norm, rate, problem, overflowed)
 
     def parts(self) -> dict[str, Any]:
         """The parts of a checkpoint: model, average, optimizers and what else a step depends on. All processes must
@@ -93,7 +101,8 @@ class TrainStep:
             parts["ema"] = whole_ema_state(self.ema)
         for name, optimizer in self.optimizers.items():
             parts[name] = whole_optimizer_state(self.model, optimizer)
-        return parts | {"step": {"usual": list(self.usual), "scaler": self.scaler.state_dict()}}
+        state = {"usual": list(self.usual), "explosions": self.explosions, "scaler": self.scaler.state_dict()}
+        return parts | {"step": state}
 
     def load_parts(self, loaded: LoadedCheckpoint) -> None:
         """The inverse of `parts`. Raises `ValueError` where they belong to another model or other options."""
@@ -107,9 +116,12 @@ class TrainStep:
         if self.ema is not None:
             load_whole_ema_state(self.ema, loaded.parts["ema"])
         for name, optimizer in self.optimizers.items():
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             load_optimizer_state(self.model, optimizer, loaded.parts[name])
+            for group, options in zip(optimizer.param_groups, own, strict=True):
+                group.update(options)  # those of this configuration
         state = loaded.parts["step"]
-        self.usual = deque(state["usual"], maxlen=USUAL_STEPS)
+        self.usual, self.explosions = deque(state["usual"], maxlen=USUAL_STEPS), state["explosions"]
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
@@ -150,11 +162,21 @@ class TrainStep:
     def _problem(self, norm: float) -> str | None:
         """Equal in all processes, since the gradient is."""
         if not math.isfinite(norm):
-            return None if self.scaler.is_enabled() else f"the gradient is not finite ({norm})"
-        limit = self.config.explosion
-        if limit is not None and len(self.usual) >= FEWEST_STEPS and norm > limit * (usual := median(self.usual)):
-            return f"the gradient explodes: its length is {norm:.3g}, the usual one {usual:.3g}"
-        return None
+            return f"the gradient is not finite ({norm})"
+        limit, usual = self.config.explosion, median(self.usual) if len(self.usual) >= FEWEST_STEPS else None
+        if limit is None or usual is None or norm <= limit * usual:
+            self.explosions = 0
+            return None
+        self.explosions += 1
+        if self.explosions > NEW_NORMAL:
+            self.usual.clear()
+            self.explosions = 0
+            return None
+        return f"the gradient explodes: its length is {norm:.3g}, the usual one {usual:.3g}"
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
 
 
 def named_losses(parts: LossBreakdown, *, has_velocity: bool = False, has_recon: bool = False) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end a training after the step that is running."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -29,6 +30,8 @@ class StopSignals:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         self._restore()
+        # written past Python's buffers, which may be in use at this moment
+        os.write(2, f"\n{self.received}: stopping after this step; once more to leave at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,6 +1,6 @@
 """`Trainer`: a training run from data to a model that can be kept."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
+from transfusion_pytorch.training.checkpoint_files import LoadedCheckpoint
 from transfusion_pytorch.training.collate import Packed, PackSeeded
 from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.flops import FlopCounter, peak_flops
@@ -31,6 +32,7 @@ from transfusion_pytorch.training.trackers import Tracker, create_tracker
 from transfusion_pytorch.training.validation import Validation
 
 REPEATED = 10  # problems of samples are told so often, then counted
+MOST_LEFT_OUT = 50  # steps in a row, after which a run is not worth going on with
 
 
 class TrainingError(RuntimeError):
@@ -85,7 +87,9 @@ class Trainer:
         self.launch = Launch(device=config.device, precision=config.precision)
         self.model, self.folder, self.callbacks = model.to(self.launch.device), Path(folder), tuple(callbacks)
         budget = config.token_budget if config.compile or self.launch.device.type == "cuda" else None
-        packer = model.packer(token_budget=budget) if packer is None else packer
+        packer = model.packer() if packer is None else packer
+        if budget is not None and packer.token_budget is None:
+            packer = replace(packer, token_budget=budget)
         self.pack = PackSeeded(packer, config.seed, skips_bad=config.on_bad_sample == "skip")
         self.loader, self.config = open_data(data, config, self.pack, self.launch, prepare)
         self.validation: Validation | None = None
@@ -96,6 +100,8 @@ class Trainer:
         self.step, self.figures = 0, dict[str, float]()
         self._prepare_model()
         self._problems: dict[str, int] = {}
+        self._left_out = 0  # steps in a row
+        self._means, self._validated_at = RunningMeans(), -1
 
     @property
     def is_main(self) -> bool:
@@ -120,7 +126,8 @@ class Trainer:
         """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.
 
         `resume=True` goes on from the latest checkpoint of the folder, if there is one; a path goes on from that
-        checkpoint, and later ones are removed. Otherwise the run starts anew, in a folder without checkpoints.
+        checkpoint, and later ones are removed. Otherwise the run starts, in a folder without checkpoints. Options that
+        do not change the order of the samples may be other ones than before, and hold from then on.
 
         Raises `TrainingError` where `on_bad_step` is "stop", `SampleError` for a sample that cannot be loaded,
         `FileExistsError` for a folder that holds another run, and whatever `Checkpoints` raises.
@@ -228,16 +235,16 @@ class Trainer:
                 )
             self._seed()
             return
-        try:
-            loaded = checkpoints.load("latest" if resume is True else resume)
-        except FileNotFoundError:
-            if resume is not True:
-                raise
+        loaded = self._found(checkpoints, resume)
+        if loaded is None:
             self._seed()
             return
         self._train_step.load_parts(loaded)
         self.loader.load_state(loaded.parts["data"])
-        self.step, self.figures = loaded.step, dict(loaded.figures)
+        run = loaded.parts["run"]
+        self.step, self.figures = loaded.step, dict(run["figures"])
+        self._means.load_state(run["means"])
+        self._say_changes(run["config"])
         own = loaded.of_rank(self.launch.rank, self.launch.size)
         if own is None:  # the number of processes is another one
             self._seed()
@@ -245,14 +252,42 @@ class Trainer:
             set_random_states(own)
         checkpoints.discard_after(loaded.step)
 
+    def _found(self, checkpoints: Checkpoints, resume: bool | str | Path) -> LoadedCheckpoint | None:
+        """The checkpoint to go on from, the same for all processes; None where there is none yet."""
+        which: Any = "latest" if resume is True else resume
+        if Path(which).resolve() in (self.folder.resolve(), checkpoints.folder.resolve()):
+            which = "latest"
+        try:
+            loaded = checkpoints.load(which)
+        except FileNotFoundError:
+            if resume is not True:
+                raise
+            loaded = None
+        steps = self.launch.all(None if loaded is None else loaded.step)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes must share {self.folder}, but find checkpoints of different steps: {steps}, by rank"
+            )
+        return loaded
+
+    def _say_changes(self, before: Mapping[str, Any]) -> None:
+        """Which options are other ones than those of the checkpoint. They hold from here on."""
+        now = self.config.as_dict()
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            told = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
+            self.say(f"resumed with other options: {told}")
+
     def _seed(self) -> None:
         """What is random beside samples, times and noise: dropout. Every process has its own."""
         torch.manual_seed(seed_of(self.config.seed, "process", self.launch.rank, self.step))
 
     def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
-        parts = self._train_step.parts() | {"data": data_state}
+        run = {"config": self.config.as_dict(), "figures": self.figures, "means": self._means.state()}
+        parts = self._train_step.parts() | {"data": data_state, "run": run}
         per_rank = self.launch.gather(random_states())
-        path = checkpoints.save(self.step, parts, figures=self.figures, per_rank=per_rank)
+        own = self.figures if self._validated_at == self.step else {}  # the best is chosen by its own weights
+        path = checkpoints.save(self.step, parts, figures=own, per_rank=per_rank)
         self.launch.wait()
         self._call("on_save", path)
 
@@ -260,19 +295,19 @@ class Trainer:
 
     def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
         """Steps until the last one. Returns whether a signal ended it before."""
-        means = RunningMeans()
         for loaded in self._steps():
             batches = self._batches_of(loaded, progress)
-            if batches:
-                result = self._train_step(batches, self.step)
-                self._check(result, batches, progress)
+            result = self._train_step(batches, self.step) if batches else None
+            self._check(result, batches, progress)
             self.step += 1
-            if batches:
-                self._report(result, batches, means, progress)
+            if result is not None:
+                self._report(result, batches, progress)
             is_last = self.step == self._total
             stops = self.launch.any(signals.received is not None)
-            if self._is_due(self.config.log_every) or is_last or stops:
-                self.log.write(self.step, means.read())
+            if self._is_due(self.config.log_every) or is_last:
+                means = self._means.read()
+                self.log.write(self.step, means)
+                self.figures = self.figures if self.validation else means
             self._look(batches, is_last, progress)
             self.log.flush()
             if self._is_due(self.config.save_every) or is_last or stops:
@@ -297,8 +332,10 @@ class Trainer:
     def _batches_of(self, loaded: LoadedStep, progress: ProgressReporter) -> list[Batch]:
         """The micro-batches of this process, empty if no process has a sample. Reports what was left out."""
         packs = [packed if packed is not None else Packed(None, []) for packed in loaded.batches]
-        for skipped in [*loaded.skipped, *(entry for packed in packs for entry in packed.skipped)]:
-            self._tell("left out", f"{skipped.reference.source}[{skipped.reference.index}]: {skipped.reason}", progress)
+        skipped = [*loaded.skipped, *(entry for packed in packs for entry in packed.skipped)]
+        if self.launch.any(bool(skipped)):
+            for reference, reason in (entry for entries in self.launch.gather(skipped) for entry in entries):
+                self._tell("left out", f"{reference.source}[{reference.index}]: {reason}", progress)
         batches = [packed.batch for packed in packs if packed.batch is not None]
         missing = len(packs) - len(batches)
         if self.launch.size == 1:
@@ -312,17 +349,26 @@ class Trainer:
             self._stand_in = idle_batch(self.model, self.pack.packer)
         return self._stand_in
 
-    def _check(self, result: StepResult, batches: Sequence[Batch], progress: ProgressReporter) -> None:
+    def _check(self, result: StepResult | None, batches: Sequence[Batch], progress: ProgressReporter) -> None:
         """Reports a step that was not made, or stops the run."""
-        if result.problem is None:
+        if result is not None and result.is_made:
+            self._left_out = 0
             return
-        found = self.launch.gather([describe_bad_batch(batch) for batch in batches])
-        samples = "; ".join(text for texts in found for text in texts)
-        losses = ", ".join(f"{name} {value.item():.4g}" for name, value in result.losses.items())
-        message = f"step {self.step}: {result.problem}; losses: {losses}; {samples}"
-        if self.config.on_bad_step == "stop":
-            raise TrainingError(f"{message}; set on_bad_step='skip' to leave such steps out")
-        self._tell("step left out", message, progress)
+        self._left_out += 1
+        message = f"step {self.step}: float16 overflowed"
+        if result is None:
+            message = f"step {self.step}: every sample of it was left out"
+        elif result.problem is not None:
+            found = self.launch.gather([describe_bad_batch(batch) for batch in batches])
+            samples = "; ".join(text for texts in found for text in texts)
+            losses = ", ".join(f"{name} {value.item():.4g}" for name, value in result.losses.items())
+            message = f"step {self.step}: {result.problem}; losses: {losses}; {samples}"
+            if self.config.on_bad_step == "stop":
+                raise TrainingError(f"{message}; set on_bad_step='skip' to leave such steps out")
+        if self._left_out >= MOST_LEFT_OUT:
+            raise TrainingError(f"{message}; {self._left_out} steps in a row were left out, nothing is trained now")
+        if result is None or not result.overflowed:
+            self._tell("step left out", message, progress)
 
     def _tell(self, kind: str, message: str, progress: ProgressReporter) -> None:
         times = self._problems[kind] = self._problems.get(kind, 0) + 1
@@ -331,14 +377,13 @@ class Trainer:
         if times == REPEATED:
             progress.write(f"{kind}: more of these are counted, and no longer told")
 
-    def _report(
-        self, result: StepResult, batches: Sequence[Batch], means: RunningMeans, progress: ProgressReporter
-    ) -> None:
-        if result.problem is None:
-            means.add({**result.losses, "gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate})
+    def _report(self, result: StepResult, batches: Sequence[Batch], progress: ProgressReporter) -> None:
+        if result.is_made:
+            own = {"gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate}
+            self._means.add({**result.losses, **own})
         size = self.launch.size
         progress.update(
-            result.losses if result.problem is None else {},
+            result.losses if result.is_made else {},
             tokens=size * sum(batch.num_tokens for batch in batches),
             samples=size * sum(len(batch) for batch in batches),
             flops=0.0 if self._flops is None else size * sum(self._flops(batch).total for batch in batches),
@@ -352,7 +397,7 @@ class Trainer:
             self.log.write(self.step, self._details(batches), prefix="details/")
         if self.validation is not None and (self._is_due(self.config.validate_every) or is_last):
             figures = self.validate()
-            self.figures = figures
+            self.figures, self._validated_at = figures, self.step
             self.log.write(self.step, figures, prefix="validation/")
             told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             progress.write(f"step {self.step:,}: validation {told}")
@@ -361,7 +406,10 @@ class Trainer:
             for callback in self.callbacks:
                 with evaluating(self.average):
                     seen = callback.on_sample(self)
-                self.log.track(self.step, seen or {})
+                images = {name: value for name, value in (seen or {}).items() if getattr(value, "ndim", 0)}
+                numbers = {name: float(value) for name, value in (seen or {}).items() if name not in images}
+                self.log.write(self.step, numbers, prefix="samples/")
+                self.log.track(self.step, {f"samples/{name}": image for name, image in images.items()})
 
     def _details(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Losses by modality, source and quarter of the times, of this step's samples, for the main process."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transfusion_pytorch.data.loader import StepLoader
-from transfusion_pytorch.data.mixture import Mixture, as_mixture
+from transfusion_pytorch.data.mixture import Mixture, as_mixture, is_stream
 from transfusion_pytorch.data.plan import DataPlan
 from transfusion_pytorch.evaluating import evaluating, gathered
 from transfusion_pytorch.sequence.batch import Batch
@@ -27,6 +27,8 @@ class Validation:
     """
 
     def __init__(self, data: Any, packer: Packer, launch: Launch, *, batch_size: int, skips_bad: bool = False) -> None:
+        if is_stream(data):
+            raise TypeError(f"validation data are a list or a dataset with a length, got {type(data).__name__}")
         mixture = as_mixture(data)
         self.mixture = Mixture(mixture.datasets, weights=mixture.weights, shuffle=False)
         self.pack = PackSeeded(packer, SEED, skips_bad=skips_bad, spreads_times=True)
@@ -43,6 +45,8 @@ class Validation:
                 counts = kinds_of(batch.count_targets())
                 sums += torch.stack((_as_row(parts.text, parts.flow) * counts, counts)).cpu()
         total, count = self.launch.sum(sums.float() if self.launch.device.type == "mps" else sums).cpu()
+        if not count.any():
+            raise ValueError("validation data have nothing to predict: every sample was left out, or is a condition")
         means = total / count.clamp(min=1e-30)
         weights = torch.tensor([model.loss_weights.text, *model.loss_weights.flow], dtype=torch.float64)
         names = ["text", *(f"flow_{kind}" for kind in range(model.num_modalities))]
