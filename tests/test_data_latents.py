@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from checks import no_typecheck
 from PIL import Image
 from tiny import tiny
 from torch import nn, tensor
@@ -156,6 +157,7 @@ def pickled(value):
     return pickle.loads(pickle.dumps(value))
 
 
+@no_typecheck
 def test_cached_latents_are_counted_from_the_end_and_keep_weights_of_any_kind(tmp_path):
     class Weighted(Data):
         def __getitem__(self, index):
