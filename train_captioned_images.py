@@ -123,10 +123,12 @@ def main() -> None:
     if trainer.fill is not None:
         figures["fill of the token budget"] = f"{trainer.fill:.1%}"
         trainer.say(f"packing: the token budget of {config.token_budget:,} was filled to {trainer.fill:.1%}")
+    prompt = f' "{samples.prompts[0]}"' if samples.prompts else ""
+    save_model(trainer, data, text, figures, prompt=prompt)  # first, since scoring may fail
     figures |= score(trainer, samples, data, per_class=arguments.draw_per_class)
-    save_model(trainer, data, text, figures, prompt=samples.prompts[0])
+    save_model(trainer, data, text, figures, prompt=prompt)
     trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s; to use the model:")
-    trainer.say(f'python -m transfusion_pytorch sample {place.folder / "model"} "{samples.prompts[0]}"')
+    trainer.say(f"python -m transfusion_pytorch sample {place.folder / 'model'}{prompt}")
 
 
 # options
@@ -137,19 +139,27 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, nargs="+", help="folder of images with captions, or WebDataset tars")
     parser.add_argument("--dataset", choices=EMBEDDED, default="digits", help="without --data (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="side of the images in pixels, or of a square of their area")
+    parser.add_argument(
+        "--size", type=run.positive_int, help="side of the images in pixels, or of a square of their area"
+    )
     parser.add_argument("--sizes", choices=("square", "bucketed", "native"), default="square", help="their shapes")
     parser.add_argument("--grey", action="store_true", help="read the images of a folder without colour")
-    parser.add_argument("--patch", type=int, help="side of a patch in pixels")
+    parser.add_argument("--patch", type=run.positive_int, help="side of a patch in pixels")
     parser.add_argument("--unet", action="store_true", help="halves of a U-Net around the transformer, not patches")
-    parser.add_argument("--dim", type=int, help="width of the transformer")
-    parser.add_argument("--depth", type=int, help="its layers")
-    parser.add_argument("--bpe", type=int, metavar="SIZE", help="train byte-pair encoding on the captions, not bytes")
+    parser.add_argument("--dim", type=run.positive_int, help="width of the transformer")
+    parser.add_argument("--depth", type=run.positive_int, help="its layers")
+    parser.add_argument(
+        "--bpe", type=run.positive_int, metavar="SIZE", help="train byte-pair encoding on the captions, not bytes"
+    )
     parser.add_argument("--held-out", type=float, default=0.05, help="share of a folder to validate on (%(default)s)")
     parser.add_argument("--prompt", action="append", default=[], help="a caption to draw; may be given several times")
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings (default: %(default)s)")
-    parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
-    parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end (%(default)s)")
+    parser.add_argument(
+        "--modality-steps", type=run.positive_int, default=16, help="solver intervals (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draw-per-class", type=run.positive_int, default=20, help="drawings scored at the end (%(default)s)"
+    )
     run.add_common_arguments(parser, RECIPES["digits"].training)
     arguments = parser.parse_args()
     if not all(prompt.strip() for prompt in arguments.prompt):
@@ -265,12 +275,12 @@ class Samples(Callback):
     def on_sample(self, trainer: Trainer) -> dict[str, Any]:
         pictures = self.pictures_of(trainer)
         generator = torch.Generator().manual_seed(trainer.config.seed)
-        drawn = as_one_size(pictures.draw(self.prompts, generator=generator, **self.sampling))
+        drawn = pictures.draw(self.prompts, generator=generator, **self.sampling)
         said = pictures.describe([image for _, image, _ in self.shown], text_temperature=0.0, generator=generator)
-        if not trainer.is_main:
+        if not trainer.is_main or not drawn:  # images without captions give no prompts
             return {}
         file = trainer.folder / f"step-{trainer.step:06}.png"
-        save_grid(file, drawn, self.prompts, columns=7, smallest=96)
+        save_grid(file, as_one_size(drawn), self.prompts, columns=7, smallest=96)
         print(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
         for (kind, _, captions), text in zip(self.shown, said, strict=True):
             print(f"  an image of {captions[0]!r} ({kind}) is called {text!r}", flush=True)
@@ -290,7 +300,7 @@ def score(trainer: Trainer, samples: Samples, data: Captioned, *, per_class: int
         scores = score_remembered(pictures, data.train, count=200, **options)
         drawn = "nearest to the training image whose caption was asked for"
         captioned = "of training images are theirs"
-    figures = {f"captions {captioned}": f"{scores.captioned:.1%}"}
+    figures = {} if scores.captioned is None else {f"captions {captioned}": f"{scores.captioned:.1%}"}
     if scores.drawn is not None:
         figures = {f"drawings {drawn}": f"{scores.drawn:.1%}"} | figures
     for (what, _, how), share in zip((name.partition(" ") for name in figures), figures.values(), strict=True):
@@ -300,7 +310,7 @@ def score(trainer: Trainer, samples: Samples, data: Captioned, *, per_class: int
 
 def save_model(trainer: Trainer, data: Captioned, text: TextCodec, figures: dict[str, Any], *, prompt: str) -> None:
     command = "python -m transfusion_pytorch sample MODEL"
-    command = f'{command} "{prompt}"\n{command} --image FILE'
+    command = f"{command}{prompt}\n{command} --image FILE"
     card = ModelCard(
         title="Captions to images, images to captions",
         description="Trained by `train_captioned_images.py`.",

@@ -13,7 +13,7 @@ from transfusion_pytorch import Transfusion, train_bpe
 from transfusion_pytorch.__main__ import main
 from transfusion_pytorch.commands.errors import one_line, run_command
 from transfusion_pytorch.commands.pictures import PictureModel, save_picture
-from transfusion_pytorch.data import BucketedSize, FixedSize, ImageReader
+from transfusion_pytorch.data import BucketedSize, FixedSize, ImageReader, NativeSize
 from transfusion_pytorch.data.loading import SampleError
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 
@@ -153,6 +153,33 @@ def test_a_tokenizer_travels_with_the_model(tmp_path, capsys):
     sample(tmp_path / "model", "a red apple", "--out", tmp_path / "out")
     assert (tmp_path / "out/001.png").is_file()
     assert PictureModel(Transfusion.from_pretrained(tmp_path / "model")).text.num_tokens == text.num_tokens
+
+
+@pytest.mark.parametrize(
+    "order", [("a cat", "--num", 2), ("--num", 2, "a cat"), ("--out", "{out}", "a cat", "--num", 2)]
+)
+def test_prompts_stand_anywhere(saved, tmp_path, order):
+    out = tmp_path / "out"
+    sample(saved, *(str(each).format(out=out) for each in order), "--out", out)
+    assert (out / "samples.txt").read_text().splitlines() == ["001.png: a cat", "002.png: a cat"]
+
+
+def test_options_that_there_are_not(saved, capsys):
+    with pytest.raises(SystemExit):
+        sample(saved, "--numb", 2, "a cat")
+    assert "unrecognized arguments: --numb 2 a cat" in capsys.readouterr().err
+
+
+def test_pictures_of_prompts_have_room_however_large_they_are():
+    model = PictureModel(tiny(sizing=NativeSize(2, 4, 400)).eval(), longest_text=4, most_latents=6)
+    assert len(model.describe([torch.zeros(2, 200, 3)], modality_steps=1)) == 1
+    plain = tiny(modality_encoder=None, modality_decoder=None, dim_latent=3, channel_first_latent=True).eval()
+    assert len(PictureModel(plain, longest_text=4).describe([torch.zeros(3, 9, 20)])) == 1
+
+
+def test_nothing_asked_is_nothing_made():
+    model = PictureModel(tiny())
+    assert model.draw([]) == model.describe([]) == []
 
 
 # mistakes

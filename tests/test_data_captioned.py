@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 import torch
+from checks import no_typecheck
 from PIL import Image
 from tiny import tiny
 from torch import tensor
@@ -360,3 +361,134 @@ def test_an_empty_caption_is_none():
     assert [len(data[i].parts) for i in range(2)] == [1, 2]
     assert data[1].parts[0].tolist() == tensor([97]).tolist()
     assert len(data.outline(0, torch.Generator()).parts) == 1
+
+
+# what is odd in folders and tables
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "message"),
+    [
+        ("metadata.csv", "file_name,text\na.png,a cat, sitting", r"line 2 has more cells than columns: quote captions"),
+        ("metadata.csv", b"file_name,text\na.png,\xff", r"metadata.csv is not UTF-8"),
+        (
+            "captions.jsonl",
+            '{"file_name": "a.png", "text": {"a": 1}}',
+            r"line 1: a caption is text, got {'a': 1}, a dict",
+        ),
+        ("captions.jsonl", '{"file_name": "a.png", "text": ["a", 3]}', r"line 1: a caption is text, got 3, a int"),
+    ],
+)
+def test_rows_that_are_not_what_they_seem(folder, table, row, message):
+    (folder / table).write_bytes(row if isinstance(row, bytes) else row.encode())
+    with pytest.raises(ValueError, match=message):
+        CaptionedImages(folder, images=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*have no caption")
+def test_blank_captions_are_none(folder):
+    (folder / "captions.jsonl").write_text('{"file_name": "a.png", "text": [null, "", "  ", " a cat "]}')
+    data = CaptionedImages(folder, images=4)
+    assert [data.captions(i) for i in range(len(data))] == [("a cat",)]
+
+
+def test_text_files_without_image_are_reported_and_suffixes_may_be_upper_case(tmp_path):
+    for name in ("a.png", "b.JPG"):
+        (tmp_path / name).write_bytes(png())
+    for name in ("a.txt", "b.TXT", "zzz.txt"):
+        (tmp_path / name).write_text(name)
+    with pytest.warns(UserWarning, match=r"^1 captions in .* have no image: zzz.txt$"):
+        data = CaptionedImages(tmp_path, images=4)
+    assert [data.captions(i) for i in range(2)] == [("a.txt",), ("b.TXT",)]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "elsewhere/cat").mkdir(parents=True)
+    (tmp_path / "elsewhere/cat/1.png").write_bytes(png())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cat").symlink_to(tmp_path / "elsewhere/cat")
+    (tmp_path / "elsewhere/cat/loop").symlink_to(tmp_path / "data")
+    assert [name for name, _ in CaptionedImages(tmp_path / "data", images=4).entries] == ["cat/1.png"]
+
+
+@no_typecheck
+def test_captions_are_in_one_of_three_places(folder):
+    with pytest.raises(ValueError, match=r"captions is one of 'table', 'beside', 'folder', or None, got 'nope'"):
+        CaptionedImages(folder, images=4, captions="nope")
+
+
+def test_a_folder_of_tars_says_so(tmp_path):
+    (tmp_path / "tars").mkdir()
+    tar_of(tmp_path / "tars/one.tar", FILES)
+    with pytest.raises(ValueError, match=r"but tars: give those, such as .*one.tar"):
+        CaptionedImages(tmp_path / "tars", images=4)
+
+
+# what is odd in tars
+
+
+def test_a_tar_that_ends_between_two_files_is_cut_off(tmp_path):
+    whole = tar_of(tmp_path / "a.tar", {"1.png": png(), "2.png": png()}).read_bytes()
+    second = whole.index(b"2.png")
+    for length in (second, second + 100):  # between two files, and in a header
+        (tmp_path / "a.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"a.tar is cut off, or damaged, at byte {second}"):
+            WebDatasetTars([tmp_path / "a.tar"], images=4)
+    (tmp_path / "a.tar").write_bytes(whole[:second] + bytes(512))  # some writers end in one block
+    assert len(WebDatasetTars([tmp_path / "a.tar"], images=4)) == 1
+
+
+def test_names_of_all_kinds_in_tars(tmp_path):
+    path = tmp_path / "a.tar"
+    tar_of(
+        path, {"A.PNG": png(), "A.TXT": "\ufeffupper".encode(), "v1.2.png": png(), "c.txt": b"linked", "n.png": png()}
+    )
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "A.PNG"
+        tar.addfile(link)
+    with pytest.warns(UserWarning, match=r"1 images in .* are left out, .*: v1.2.png$"):
+        data = WebDatasetTars(str(path), images=4)
+    found = {data.describe(i).partition(": ")[2]: data.captions(i) for i in range(len(data))}
+    assert found == {"A.PNG": ["upper"], "c.png": ["linked"], "n.png": []}
+    assert data.read_image(1) == png()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(b'{"text": [3]}', "a caption is text"), (b"[]", "a JSON object"), (b"{", "not readable")]
+)
+def test_captions_of_tars_that_are_none(tmp_path, text, message):
+    data = WebDatasetTars([tar_of(tmp_path / "a.tar", {"1.png": png(), "1.json": text})], images=4)
+    with pytest.raises(ValueError, match=rf"a.tar: 1.json.*{message}"):
+        data.captions(0)
+
+
+def test_tars_of_one_name_have_indexes_of_their_own(tmp_path):
+    made = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        made.append(tar_of(tmp_path / name / "x.tar", {f"{name}.png": png()}))
+    for path in made:
+        WebDatasetTars([path], images=4, index_folder=tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 2
+
+
+def test_a_negative_class_is_no_caption():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    made = datasets.Dataset.from_dict({"image": [rows()["image"][0]] * 2, "label": [-1, 1]}, features=features)
+    data = HuggingFaceImages(made, images=4, text_column="label")
+    assert [list(data.captions(i)) for i in range(2)] == [[], ["dog"]]
+
+
+def small(size):
+    return 4, 4
+
+
+def test_functions_that_choose_sizes_have_a_lasting_fingerprint():
+    def sized(side):
+        return lambda size: (side, side)
+
+    assert "0x" not in "".join(ImageReader(small).settings())
+    keys = [Own(images=ImageReader(size)).fingerprint() for size in (small, small, sized(4), sized(4), sized(8))]
+    assert keys[0] == keys[1] != keys[2] == keys[3] != keys[4]

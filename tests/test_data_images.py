@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy
 import pytest
 import torch
+from checks import no_typecheck
 from PIL import Image
 
 from transfusion_pytorch import SkipSample
@@ -250,3 +251,26 @@ def test_without_pillow_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r'need PIL here.*transfusion-pytorch\[data\]"'):
         decode_image(b"")
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 20), (3, 3), (5000, 3000)])
+def test_native_sizes_stay_within_their_area(size):
+    height, width = NativeSize(4, 16, 1024)(size)
+    assert height * width <= 1024
+    assert min(height, width) >= 4
+    assert height % 4 == width % 4 == 0
+    if size == (1, 2000):
+        assert (height, width) == (4, 256)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(dict(size=8, mode="rgb"), 'mode is "RGB" or "L", got \'rgb\'', marks=no_typecheck),
+        (dict(size=0), "size is at least 1 pixel, got 0"),
+        (dict(size=8, patch_size=0), "patch_size is at least 1 pixel, got 0"),
+    ],
+)
+def test_readers_that_read_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageReader(**options)

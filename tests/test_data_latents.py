@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from checks import no_typecheck
 from PIL import Image
 from tiny import tiny
 from torch import nn, tensor
@@ -20,10 +21,10 @@ from transfusion_pytorch.saving.files import PARTIAL
 class Encoder(nn.Module):
     def __init__(self, scale=1.0):
         super().__init__()
-        self.convolution, self.scale, self.calls = nn.Conv2d(3, 4, 2, stride=2), scale, []
+        self.convolution, self.scale, self._calls = nn.Conv2d(3, 4, 2, stride=2), scale, []
 
     def forward(self, images):
-        self.calls.append(len(images))
+        self._calls.append(len(images))
         return self.convolution(images) * self.scale
 
 
@@ -94,9 +95,9 @@ def test_a_model_reads_latents_as_it_reads_the_data(tmp_path):
 def test_a_second_call_encodes_nothing(tmp_path):
     model = model_with(Encoder())
     first = cache_latents(Data(), model, tmp_path)
-    calls = len(model.modalities[0].encoder.calls)
+    calls = len(model.modalities[0].encoder._calls)
     second = cache_latents(Data(), model, tmp_path)
-    assert len(model.modalities[0].encoder.calls) == calls
+    assert len(model.modalities[0].encoder._calls) == calls
     assert torch.equal(first[2].parts[1].latents, second[2].parts[1].latents)
     assert first.fingerprint() == second.fingerprint()
 
@@ -108,6 +109,66 @@ def changed_weight(model):
 
 def changed_setting(model):
     model.modalities[0].encoder.scale = 2.0
+
+
+class Settings(nn.Module):
+    """What an encoder may hold beside weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensor, self.listed, self.named = torch.ones(1), [1, {"a": torch.ones(1)}], {"a": 1}
+        self.hidden = [nn.Linear(1, 1)]
+        self.register_buffer("unsaved", torch.ones(1), persistent=False)
+
+    def forward(self, images):
+        return images
+
+
+def changed_tensor(encoder):
+    encoder.tensor += 1
+
+
+def changed_list(encoder):
+    encoder.listed[1]["a"] += 1
+
+
+def changed_dict(encoder):
+    encoder.named["a"] = 2
+
+
+def changed_buffer(encoder):
+    encoder.unsaved += 1
+
+
+def changed_hidden(encoder):
+    encoder.hidden[0].weight.data += 1
+
+
+@pytest.mark.parametrize("change", [changed_tensor, changed_list, changed_dict, changed_buffer, changed_hidden])
+def test_everything_that_an_encoder_holds_is_in_its_key(change):
+    model = model_with(Settings())
+    key = latents.encoder_key(model.modalities[0])
+    assert latents.encoder_key(model.modalities[0]) == key == latents.encoder_key(pickled(model.modalities[0]))
+    change(model.modalities[0].encoder)
+    assert latents.encoder_key(model.modalities[0]) != key
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@no_typecheck
+def test_cached_latents_are_counted_from_the_end_and_keep_weights_of_any_kind(tmp_path):
+    class Weighted(Data):
+        def __getitem__(self, index):
+            return Sample([tensor([index])], weight=tensor(0.5))
+
+    cached = cache_latents(Weighted(), model_with(Encoder()), tmp_path)
+    assert cached[-1].parts[0].tolist() == [7]
+    assert cached[-1].weight == 0.5
+    for index in (8, -9):
+        with pytest.raises(IndexError, match=f"there are 8 samples, got index {index}"):
+            cached[index]
 
 
 @pytest.mark.parametrize("change", [changed_weight, changed_setting])
@@ -166,11 +227,11 @@ def test_a_killed_run_is_taken_up_and_never_gives_half(tmp_path):
     (folder,) = tmp_path.iterdir()
     assert [file.name for file in folder.iterdir()] == ["00000.safetensors"]
     (folder / f".00001.safetensors{PARTIAL}12345678").write_bytes(b"half")  # as SIGKILL leaves it
-    calls = len(model.modalities[0].encoder.calls)
+    calls = len(model.modalities[0].encoder._calls)
     shards = []
     cached = cache_latents(Data(), model, tmp_path, batch_size=1, progress=lambda each: shards.extend(each) or shards)
     assert shards == [1, 2]
-    assert len(model.modalities[0].encoder.calls) - calls == 4
+    assert len(model.modalities[0].encoder._calls) - calls == 4
     assert cached.folder == folder
     assert len(list(folder.iterdir())) == 4
     assert cached[5].parts[0].tolist() == [5, 1]

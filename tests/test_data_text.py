@@ -109,3 +109,22 @@ def test_windows_are_loaded_by_workers(tmp_path):
         loaded.append([step.batches for step in StepLoader(plan, collate, num_workers=workers)])
     assert loaded[0] == loaded[1]
     assert len(loaded[0]) == 8
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_and_may_have_gaps():
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_truncation(2)
+    codec = TokenizerText(made)
+    made.enable_padding(length=5)
+    assert TokenizerText(made).encode("a b a").tolist() == codec.encode("a b a").tolist() == [0, 9, 0]
+    assert codec.num_tokens == 10
+    assert made.truncation  # it was a copy that was changed
+
+
+def test_line_ends_stay_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb\rc")
+    codec = bpe()
+    (window,) = TextWindows([tmp_path / "a.txt"], 100, codec=codec)[0]
+    assert codec.decode(window) == "a\r\nb\rc"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from transfusion_pytorch.saving.files import (
     PARTIAL,
@@ -79,4 +80,20 @@ def test_what_is_cut_off_is_named(tmp_path):
             load(path)
     (tmp_path / "a.json").write_text('{"a": 1')
     with pytest.raises(ValueError, match=r"a\.json is not readable JSON"):
+        load_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("aliases", "message"),
+    [("[1]", "must be a dict of names, got a list"), ('{"b": "c"}', "b is an alias of 'c'"), ("{", "are no JSON")],
+)
+def test_aliases_that_are_none(tmp_path, aliases, message):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"aliases": aliases})
+    with pytest.raises(ValueError, match=rf"a.safetensors is malformed.*{message}"):
+        load_tensors(tmp_path / "a.safetensors")
+
+
+def test_json_without_end_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"a.json is malformed: it is nested too deeply"):
         load_json(tmp_path / "a.json")

@@ -349,6 +349,7 @@ def test_an_own_trunk_and_an_own_pair(tmp_path):
         f"- pre_post_transformer_enc_dec of modality 0: {linear} and {linear}",
         f"- pre_post_transformer_enc_dec of modality 1: {linear} and {linear}",
     ]
+    assert "from_pretrained(..., transformer=..., pre_post_transformer_enc_dec=...)" in str(error.value)
     batch = [[torch.randn(2, 2, 3), tensor([1, 2]), (1, torch.randn(2, 2, 3))]]
     for given in (pair(), [pair(), pair()]):
         loaded = Transfusion.from_pretrained(tmp_path, transformer=Trunk(width=16), pre_post_transformer_enc_dec=given)
@@ -650,3 +651,28 @@ def test_a_failure_in_the_middle_leaves_what_was_there(folder, monkeypatch):
         awake(tiny()).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert isinstance(config_of(folder), Mapping)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("5", "is no configuration of transfusion_pytorch, but a int"),
+        ("[" * 90_000 + "]" * 90_000, "nested too deeply"),
+    ],
+)
+def test_configurations_of_odd_shapes(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config.json .*{message}"):
+        Transfusion.from_pretrained(folder)
+
+
+def test_devices_by_number_and_by_no_name(folder):
+    assert Transfusion.from_pretrained(folder, device="cpu:0").device == torch.device("cpu")
+    with pytest.raises(ValueError, match="weights cannot be loaded to device 'banana'"):
+        Transfusion.from_pretrained(folder, device="banana")
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained(folder):
+    with torch.inference_mode():
+        model = Transfusion.from_pretrained(folder)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())

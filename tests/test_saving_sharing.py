@@ -337,3 +337,15 @@ def test_a_sharded_model_is_saved_whole_by_one_process(tmp_path, monkeypatch):
     assert saved.keys() == whole.keys()
     assert all(torch.equal(saved[name], value) for name, value in whole.items())
     Transfusion.from_pretrained(tmp_path / "sharded")
+
+
+def test_a_tokenizer_of_an_older_model_does_not_stay(tmp_path):
+    model = tiny(num_text_tokens=10)
+    model.save_pretrained(tmp_path, tokenizer=words())
+    model.save_pretrained(tmp_path)
+    assert Transfusion.from_pretrained(tmp_path).tokenizer is None
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("theirs")  # of a folder that is not one of ours
+    model.save_pretrained(other)
+    assert (other / "tokenizer.json").read_text() == "theirs"

@@ -405,3 +405,21 @@ def test_measuring_is_no_training():
     model.fit_latent_statistics([far()])
     assert model.training
     model(far())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, name: state.pop(f"{name}.std"), "only one of both is there"),
+        (lambda state, name: state.pop(f"{name}.mean"), "only one of both is there"),
+        (lambda state, name: state[f"{name}.std"].zero_(), "std must be positive"),
+        (lambda state, name: state[f"{name}.mean"].fill_(float("nan")), "they must be finite"),
+    ],
+)
+@pytest.mark.parametrize("is_set", [False, True])
+def test_statistics_that_cannot_be_are_refused(change, message, is_set):
+    model = fitted(tiny())
+    state = copy.deepcopy(model.state_dict())
+    change(state, "modalities.0.statistics")
+    with pytest.raises(RuntimeError, match=rf"modalities.0.statistics.mean and .*: {message}"):
+        (model if is_set else tiny()).load_state_dict(state)

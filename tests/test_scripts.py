@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,36 @@ def test_images_of_every_kind_can_be_learned(tmp_path, monkeypatch, capsys, opti
     assert "of training images are theirs" in capsys.readouterr().out
 
 
+def test_the_model_is_saved_before_it_is_scored(tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise ValueError("no score")
+
+    folder = pictures_with_captions(tmp_path / "pictures", count=6)
+    monkeypatch.setattr("transfusion_pytorch.examples.captions.score_remembered", fails)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--data", folder, *SHORT, "--steps", 1, "--results", tmp_path / "results")
+    assert len(list((tmp_path / "results").glob("*/model/model.safetensors"))) == 1
+
+
+def test_very_wide_images_can_be_described(tmp_path, monkeypatch, capsys):
+    folder = pictures_with_captions(tmp_path / "pictures", count=6)
+    Image.new("RGB", (2000, 2)).save(folder / "06.png")
+    (folder / "06.txt").write_text("wide")
+    options = ("--sizes", "native", "--size", 16, "--dim", 32, "--depth", 1, "--modality-steps", 2, "--held-out", 0)
+    call(monkeypatch, "--data", folder, *options, "--steps", 1, "--results", tmp_path / "results")
+    assert "of training images are theirs" in capsys.readouterr().out
+
+
+def test_images_without_captions_can_be_learned(tmp_path, monkeypatch, capsys):
+    folder = pictures_with_captions(tmp_path / "pictures", count=4)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for file in folder.glob("*.png"):
+            tar.add(file, file.name)
+    call(monkeypatch, "--data", tmp_path / "a.tar", *SHORT, "--steps", 1, "--results", tmp_path / "results")
+    assert capsys.readouterr().out.endswith("model\n")
+    assert len(list((tmp_path / "results").glob("*/model/model.safetensors"))) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,6 +153,8 @@ def test_images_of_every_kind_can_be_learned(tmp_path, monkeypatch, capsys, opti
         (("--tracker", "other"), "error: argument --tracker: expected 'none' or 'trackio'"),
         (("--resume",), "error: there is no run images-digits-* with a checkpoint in"),
         (("--resume", "{tmp}/good"), "error: {tmp}/good is neither the folder of a run nor one of its checkpoints"),
+        (("--size", 0), "error: argument --size: expected at least 1, got 0"),
+        (("--dim", -4), "error: argument --dim: expected at least 1, got -4"),
         (("--prompt", " "), "error: a --prompt is empty"),
         (("--config", "{tmp}/none.yaml"), "error: {tmp}/none.yaml: No such file or directory"),
     ],

@@ -106,8 +106,23 @@ class PictureModel:
 
     def _sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Any]]:
         most = self.most_latents
-        longest = max(self.longest_text, *map(_num_ids, prompts), 0) + most + MARKERS  # one picture
+        if not prompts:
+            return []
+        longest = max(self.longest_text, *map(self._num_tokens, prompts)) + most + MARKERS  # one picture to be drawn
         return self.model.sample_many(prompts, **(dict(max_length=longest, max_modality_tokens=most) | options))
+
+    def _num_tokens(self, prompt: Any) -> int:
+        """What a prompt takes up: ids of its text, latents of its pictures."""
+        parts = prompt if isinstance(prompt, list) else [prompt]
+        return sum(
+            len(part) if isinstance(part, Tensor) else self._num_latents(*part) for part in parts if part is not None
+        )
+
+    def _num_latents(self, kind: int, picture: Tensor) -> int:
+        io = self.model.modalities[kind]
+        if isinstance(io.encoder, PatchEncoder):
+            return prod(side // io.encoder.patch_size for side in picture.shape[:2])
+        return picture.numel() // io.spec.dim_latent
 
     def _ids(self, text: str) -> Int[Tensor, " n"]:
         if not text.strip():
@@ -126,12 +141,6 @@ class PictureModel:
         io = self.model.modalities[part[0]]
         is_first = io.spec.channel_first and not isinstance(io.encoder, PatchEncoder)
         return (part[1].movedim(0, -1) if is_first else part[1]).detach().float().cpu()
-
-
-def _num_ids(prompt: Any) -> int:
-    """Of a prompt's text."""
-    parts = prompt if isinstance(prompt, list) else [prompt]
-    return sum(len(part) for part in parts if isinstance(part, Tensor))
 
 
 def codec_of(model: Any) -> TextCodec:

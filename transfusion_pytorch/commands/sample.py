@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("samples"), help="folder of the pictures (default: %(default)s)"
     )
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the first of these that is here)")
+    _take_prompts_anywhere(parser)
+
+
+def _take_prompts_anywhere(parser: argparse.ArgumentParser) -> None:
+    """Lets prompts stand behind options too: argparse takes a `*` where the first positional argument is, and
+    `parse_intermixed_args` is not for subcommands.
+    """
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = parse(args, namespace)
+        if any(text.startswith("-") for text in rest):
+            return found, rest  # which is an error
+        found.prompts = [*found.prompts, *rest]
+        return found, []
+
+    vars(parser)["parse_known_args"] = parse_known_args
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,14 +2,15 @@
 
 import csv
 import json
+import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from transfusion_pytorch.data.images import SUFFIXES, ImageReader
-from transfusion_pytorch.data.pairs import ImageCaptionPairs, stamp_of
+from transfusion_pytorch.data.pairs import ImageCaptionPairs, clean_captions, stamp_of
 from transfusion_pytorch.data.text import TextCodec
 
 TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
@@ -45,6 +46,8 @@ class CaptionedImages(ImageCaptionPairs):
     ):
         super().__init__(images=images, text=text, prob_describe=prob_describe, modality_type=modality_type)
         self.folder = Path(folder)
+        if captions is not None and captions not in FINDERS:
+            raise ValueError(f"captions is one of {', '.join(map(repr, FINDERS))}, or None, got {captions!r}")
         found = find_images(self.folder)
         where = _where(self.folder, found) if captions is None else captions
         found_captions = FINDERS[where](self.folder, found)
@@ -69,26 +72,48 @@ class CaptionedImages(ImageCaptionPairs):
 
 
 def find_images(folder: Path) -> list[str]:
-    """The names of all images below a folder, sorted, with `/` between folders. Hidden files are left out.
+    """The names of all images below a folder, sorted, with `/` between folders. Links to folders are followed, hidden
+    files left out.
 
     Raises `FileNotFoundError` where there is no such folder, and `ValueError` where it has no images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    relative = [file.relative_to(folder) for file in files]
-    names = sorted(name.as_posix() for name in relative if not any(part.startswith(".") for part in name.parts))
+    names = _files_in(folder, SUFFIXES)
     if not names:
+        if tars := sorted(file.name for file in folder.glob("*.tar")):
+            raise ValueError(f"no images in {folder}, but tars: give those, such as {folder / tars[0]}")
         others = sorted(file.name for file in folder.iterdir())[:3]
         inside = f"found {', '.join(others)}" if others else "it is empty"
         raise ValueError(f"no images in {folder}: looked for {', '.join(SUFFIXES)}, in its subfolders too; {inside}")
     return names
 
 
+def _files_in(folder: Path, suffixes: Sequence[str]) -> list[str]:
+    """The names of files with these suffixes, in either case."""
+    files = (file for file in _walk(folder, ()) if file.suffix.lower() in suffixes)
+    return sorted(file.relative_to(folder).as_posix() for file in files)
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """All files, except through a link that leads back to one of the folders `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
+
+
 def _where(folder: Path, images: Sequence[str]) -> Where:
     if any((folder / table).is_file() for table in TABLES):
         return "table"
-    if any((folder / name).with_suffix(".txt").is_file() for name in images):
+    stems = {_stem(name) for name in images}
+    if any(_stem(name) in stems for name in _files_in(folder, (".txt",))):
         return "beside"
     if all("/" in name for name in images):
         return "folder"
@@ -104,6 +129,8 @@ def _from_table(folder: Path, images: Sequence[str]) -> dict[str, list[str]]:
         raise ValueError(f"no table of captions in {folder}: looked for {', '.join(TABLES)}")
     captions: dict[str, list[str]] = defaultdict(list)
     for line, row in _rows(table):
+        if row.get(None):  # type: ignore[call-overload]  # where csv puts what has no column
+            raise ValueError(f"{table}, line {line} has more cells than columns: quote captions that have commas")
         columns = [next((name for name in names if row.get(name)), None) for names in (FILE_COLUMNS, TEXT_COLUMNS)]
         if columns[0] is None or (columns[1] is None and not set(TEXT_COLUMNS) & set(row)):
             raise ValueError(
@@ -112,12 +139,19 @@ def _from_table(folder: Path, images: Sequence[str]) -> dict[str, list[str]]:
             )
         texts = row[columns[1]] if columns[1] is not None else []
         name = Path(str(row[columns[0]])).as_posix()
-        captions[name] += [str(text) for text in (texts if isinstance(texts, list) else [texts])]
+        captions[name] += clean_captions(texts, f"{table}, line {line}")
     return dict(captions)
 
 
 def _rows(table: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     """Lines and what they say, by column."""
+    try:
+        yield from _decoded_rows(table)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} is not UTF-8: {error}") from error
+
+
+def _decoded_rows(table: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     with table.open(encoding="utf-8-sig", newline="") as file:  # with or without a byte order mark
         if table.suffix == ".csv":
             reader = csv.DictReader(file)
@@ -136,8 +170,16 @@ def _rows(table: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
 
 
 def _from_beside(folder: Path, images: Sequence[str]) -> dict[str, list[str]]:
-    files = {name: (folder / name).with_suffix(".txt") for name in images}
-    return {name: _lines(file) for name, file in files.items() if file.is_file()}
+    """Of text files without image too, under their own names, so that they are reported."""
+    texts = {_stem(name): name for name in _files_in(folder, (".txt",))}
+    found = {name: _lines(folder / texts[_stem(name)]) for name in images if _stem(name) in texts}
+    stems = {_stem(name) for name in images}
+    return found | {name: [] for stem, name in texts.items() if stem not in stems}
+
+
+def _stem(name: str) -> str:
+    """A name without its suffix, but with its folders."""
+    return PurePosixPath(name).with_suffix("").as_posix()
 
 
 def _lines(file: Path) -> list[str]:
@@ -161,13 +203,16 @@ def _report_unmatched(folder: Path, images: Sequence[str], captions: Mapping[str
     known = set(images)
     lost = [name for name in captions if name not in known]
     if len(bare) == len(images):
-        names = f"captions for {_first(lost)}" if lost else "no captions"
-        raise ValueError(f"no image in {folder} has a caption: found the images {_first(images)}, and {names}")
+        names = f"captions for {first_of(lost)}" if lost else "no captions"
+        raise ValueError(f"no image in {folder} has a caption: found the images {first_of(images)}, and {names}")
     if bare:
-        warnings.warn(f"{len(bare)} of {len(images)} images in {folder} have no caption: {_first(bare)}", stacklevel=3)
+        warnings.warn(
+            f"{len(bare)} of {len(images)} images in {folder} have no caption: {first_of(bare)}", stacklevel=3
+        )
     if lost:
-        warnings.warn(f"{len(lost)} captions in {folder} have no image: {_first(lost)}", stacklevel=3)
+        warnings.warn(f"{len(lost)} captions in {folder} have no image: {first_of(lost)}", stacklevel=3)
 
 
-def _first(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """A few names, for messages."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -10,7 +10,7 @@ import torch
 from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.data.loading import SkipSample
 from transfusion_pytorch.data.optional import import_optional
-from transfusion_pytorch.data.pairs import ImageCaptionPairs, arrange_pair
+from transfusion_pytorch.data.pairs import ImageCaptionPairs, arrange_pair, clean_captions
 from transfusion_pytorch.data.text import ByteText, TextCodec
 
 
@@ -53,7 +53,7 @@ class HuggingFaceImages(ImageCaptionPairs):
     def captions(self, index: int) -> Sequence[str]:
         if self._texts is None:
             return []
-        return _captions_of(self._texts[index][self.text_column], self.class_names)
+        return _captions_of(self._texts[index][self.text_column], self.class_names, self.describe(index))
 
     def describe(self, index: int) -> str:
         return f"row {index}"
@@ -78,7 +78,7 @@ class CaptionedRow:
     class_names: Sequence[str] | None = None
 
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> list[Any]:
-        captions = [] if self.text_column is None else _captions_of(row[self.text_column], self.class_names)
+        captions = [] if self.text_column is None else _captions_of(row[self.text_column], self.class_names, "a row")
         image = (self.modality_type, self.images(_bytes_of(row[self.image_column])))
         return arrange_pair([image], captions, self.text, self.prob_describe, generator)
 
@@ -96,7 +96,9 @@ def _bytes_of(image: Any) -> bytes:
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
-def _captions_of(value: Any, class_names: Sequence[str] | None) -> list[str]:
-    """Text, a list of texts, or a class."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(each if class_names is None else class_names[each]) for each in values]
+def _captions_of(value: Any, class_names: Sequence[str] | None, where: str) -> list[str]:
+    """Text, a list of texts, or a class. A negative class is none, as in the test sets of many."""
+    if class_names is None:
+        return clean_captions(value, where)
+    values = value if isinstance(value, list) else [value]
+    return clean_captions([class_names[each] for each in values if each is not None and each >= 0], where)

@@ -3,12 +3,14 @@
 h height, w width, c channels, p side of a patch. Pixels are in [-1, 1], channels last.
 """
 
+import marshal
 import math
 import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from transfusion_pytorch.data.loading import SkipSample
 from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.modalities.patches import patchify, unpatchify  # noqa: F401 - for whoever has images
-from transfusion_pytorch.saving.components import register_component
+from transfusion_pytorch.saving.components import qualified_name, register_component
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,7 +106,9 @@ class NativeSize:
     def __call__(self, size: Size) -> Size:
         area = size[0] * size[1]
         scale = math.sqrt(min(max(area, self.min_area), self.max_area) / area)
-        return self._fitted(size[0] * scale), self._fitted(size[1] * scale)
+        height, width = self._fitted(size[0] * scale), self._fitted(size[1] * scale)
+        # a side that was raised to `multiple` takes what the other then cannot have
+        return min(height, self._fitted(self.max_area / width)), min(width, self._fitted(self.max_area / height))
 
     def _fitted(self, side: float) -> int:
         return self.multiple * max(1, math.floor(side / self.multiple + 1e-9))
@@ -129,6 +133,13 @@ class ImageReader:
     channels_first: bool = False
 
     def __post_init__(self) -> None:
+        if self.mode not in ("RGB", "L"):
+            raise ValueError(f'mode is "RGB" or "L", got {self.mode!r}')
+        for name, value in (("size", self.size), ("patch_size", self.patch_size)):
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is at least 1 pixel, got {value}")
+        if not isinstance(self.size, int) and not callable(self.size):
+            raise TypeError(f"size is a side in pixels or chooses a size, got {type(self.size).__name__}")
         if self.patch_size is not None and self.channels_first:
             raise ValueError("patches have their channels last; leave out patch_size or channels_first")
 
@@ -139,6 +150,10 @@ class ImageReader:
         if self.channels_first:
             return pixels.movedim(-1, 0).contiguous()
         return pixels if self.patch_size is None else patchify(pixels.movedim(-1, 0), self.patch_size)
+
+    def settings(self) -> list[str]:
+        """What its images depend on, the same in every process: functions by their names and what they do."""
+        return [_described(self.size), self.mode, str(self.patch_size), str(self.channels_first)]
 
     def shape_of(self, size: Size) -> tuple[int, ...]:
         """The shape that an image of some size gets."""
@@ -155,6 +170,16 @@ class ImageReader:
                 "set the multiple of the size to that of the patch"
             )
         return height, width
+
+
+def _described(sizing: Any) -> str:
+    """`repr`, without the address in memory that functions have there."""
+    code = getattr(sizing, "__code__", None)
+    if code is None:
+        return repr(sizing)
+    around = [cell.cell_contents for cell in sizing.__closure__ or ()]
+    done = blake2b(marshal.dumps(code), digest_size=16).hexdigest()  # two lambdas may have one name
+    return f"{qualified_name(sizing)} {done} {sizing.__defaults__} {sizing.__kwdefaults__} {around}"
 
 
 def decode_image(data: bytes, *, mode: Mode = "RGB") -> "Image":

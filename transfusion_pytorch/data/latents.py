@@ -1,7 +1,9 @@
 """Latents that are made once by a model's encoders and kept on disk."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample,
 from transfusion_pytorch.data.order import generator_of, generators_kept, sample_seed, seed_generators
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
+from transfusion_pytorch.saving.components import qualified_name
 from transfusion_pytorch.saving.files import load_json, open_tensors, remove_partial, save_json, save_tensors
 from transfusion_pytorch.sequence.samples import Condition, Latents, Modality, Piece, Sample, Text, parse_sample
 
@@ -89,6 +92,9 @@ class CachedLatents(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} samples, got index {index}")
+        index %= len(self)
         return self.sample(index, generator_of(0, index))
 
     def sample(self, index: int, generator: torch.Generator) -> Sample:
@@ -139,22 +145,41 @@ def encoder_key(io: Any) -> Any:
     layout = [spec.dim_latent, spec.channel_first]
     if encoder is None:
         return layout
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(encoder.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    name = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
-    return [*layout, name, repr(encoder), list(_settings(encoder)), digest.hexdigest()]
+    digest = blake2b(_described(encoder).encode(), digest_size=16)
+    return [*layout, qualified_name(encoder), repr(encoder), digest.hexdigest()]
 
 
-def _settings(module: nn.Module) -> Iterator[str]:
-    """Plain attributes of all modules, which `repr` may not show: a scale, a number of steps."""
-    plain = (int, float, str, bool, tuple, type(None))
+def _parts_of(module: nn.Module) -> Iterator[str]:
+    """Weights, buffers (those that are not saved too) and attributes of all modules in one, which `repr` may not show:
+    a scale, a number of steps. Attributes that begin with `_` are the module's own affair.
+    """
     for path, each in module.named_modules():
-        own = {name: value for name, value in vars(each).items() if isinstance(value, plain) and name[0] != "_"}
-        own.pop("training", None)
-        yield f"{path}: {sorted(own.items())!r}"
+        own = {name: value for name, value in vars(each).items() if name[0] != "_" and name != "training"}
+        yield f"{path}: {qualified_name(each)} {_described(own | each._parameters | each._buffers)}"
+
+
+def _described(value: Any) -> str:
+    """The same for what is equal, in any process: tensors by their numbers, functions and other objects by name."""
+    if isinstance(value, nn.Module):
+        return "; ".join(_parts_of(value))
+    if isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {blake2b(numbers, digest_size=16).hexdigest()}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{key!r}: {_described(each)}' for key, each in value.items()))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_described, value)))}}}"
+    if value is None or isinstance(value, (int, float, complex, str, bytes, Enum, torch.dtype)):
+        return repr(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return f"{value.dtype} {value.shape} {blake2b(value.tobytes(), digest_size=16).hexdigest()}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return (
+            f"{qualified_name(value)} {_described({field.name: getattr(value, field.name) for field in fields(value)})}"
+        )
+    return qualified_name(value)
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -207,4 +232,5 @@ def _load(dataset: Any, index: int, num_modalities: int) -> tuple[dict[str, Any]
         return {"skipped": str(reason)}, []
     except Exception as error:
         raise SampleError(f"{name_of(dataset, index)} could not be loaded: {type(error).__name__}: {error}") from error
-    return {"name": sample.name, "source": sample.source, "weight": sample.weight, "parts": []}, pieces
+    weight = None if sample.weight is None else float(sample.weight)  # may be a tensor
+    return {"name": sample.name, "source": sample.source, "weight": weight, "parts": []}, pieces

@@ -103,7 +103,7 @@ class ImageCaptionPairs(Dataset, ABC):
 
     def fingerprint(self) -> str:
         """Changes with the images and how they are read: with what `modalities` gives."""
-        content = self.data_key(), self.images, self.modality_type
+        content = self.data_key(), self.images.settings(), self.modality_type
         return blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
 
@@ -151,6 +151,17 @@ def arrange_pair(
     if not len(ids):
         return modalities
     return [*modalities, ids] if order < prob_describe else [ids, *modalities]
+
+
+def clean_captions(value: Any, where: str) -> list[str]:
+    """A caption or a list of them, without blank ones and None. Raises `ValueError`, which begins with `where`, for
+    what is no text.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    given = [each for each in values if each is not None]
+    if other := [each for each in given if not isinstance(each, str)]:
+        raise ValueError(f"{where}: a caption is text, got {other[0]!r:.80}, a {type(other[0]).__name__}")
+    return [each.strip() for each in given if each.strip()]
 
 
 def stamp_of(path: Path) -> list[int]:

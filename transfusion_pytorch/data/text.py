@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfusion_pytorch.data.optional import import_optional
+from transfusion_pytorch.saving.tokenizer import num_ids
 
 MARKERS = 2  # sos and eos, which frame every sample
 
@@ -44,14 +45,16 @@ class ByteText:
 
 
 class TokenizerText:
-    """Text by a `tokenizers.Tokenizer`, without special tokens: the model has markers of its own."""
+    """Text by a `tokenizers.Tokenizer`, without special tokens: the model has markers of its own. Of a tokenizer that
+    cuts text off or fills it up, a copy that does not.
+    """
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+        self.tokenizer = _as_it_is(tokenizer)
 
     @property
     def num_tokens(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        return num_ids(self.tokenizer)
 
     def encode(self, text: str) -> Int[Tensor, " n"]:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.long)
@@ -61,6 +64,15 @@ class TokenizerText:
 
     def __repr__(self) -> str:
         return f"TokenizerText({self.tokenizer.to_str()})"
+
+
+def _as_it_is(tokenizer: Any) -> Any:
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return tokenizer
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerText:
@@ -132,6 +144,7 @@ def _ids_of(file: Path, codec: TextCodec | None) -> Integer[Tensor, " n"]:
     if not file.is_file():
         raise FileNotFoundError(f"no text file {file}")
     if codec is not None and not isinstance(codec, ByteText):
-        return codec.encode(file.read_text(encoding="utf-8")).int()
+        with file.open(encoding="utf-8", newline="") as opened:  # line ends as they are
+            return codec.encode(opened.read()).int()
     size = file.stat().st_size
     return torch.from_file(str(file), size=size, dtype=torch.uint8) if size else as_bytes(b"")

@@ -141,12 +141,12 @@ class Scores(NamedTuple):
     """Shares of what came out right.
 
     - `drawn`: drawings that show what was asked for; None where nobody can tell
-    - `captioned`: captions that say what the image shows
+    - `captioned`: captions that say what the image shows; None where there are none to learn from
     - `reference`: real images that the judge of the drawings recognises; None where there is none
     """
 
     drawn: float | None
-    captioned: float
+    captioned: float | None
     reference: float | None = None
 
 
@@ -184,9 +184,12 @@ def score_labelled(
 
 def score_remembered(pictures: Any, pairs: ImageCaptionPairs, *, count: int, seed: int, options: Any) -> Scores:
     """Of images that were trained on: a drawing is right if its image is nearest to it among all (at most 5,000), by
-    the mean square of pixels; a caption if it is one of the image's, word for word.
+    the mean square of pixels; a caption if it is one of the image's, word for word. Images without captions have no
+    score.
     """
     every, generator = some_images(pairs, 5000), torch.Generator().manual_seed(seed)
+    if not every:
+        return Scores(None, None)
     chosen = range(0, len(every), max(1, len(every) // count))[:count]
     asked = [every[i][1][0] for i in chosen]
     written = pictures.describe([every[i][0] for i in chosen], text_temperature=0.0, generator=generator)

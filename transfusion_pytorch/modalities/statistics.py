@@ -91,12 +91,26 @@ class LatentStatistics(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes statistics even where there are none yet."""
+        """Takes statistics even where there are none yet, but no half of them, nor what nothing can be divided by."""
+        if problem := _problem_of(state_dict.get(prefix + "mean"), state_dict.get(prefix + "std")):
+            *_, errors = args
+            errors.append(f"{prefix}mean and {prefix}std: {problem}")
+            return
         for name in ("mean", "std"):
             saved = state_dict.get(prefix + name)
             if isinstance(saved, Tensor) and getattr(self, name) is None:
                 setattr(self, name, torch.ones(self.dim_latent, dtype=torch.float32, device=saved.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _problem_of(mean: Any, std: Any) -> str:
+    """What is wrong with statistics out of a file, if anything."""
+    if (mean is None) != (std is None):
+        return "only one of both is there"
+    saved = [each for each in (mean, std) if isinstance(each, Tensor) and not each.is_meta]
+    if not all(each.isfinite().all() for each in saved):
+        return "they must be finite"
+    return "std must be positive" if len(saved) == 2 and not (saved[1] > 0).all() else ""
 
 
 def names_of_statistics(num_modalities: int) -> list[str]:

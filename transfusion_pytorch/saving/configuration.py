@@ -48,8 +48,9 @@ def check_names(cls: type, arguments: Mapping[str, Any]) -> None:
 def load_config(path: Path) -> dict[str, Any]:
     """What `describe` wrote. Raises `ValueError` that names the file where it is something else, or too new."""
     config = load_json(path)
-    if not isinstance(config, dict) or config.get("library") != LIBRARY:
-        others = [config[key] for key in ("library", "model_type", "_class_name") if key in config] if config else []
+    if not _is_ours(config):
+        names = ("library", "model_type", "_class_name")
+        others = [config[key] for key in names if key in config] if isinstance(config, dict) else []
         other = f"of {others[0]!r}" if others else f"a {type(config).__name__} without its name"
         raise ValueError(f"{path} is no configuration of {LIBRARY}, but {other}")
     number, arguments = config.get("format_version"), config.get("arguments")
@@ -61,6 +62,18 @@ def load_config(path: Path) -> dict[str, Any]:
             f"to {FORMAT}: upgrade with pip install -U transfusion-pytorch"
         )
     return config
+
+
+def is_our_config(path: Path) -> bool:
+    """Whether a file is the configuration of a model of this library, of any version."""
+    try:
+        return _is_ours(load_json(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_ours(config: Any) -> bool:
+    return isinstance(config, dict) and config.get("library") == LIBRARY
 
 
 def constructor_arguments(config: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -105,7 +118,9 @@ def check_handed_over(arguments: Mapping[str, Any], path: Path) -> None:
     missing = needed_modules(arguments)
     if missing:
         lines = "".join(f"\n- {line}" for line in missing)
-        call = ", ".join(f"{name}=..." for name in dict.fromkeys(line.partition(" ")[0] for line in missing))
+        call = ", ".join(
+            f"{name}=..." for name in dict.fromkeys(line.partition(" ")[0].rstrip(":") for line in missing)
+        )
         raise ValueError(
             f"{path} names what only you can build; hand it over, from_pretrained(..., {call}), or register its class "
             f"with register_component before saving:{lines}"

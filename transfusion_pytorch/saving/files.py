@@ -84,6 +84,8 @@ def load_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON, it may be cut off: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is malformed: it is nested too deeply") from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -113,12 +115,29 @@ def load_tensors(path: str | Path, *, device: torch.device | str = "cpu") -> dic
     Raises `ValueError` that names the file where it is cut off or something else, and `FileNotFoundError`.
     """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=_device_name(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
+            aliases = _read_aliases(file.metadata() or {}, tensors, path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return tensors | {name: tensors[first] for name, first in aliases.items()}
+
+
+def _device_name(device: torch.device | str) -> str:
+    """As safetensors takes it, which knows no `cpu:0`."""
+    return "cpu" if torch.device(device).type == "cpu" else str(device)
+
+
+def _read_aliases(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, str]:
+    try:
+        aliases = json.loads(metadata.get(ALIASES, "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is malformed: its {ALIASES} are no JSON: {error}") from error
+    if not isinstance(aliases, dict):
+        raise ValueError(f"{path} is malformed: its {ALIASES} must be a dict of names, got a {type(aliases).__name__}")
+    if lost := [name for name, first in aliases.items() if not isinstance(first, str) or first not in tensors]:
+        raise ValueError(f"{path} is malformed: {lost[0]} is an alias of {aliases[lost[0]]!r}, which it does not have")
+    return aliases
 
 
 def open_tensors(path: str | Path) -> Any:

@@ -17,6 +17,7 @@ from transfusion_pytorch.saving.configuration import (
     check_names,
     constructor_arguments,
     describe,
+    is_our_config,
     load_config,
 )
 from transfusion_pytorch.saving.files import save_json, save_tensors, whole_file
@@ -76,7 +77,7 @@ class SavingMethods:
           their class is a registered component (`register_component`).
         - `README.md` with what the `card` says, unless there is one that was written by somebody else
         - `tokenizer.json` if there is a `tokenizer`, a `tokenizers.Tokenizer` or a fast one of `transformers`; by
-          default the one that the model was loaded with
+          default the one that the model was loaded with. Without any, that of a model saved here before is removed.
 
         Files that are there are replaced one by one, each of them whole or not at all. All processes that share a
         model by `fully_shard` call this, and one of them writes. Raises `TypeError` or `ValueError` for what cannot be
@@ -123,8 +124,9 @@ class SavingMethods:
         path = folder / CONFIG_FILE
         config = load_config(path)
         build = partial(_build, cls, config, modules_and_overrides, path)
-        model = build_without_weights(build)
-        load_weights(model, folder / WEIGHTS_FILE, build, device=target, dtype=dtype)
+        with torch.inference_mode(False):  # tensors made in it could never be trained
+            model = build_without_weights(build)
+            load_weights(model, folder / WEIGHTS_FILE, build, device=target, dtype=dtype)
         model.name_or_path = str(folder_or_hub_id)
         if (folder / TOKENIZER_FILE).is_file():
             model._tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
@@ -191,10 +193,13 @@ class SavingMethods:
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs the name of a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            has_other_tokenizer = text is None and is_our_config(folder / CONFIG_FILE)
             save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
             save_json(folder / CONFIG_FILE, config)
             if text is not None:
                 save_tokenizer(folder / TOKENIZER_FILE, text)
+            elif has_other_tokenizer:  # of a model that was saved here before
+                (folder / TOKENIZER_FILE).unlink(missing_ok=True)
             if is_ours(folder / CARD_FILE):
                 with whole_file(folder / CARD_FILE) as partial_file:
                     partial_file.write_text(readme, encoding="utf-8")
@@ -204,7 +209,10 @@ class SavingMethods:
 
 def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> Any:
     """A model of a configuration. Raises `ValueError` that names the file."""
-    arguments = constructor_arguments(config, given, path)
+    try:
+        arguments = constructor_arguments(config, given, path)
+    except RecursionError as error:
+        raise ValueError(f"{path} is malformed: it is nested too deeply") from error
     try:
         check_names(cls, arguments)
         return cls(**arguments)
@@ -217,9 +225,9 @@ def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: 
 def _checked_device_and_dtype(device: Any, dtype: Any) -> torch.device:
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating point type such as torch.bfloat16, got {dtype!r}")
-    target = torch.device("cpu" if device is None else device)
     try:
+        target = torch.device("cpu" if device is None else device)
         torch.empty(1, device=target).cpu()
     except (AssertionError, RuntimeError) as error:  # torch built without CUDA asserts that it is there
-        raise ValueError(f"weights cannot be loaded to device {str(target)!r}: {error}") from error
-    return target
+        raise ValueError(f"weights cannot be loaded to device {str(device)!r}: {error}") from error
+    return torch.device("cpu") if target.type == "cpu" else target  # safetensors knows no cpu:0
