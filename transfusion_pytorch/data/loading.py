@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 from transfusion_pytorch.data.order import SampleReference, generator_of, sample_seed, seed_generators
 from transfusion_pytorch.sequence.samples import Sample, is_typed
 
+GRACE = 30  # seconds
+
 
 class SkipSample(Exception):
     """Raised by a dataset for a sample that should be left out, with the reason: a broken file."""
@@ -27,11 +29,12 @@ class Skipped(NamedTuple):
 
 
 def leave_signals(worker: int) -> None:
-    """A data worker's start: Ctrl-C and SIGTERM go to the whole group of processes, and are for the training one, which
-    still needs its workers to end the step. They end with it.
+    """A data worker's start: Ctrl-C and SIGTERM often go to the whole group of processes, and are for the training one,
+    which still needs its workers to end the step. It ends them itself; if not, SIGTERM does after half a minute.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: int) -> Sample:

@@ -7,6 +7,7 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -83,7 +84,9 @@ class Launch:
             return model
         devices = None if self.device.type == "cpu" else [self.device]
         # buffers do not change in training, and one process alone could not evaluate if they were synchronised
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        named = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # its name since torch 2.13
+        still: dict[str, Any] = {"forward_sync_buffers" if named else "broadcast_buffers": False}
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **still)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so. All must ask."""

@@ -36,7 +36,6 @@ def open_data(
         num_processes=launch.size,
         num_workers=config.num_workers,
         pin_memory=launch.device.type == "cuda",
-        persistent_workers=config.num_workers > 0,
         accumulation=None if plan.batch_size is None else config.accumulation,
         skips_errors=config.on_bad_sample == "skip",
     )

@@ -1,6 +1,7 @@
 """`Trainer`: a training run from data to a model that can be kept."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,7 +296,13 @@ class Trainer:
 
     def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
         """Steps until the last one. Returns whether a signal ended it before."""
-        for loaded in self._steps():
+        with closing(self._steps()) as steps:  # and with it the data workers
+            return self._run_steps(steps, checkpoints, progress, signals)
+
+    def _run_steps(
+        self, steps: Iterator[LoadedStep], checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals
+    ) -> bool:
+        for loaded in steps:
             batches = self._batches_of(loaded, progress)
             result = self._train_step(batches, self.step) if batches else None
             self._check(result, batches, progress)
@@ -318,7 +325,7 @@ class Trainer:
                 return True
         return False
 
-    def _steps(self) -> Iterator[LoadedStep]:
+    def _steps(self) -> Generator[LoadedStep, None, None]:
         if self.step >= self._total:
             return
         for loaded in self.loader:
