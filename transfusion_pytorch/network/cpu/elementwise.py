@@ -20,7 +20,7 @@ from transfusion_pytorch.network.cpu.products import linear_gradients, product
 from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise, working_dtype
 
 ACTIVATIONS = {"geglu": (F.gelu, torch.ops.aten.gelu_backward), "swiglu": (F.silu, torch.ops.aten.silu_backward)}
-BLOCK = 2**17  # numbers that are worked on at a time, so that they stay in a core's cache
+BLOCK = 2**20  # numbers that are worked on at a time, so that they stay in the processor's cache
 
 
 class GatedActivation(torch.autograd.Function):
@@ -83,41 +83,31 @@ def gated_gradients(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
 
 def blocks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """So many rows of each at a time that they stay in a processor's cache, and what is made of them is small."""
-    rows = max(BLOCK // max(parts[0].shape[1:].numel(), 1), 1)
+    rows = max(BLOCK // parts[0].shape[-1], 1)
     return zip(*(part.split(rows) for part in parts), strict=True)
 
 
 class ModulatedNorm(torch.autograd.Function):
-    """`norm(x) scale[index] + shift[index]`, with a layer norm, in the type that the product behind it takes."""
+    """`norm(x) scale[index] + shift[index]`, with a layer norm, in the type that the products behind it take."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-        out, moments = x.new_empty(x.shape, dtype=dtype), []
-        for part, rows, into in blocks(x, index, out):
-            normed, *of_part = torch.native_layer_norm(part, part.shape[-1:], None, None, LAYER_NORM_EPS)
-            moments.append(of_part)
-            into.copy_(torch.addcmul(shift.index_select(0, rows), normed, scale.index_select(0, rows)))
-        mean, inverse = map(torch.cat, zip(*moments, strict=True))
+        normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
         ctx.save_for_backward(x, mean, inverse, scale, index)
         ctx.shift_dtype = shift.dtype
-        return out
+        return torch.addcmul(shift.index_select(0, index), normed, scale.index_select(0, index)).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inverse, scale, index = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_scale, grad_shift = (scale.new_zeros(scale.shape, dtype=precise(grad.dtype)) for _ in range(2))
-        for part, g, m, i, rows, into in blocks(x, grad, mean, inverse, index, grad_x):
-            g = g.to(grad_scale.dtype)
-            normed = torch.native_layer_norm(part, part.shape[-1:], None, None, LAYER_NORM_EPS)[0]
-            grad_scale.index_add_(0, rows, normed.to(g.dtype).mul_(g))
-            grad_shift.index_add_(0, rows, g)
-            grad_normed = scale.index_select(0, rows).to(g.dtype).mul_(g).to(x.dtype)
-            made, *_ = torch.ops.aten.native_layer_norm_backward(
-                grad_normed, part, part.shape[-1:], m, i, None, None, [True, False, False]
-            )
-            into.copy_(made)
+        grad = grad.to(precise(grad.dtype))
+        normed = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)[0]
+        grad_scale, grad_shift = (sum_by_index(part, index, len(scale)) for part in (normed.mul_(grad), grad))
+        grad_normed = scale.index_select(0, index).to(grad.dtype).mul_(grad)
+        grad_x, *_ = torch.ops.aten.native_layer_norm_backward(
+            grad_normed.to(x.dtype), x, x.shape[-1:], mean, inverse, None, None, [True, False, False]
+        )
         return grad_x, grad_scale.to(scale.dtype), grad_shift.to(ctx.shift_dtype), None, None
 
 
@@ -128,59 +118,51 @@ class GatedAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out: Tensor, gate: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(out, gate, index)
         ctx.x_dtype = x.dtype
-        dtype = torch.promote_types(x.dtype, torch.promote_types(out.dtype, gate.dtype))
-        total = x.new_empty(x.shape, dtype=dtype)
-        for part, branch, rows, into in blocks(x, out, index, total):
-            torch.addcmul(part.to(dtype), branch.to(dtype), gate.index_select(0, rows).to(dtype), out=into)
-        return total
+        return torch.addcmul(x, out, gate.index_select(0, index))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, gate, index = ctx.saved_tensors
-        grad_out = torch.empty_like(out)
-        grad_gate = gate.new_zeros(gate.shape, dtype=precise(grad.dtype))
-        for branch, g, rows, into in blocks(out, grad, index, grad_out):
-            into.copy_(gate.index_select(0, rows).to(g.dtype).mul_(g))
-            grad_gate.index_add_(0, rows, (branch * g).to(grad_gate.dtype))
-        return grad.to(ctx.x_dtype), grad_out, grad_gate.to(gate.dtype), None
+        grad_out = gate.index_select(0, index).to(grad.dtype).mul_(grad).to(out.dtype)
+        grad_gate = sum_by_index(out * grad, index, len(gate)).to(gate.dtype)
+        return grad.to(ctx.x_dtype), grad_out, grad_gate, None
 
 
 class NormedHeads(torch.autograd.Function):
     """Queries and keys divided by their root mean square, times a gain, and rotated; values as they are. One complex
-    product rotates several times faster than moving halves of the channels around.
-    """
+    product rotates several times faster than
+    moving halves of the channels around."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, gain: Tensor, phases: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        both = qkv[:, : len(gain)]
-        inverse = phases.new_empty((*both.shape[:2], 1))
-        rotated = torch.empty_like(both, memory_format=torch.contiguous_format)
-        for part, turns, i, into in blocks(both, phases, inverse, rotated):
-            x = part.to(phases.dtype)
-            torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS, out=i)
-            x = (x * i).mul_(gain)
-            as_complex(x).mul_(torch.view_as_complex(turns)[:, None])
-            into.copy_(x)
+        x = qkv[:, : len(gain)].to(phases.dtype)
+        inverse = (x.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
+        rotated = (x * inverse).mul_(gain)
+        as_complex(rotated).mul_(torch.view_as_complex(phases)[:, None])
         ctx.save_for_backward(qkv, gain, phases, inverse)
+        ctx.heads = heads
+        rotated = rotated.to(qkv.dtype)
         return rotated[:, :heads], rotated[:, heads:], qkv[:, len(gain) :]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gain, phases, inverse = ctx.saved_tensors
-        both = len(gain)
+        both, heads = len(gain), ctx.heads
         grad = qkv.new_empty(qkv.shape)
         grad[:, both:] = grads[2]
-        grad_gain = torch.zeros_like(gain, dtype=phases.dtype)
-        for part, turns, i, into, of_q, of_k in blocks(qkv[:, :both], phases, inverse, grad[:, :both], *grads[:2]):
-            x, back = part.to(phases.dtype), torch.view_as_complex(turns)[:, None].conj_physical()
-            g = torch.cat((of_q, of_k), dim=1).to(phases.dtype)
-            as_complex(g).mul_(back)
-            product = g * x
-            grad_gain += (product * i).sum(dim=0)
-            along_x = product.mul_(gain).mean(dim=-1, keepdim=True) * i.pow(3)
-            into.copy_(g.mul_(i).mul_(gain).addcmul_(x, along_x, value=-1))
+        x = qkv[:, :both].to(phases.dtype)
+        grad_x = grad[:, :both] if grad.dtype == phases.dtype else torch.empty_like(x)
+        back = torch.view_as_complex(phases)[:, None].conj_physical()
+        for part, into in ((grads[0], grad_x[:, :heads]), (grads[1], grad_x[:, heads:])):
+            torch.mul(as_complex(part.to(phases.dtype).contiguous()), back, out=as_complex(into))
+        product = grad_x * x
+        grad_gain = (product * inverse).sum(dim=0)
+        along_x = product.mul_(gain).mean(dim=-1, keepdim=True) * inverse.pow(3)
+        grad_x.mul_(inverse).mul_(gain).addcmul_(x, along_x, value=-1)
+        if grad_x.dtype != grad.dtype:
+            grad[:, :both] = grad_x
         return grad, grad_gain.to(gain.dtype), None, None
 
 
@@ -192,3 +174,9 @@ def rotate(x: Tensor, phases: Tensor) -> Tensor:
 def as_complex(x: Tensor) -> Tensor:
     """Neighbouring channels as complex numbers, in place."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def sum_by_index(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """What the tokens of each row add up to, `(m, d)`, in single precision at least."""
+    sums = values.new_zeros((count, values.shape[-1]), dtype=precise(values.dtype))
+    return sums.index_add_(0, index, values.to(sums.dtype))
