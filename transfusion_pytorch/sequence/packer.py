@@ -103,7 +103,7 @@ class Packer:
         names: Sequence[str | None] | None = None,
         sources: Sequence[str | None] | None = None,
         generator: torch.Generator | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[Any] | None = None,
         refuses_gradients: bool = True,
     ) -> Batch:
         """Packs a list of samples, ids `(b, n)`, or floats `(b, ...)` of one `modality_type`.
@@ -277,7 +277,7 @@ class Packer:
         of_samples, of_spans = numbers.split([len(batch), len(spans)])
         return replace(batch, drop_text_number=of_samples, clean_number=of_spans)
 
-    def _seeded(self, batch: Batch, seeds: Sequence[int]) -> Batch:
+    def _seeded(self, batch: Batch, seeds: Sequence[Any]) -> Batch:
         """Settles everything random, from a seed for each sample."""
         numbers = seeded_numbers(seeds, batch.stream, {kind: data.channels for kind, data in batch.data.items()})
         return replace(

@@ -6,7 +6,7 @@ b samples, m spans, k latents of one modality, c channels.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class SeededNumbers(NamedTuple):
     noise: Mapping[int, Float[Tensor, "k c"]]
 
 
-def seeded_numbers(seeds: Sequence[int], stream: TokenStream, channels: Mapping[int, int]) -> SeededNumbers:
+def seeded_numbers(seeds: Sequence[Any], stream: TokenStream, channels: Mapping[int, int]) -> SeededNumbers:
     """A sample gets the same numbers in whatever batch it is; `channels` are those of the latents of each type.
 
     Raises `ValueError` unless there is one seed, at least 0, for each sample.
