@@ -7,6 +7,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+BATCH_SIZE = 16  # where neither a batch size nor a token budget is asked for
+
 
 def option(default: Any, help: str) -> Any:
     """A field with the text that `--help` shows."""
@@ -104,7 +106,7 @@ class TrainConfig:
         if steps is None:
             raise ValueError("how many steps epochs have is unknown for packs of tokens, and for streams: give steps")
         tenth = max(steps // 10, 1)
-        sizes = dict(batch_size=16) if self.batch_size is None and self.token_budget is None else {}
+        sizes = dict(batch_size=BATCH_SIZE) if self.batch_size is None and self.token_budget is None else {}
         every = {
             name: tenth if getattr(self, name) is None else getattr(self, name)
             for name in ("validate_every", "sample_every", "save_every")

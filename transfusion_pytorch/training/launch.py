@@ -47,7 +47,7 @@ class Launch:
         self._state = _partial_state(device)
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device: torch.device = self._state.device if device is None else _placed(device, self._state)
-        self.shards = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        self.shards = self.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         if precision is None:
             said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
             if said not in ACCELERATE_PRECISIONS:

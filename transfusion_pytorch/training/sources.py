@@ -13,7 +13,7 @@ from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Latents
 from transfusion_pytorch.training.collate import PackSeeded, idle
-from transfusion_pytorch.training.config import TrainConfig
+from transfusion_pytorch.training.config import BATCH_SIZE, TrainConfig
 from transfusion_pytorch.training.launch import Launch
 
 
@@ -29,26 +29,28 @@ def open_data(
     mixture = as_mixture(data)
     num_steps = _plan(mixture, config, pack.packer, config.epochs).num_steps if config.epochs else None
     plan = _plan(mixture, config, pack.packer)
-    loader = StepLoader(
-        plan,
-        pack,
-        rank=launch.rank,
-        num_processes=launch.size,
-        num_workers=config.num_workers,
-        pin_memory=launch.device.type == "cuda",
-        accumulation=None if plan.batch_size is None else config.accumulation,
-        skips_errors=config.on_bad_sample == "skip",
-    )
-    return loader, config.resolved(num_steps)
+    return StepLoader(plan, pack, **_loading(config, launch)), config.resolved(num_steps)
 
 
 def _plan(mixture: Mixture, config: TrainConfig, packer: Packer, epochs: int | None = None) -> DataPlan:
     return DataPlan(mixture, seed=config.seed, packer=packer, epochs=epochs, **_sizes(config))
 
 
+def _loading(config: TrainConfig, launch: Launch) -> dict[str, Any]:
+    """How both kinds of loader load, and what this process gets of a step."""
+    return dict(
+        rank=launch.rank,
+        num_processes=launch.size,
+        num_workers=config.num_workers,
+        pin_memory=launch.device.type == "cuda",
+        accumulation=config.accumulation if config.token_budget is None else None,
+        skips_errors=config.on_bad_sample == "skip",
+    )
+
+
 def _sizes(config: TrainConfig) -> dict[str, Any]:
     if config.token_budget is None:
-        return dict(batch_size=config.batch_size or 16)
+        return dict(batch_size=config.batch_size or BATCH_SIZE)
     too_long = "skip" if config.on_bad_sample == "skip" else "error"
     return dict(token_budget=config.token_budget, packs_per_step=config.packs_per_step, too_long=too_long)
 
@@ -60,12 +62,7 @@ def _open_stream(data: Any, config: TrainConfig, pack: PackSeeded, launch: Launc
         prepare=prepare,
         seed=config.seed,
         packer=pack.packer,
-        rank=launch.rank,
-        num_processes=launch.size,
-        num_workers=config.num_workers,
-        pin_memory=launch.device.type == "cuda",
-        accumulation=None if config.batch_size is None else config.accumulation,
-        skips_errors=config.on_bad_sample == "skip",
+        **_loading(config, launch),
         **_sizes(config),
     )
 

@@ -17,7 +17,7 @@ from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.checkpoint_files import LoadedCheckpoint
 from transfusion_pytorch.training.collate import Packed, PackSeeded
-from transfusion_pytorch.training.config import TrainConfig
+from transfusion_pytorch.training.config import BATCH_SIZE, TrainConfig
 from transfusion_pytorch.training.flops import FlopCounter, peak_flops
 from transfusion_pytorch.training.launch import Launch, shard
 from transfusion_pytorch.training.metrics import LossTable, RunningMeans, describe_bad_batch, means_of
@@ -68,7 +68,7 @@ class Trainer:
 
         trainer = Trainer(model, samples, TrainConfig(steps=10_000), validation=held_out)
         trainer.fit(resume=True)
-        trainer.average.save_pretrained("model")
+        trainer.save_pretrained("model")
 
     Raises `ImportError` without accelerate (the extra `train`), and `ValueError` for options that do not fit.
     """
@@ -95,7 +95,7 @@ class Trainer:
         self.loader, self.config = open_data(data, config, self.pack, self.launch, prepare)
         self.validation: Validation | None = None
         if validation is not None:
-            size, skips = min(self.config.batch_size or 16, 64), self.pack.skips_bad
+            size, skips = min(self.config.batch_size or BATCH_SIZE, 64), self.pack.skips_bad
             plain = replace(packer, token_budget=None, span_budget=None)
             self.validation = Validation(validation, plain, self.launch, batch_size=size, skips_bad=skips)
         self.step, self.figures = 0, dict[str, float]()
@@ -186,10 +186,10 @@ class Trainer:
             self.ema = self.model.create_ema(beta=config.ema_beta, **every)
         if config.compile:
             self.model.compile()
-        if self.launch.size > 1 and self.launch.shards and config.optimizer == "muon":
+        if self.launch.shards and config.optimizer == "muon":
             raise ValueError("Muon needs whole matrices, and FSDP splits them: use adamw, or DDP")
         call = self.launch.wrap(self.model)
-        if self.ema is not None and self.launch.size > 1 and self.launch.shards:
+        if self.ema is not None and self.launch.shards:
             shard(self.ema.ema_model)
         optimizers = create_optimizers(self.model, config)
         self._train_step = TrainStep(self.model, call, optimizers, self.ema, self.launch, config)
