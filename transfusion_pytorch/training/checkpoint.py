@@ -182,8 +182,11 @@ class Checkpoints:
 
 
 def _make_writable(folder: Path) -> None:
-    """Makes the folder and finds out whether it can be written."""
-    probe = folder / f".probe-{uuid4().hex[:8]}"
+    """Makes the folder and finds out whether it can be written.
+
+    The probe is named like an unfinished checkpoint: if the process is killed here, the next `save` removes it.
+    """
+    probe = folder / f".step-probe{PARTIAL}{uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
