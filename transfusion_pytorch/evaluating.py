@@ -1,17 +1,23 @@
-"""Evaluation mode, and whole parameters, for a while."""
+"""Evaluation mode, whole parameters, and news of changed weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is back in the mode it had, whatever happened."""
+    """Evaluation mode without gradients; afterwards every submodule is back in the mode it had, whatever happened.
+
+    It changes the modules themselves: where others may use the model at the same time, see `evaluation_view`.
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -21,6 +27,92 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+class _EvaluationView:
+    """Mixed into a subclass of a module's class: the same attributes, but for `training` and the submodules.
+
+    A view and its module share one `__dict__`, so parameters, hooks, counters and whatever else is assigned to either
+    is that of both. Only what stands in this class is a view's own: data descriptors come before a `__dict__`.
+    """
+
+    _view_of: nn.Module
+    _view_children: dict[int, nn.Module]
+
+    @property
+    def training(self) -> bool:
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """A view has one mode, and the module's is nobody's business here."""
+
+    @property
+    def _modules(self) -> dict[str, nn.Module | None]:
+        return {name: self._view(child) for name, child in self._view_of.__dict__["_modules"].items()}
+
+    def __getattr__(self, name: str) -> Any:
+        child = self._view_of.__dict__["_modules"].get(name)
+        return super().__getattr__(name) if child is None else self._view(child)  # type: ignore[misc]
+
+    def _view(self, child: nn.Module | None) -> nn.Module | None:
+        if child is None:
+            return None
+        view = self._view_children.get(id(child))
+        if view is None or getattr(view, "_view_of", view) is not child:
+            view = self._view_children[id(child)] = evaluation_view(child)
+        return view
+
+
+_VIEW_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def evaluation_view(module: Module) -> Module:
+    """The same module in evaluation mode, whatever mode the module has or gets.
+
+    Nothing is copied and no mode is changed, so any number of threads may sample from a model while another trains it.
+    Scripted modules, which are no Python objects, stay themselves; compiled ones are taken uncompiled.
+    """
+    module = getattr(module, "_orig_mod", module)
+    if isinstance(module, torch.jit.ScriptModule | _EvaluationView):
+        return module
+    kind = type(module)
+    if kind not in _VIEW_CLASSES:
+        slots = {"__slots__": ("_view_of", "_view_children"), "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _VIEW_CLASSES[kind] = type(kind)(kind.__name__, (_EvaluationView, kind), slots)
+    view = object.__new__(_VIEW_CLASSES[kind])
+    for name, value in (("__dict__", module.__dict__), ("_view_of", module), ("_view_children", {})):
+        object.__setattr__(view, name, value)
+    return view
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was made of, also through a view."""
+    return type(module._view_of) if isinstance(module, _EvaluationView) else type(module)
+
+
+class Watcher(Protocol):
+    """What keeps something that depends on a model's weights."""
+
+    def weights_changed(self) -> None: ...
+
+
+_WATCHERS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+
+
+def watch_weights(model: nn.Module, watcher: Watcher) -> None:
+    """From now on `watcher.weights_changed()` is called whenever someone says that the weights changed."""
+    _WATCHERS.setdefault(model, WeakSet()).add(watcher)
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Tells all who watch a model (engines that are alive) that its weights are others now.
+
+    `Trainer` and the EMA call it. In a training loop of your own it is needed only where an engine lives on from step to
+    step and the optimizer changes weights behind torch's back (`fused=True`).
+    """
+    for watcher in tuple(_WATCHERS.get(model, ())):
+        watcher.weights_changed()
 
 
 @contextmanager

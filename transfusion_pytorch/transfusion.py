@@ -23,7 +23,7 @@ from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
-from transfusion_pytorch.network.cache import CacheView
+from transfusion_pytorch.network.cache import CacheView, DecodeView
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
@@ -265,11 +265,15 @@ class Transfusion(
         return latents_by_type(samples)
 
     def forward_stream(
-        self, stream: TokenStream, latents: LatentsByType, t: Float[Tensor, " m"], cache: CacheView | None = None
+        self,
+        stream: TokenStream,
+        latents: LatentsByType,
+        t: Float[Tensor, " m"],
+        cache: CacheView | DecodeView | None = None,
     ) -> StreamOutput:
         """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
         x = self.text_embedding(stream.token)
-        condition = self.time_embedding(t) + self.type_embedding(stream.spans.modality.to(t.device))
+        condition = self._condition(stream, t)
         adapter_state = {}
         for modality, values in latents.items():
             placement = stream.placements[modality]
@@ -285,6 +289,12 @@ class Transfusion(
             cache=cache,
         )
         return StreamOutput(hidden, condition, adapter_state)
+
+    def _condition(self, stream: TokenStream, t: Float[Tensor, " m"]) -> Shaped[Tensor, "m d"]:
+        """The vector that modulates each span: its time and its type."""
+        if not len(t) and self._processes() is None:
+            return self.type_embedding.weight[:0]  # a decode step has no spans, and no time for operations on none
+        return self.time_embedding(t) + self.type_embedding(stream.spans.modality.to(t.device))
 
     def _conditioning(self, stream: TokenStream, condition: Shaped[Tensor, "m d"]) -> Conditioning | None:
         """What spans tell their tokens; None for text alone. A padded batch has rows for more spans. With several

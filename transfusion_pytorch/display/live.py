@@ -20,7 +20,7 @@ from transfusion_pytorch.generation.events import (
     ModalityStarted,
     TextToken,
 )
-from transfusion_pytorch.generation.progress import load_tqdm
+from transfusion_pytorch.display.progress import load_tqdm
 
 TEXT_INTERVAL = 0.1  # seconds between two updates of a notebook while text is written
 COMPLETE = (EndReason.EOS, EndReason.PLAN)  # any other end is told

@@ -1,14 +1,15 @@
-"""What a sampler tells while it works.
+"""What a sampler reports while it works.
 
-A stream of events is text as it is written and modalities as they clear, in the order of the sample:
-`TextToken* (ModalityStarted DrawingProgress* ModalityDone TextToken*)* Ended`.
+The events of a request are its text as it is written and its modalities as they are denoised, in the order of the
+sample: `TextToken* (ModalityStarted DrawingProgress* ModalityDone TextToken*)* Ended`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,15 +17,15 @@ from transfusion_pytorch.sequence.samples import Shape
 
 
 class EndReason(str, Enum):
-    """Why a sample came to its end.
+    """Why a sample ended.
 
-    - `EOS`: it ended its sentence; `PLAN`: it came to the end of its plan
+    - `EOS`: the model ended it; `PLAN`: its plan was completed
     - `STOP`: one of its `stop_ids` was written
     - `LENGTH`: it is `max_length` long, or the modality that it opened does not fit into that
     - `SHAPE`: it opened a modality of a shape that cannot be drawn
-    - `CANCELLED`: nobody wants it any more
-    - `ERROR`: something that the user gave (a logits processor, a decoder), or its solver, raised an error, or the
-      model's logits were not finite
+    - `CANCELLED`: it was cancelled; `TIMEOUT`: its time was over
+    - `ERROR`: something of the user's (a logits processor, an adapter, a decoder) or the solver raised an error, or
+      logits or latents were not finite
     """
 
     EOS = "eos"
@@ -33,14 +34,47 @@ class EndReason(str, Enum):
     LENGTH = "length"
     SHAPE = "shape"
     CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
     ERROR = "error"
+
+
+class Sample(list):
+    """A returned sample: text, `(type, modality)`, text, ... and how it came to its end.
+
+    - `reason`: why it ended
+    - `log_probabilities`: with `SamplingOptions.log_probabilities` an entry for each part: `(n,)` for text, NaN where
+      the model did not choose the id (prompt, markers that follow by themselves), None for a modality
+    """
+
+    reason: EndReason
+    log_probabilities: list[Float[Tensor, " n"] | None] | None
+
+    def __init__(
+        self, parts: Any = (), *, reason: EndReason = EndReason.EOS, log_probabilities: list[Any] | None = None
+    ) -> None:
+        super().__init__(parts)
+        self.reason, self.log_probabilities = reason, log_probabilities
+
+
+class _Comparable:
+    """Equality by value, of tensors too."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and all(
+            _is_equal(getattr(self, it.name), getattr(other, it.name))
+            for it in fields(self)  # type: ignore[arg-type]
+            if it.compare
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class TextToken:
-    """An id of text was written. Markers are not told: the other events say what they would."""
+    """An id of text was written. Markers are not reported: the other events say what they would."""
 
     id: int
+    log_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +85,12 @@ class ModalityStarted:
     shape: Shape
 
 
-@dataclass(frozen=True)
-class DrawingProgress:
+@dataclass(frozen=True, eq=False)
+class DrawingProgress(_Comparable):
     """`step` of `num_steps` intervals of the solver are done, and the flow stands at `time`.
 
     `latents` are channel-last, in the scale of the network, as noisy as that time says. `estimate` is where they land
-    if they keep going straight; `preview()` is that as users see it: decoded, in their scale, channels where they have
-    them.
+    if they keep their velocity. While nobody takes its events, a request keeps the latest of each modality only.
     """
 
     type: int
@@ -69,11 +102,12 @@ class DrawingProgress:
     decode: Callable[[int, Tensor], Tensor]
 
     def preview(self) -> Float[Tensor, "..."]:
+        """The estimate as users see it: decoded, in their scale, channels where they have them."""
         return self.decode(self.type, self.estimate)
 
 
-@dataclass(frozen=True)
-class ModalityDone:
+@dataclass(frozen=True, eq=False)
+class ModalityDone(_Comparable):
     """A modality is finished: `modality` as users see it. The network was evaluated `num_evaluations` times for it."""
 
     type: int
@@ -81,8 +115,8 @@ class ModalityDone:
     num_evaluations: int
 
 
-@dataclass(frozen=True)
-class Ended:
+@dataclass(frozen=True, eq=False)
+class Ended(_Comparable):
     """The sample is finished, and this is what `sample` would have returned. `error` is what ended it, if one did."""
 
     sample: list[Any]
@@ -91,3 +125,11 @@ class Ended:
 
 
 Event = TextToken | ModalityStarted | DrawingProgress | ModalityDone | Ended
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    return bool(one == other)

@@ -1,32 +1,64 @@
-"""How to sample: the options of one request, checked.
+"""How to sample: the options of a request, checked.
 
 v vocabulary, n ids, k latents.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import inf, isfinite
-from numbers import Real
-from typing import Any, TypeVar, no_type_check
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict, TypeVar, no_type_check
 
 import torch
 from torch import Tensor
 
-from transfusion_pytorch.sequence.samples import MAX_AXES, Shape, is_int, is_sequence
+from transfusion_pytorch.sequence.checks import check_bool, check_int, check_number, check_shape
+from transfusion_pytorch.sequence.samples import Shape, is_integer
 
 MOST_STEPS = 100_000  # of a solver
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
-Door = TypeVar("Door", bound=Callable)
+Method = TypeVar("Method", bound=Callable)
 
 
-def checks_itself(door: Door) -> Door:
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of `SamplingOptions` as keywords, for type checkers and editors."""
+
+    max_length: int
+    stop_ids: Sequence[int]
+    logits_processors: Sequence[LogitsProcessor]
+    text_repetition_penalty: float
+    text_top_k: int | None
+    text_top_p: float
+    text_min_p: float
+    text_temperature: float
+    log_probabilities: bool
+    force_modality_at_start: int | tuple[int, Shape] | None
+    plan: Sequence[Any] | None
+    allowed_modalities: Sequence[int] | None
+    fixed_modality_shape: Shape | None
+    max_modality_tokens: int | None
+    modality_steps: int
+    time_shift: float
+    odeint_kwargs: Mapping[str, Any] | None
+    cfg_scale: float | None
+    modality_cfg_scale: float
+    cfg_interval: tuple[float, float]
+    cfg_rescale: float
+    negative_prompt: Any
+    init_modality_noise: Tensor | None
+    init_modality: Any
+    strength: float
+    modality_mask: Tensor | None
+    generator: Any
+    return_unprocessed_modalities: bool
+
+
+def checks_itself(method: Method) -> Method:
     """Leaves the arguments of a function or dataclass to its own checks, which say more than those of `TYPECHECK`."""
-    return no_type_check(door)
+    return no_type_check(method)
 
 
-def takes_sampling_options(method: Door) -> Door:
-    """Lets `help` and editors show every field of `SamplingOptions` in place of `**options`."""
+def takes_sampling_options(method: Method) -> Method:
+    """Shows every field of `SamplingOptions` in `help`, in place of `**keywords`."""
     own = [it for it in inspect.signature(method).parameters.values() if it.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [
         inspect.Parameter(it.name, inspect.Parameter.KEYWORD_ONLY, default=it.default, annotation=it.type)
@@ -37,22 +69,27 @@ def takes_sampling_options(method: Door) -> Door:
 
 
 @checks_itself
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SamplingOptions:
     """How to continue one prompt. Raises `ValueError` or `TypeError` for what makes no sense.
 
     Length:
-    - `max_length`: where a sample is cut off, in tokens: the rest of a longer one is not written, and a modality that
-      does not fit is not drawn. It changes nothing before that: the same sample, given back as a prompt, goes on there
+    - `max_length`: where the model stops writing, in tokens. A modality that it opens by itself and that does not fit
+      is not drawn. What the caller asks for (a modality that the prompt opens, `force_modality_at_start`, those of a
+      plan) is drawn even beyond it, and a longer prompt comes back as it is. The length changes nothing before the
+      cut: the same sample, given back as a prompt, goes on there
     - `stop_ids`: text ids that end the sample once written
 
     Text, in this order; everything but the temperature looks at the model's own distribution:
-    - `logits_processors`: functions of the ids so far `(n,)`, markers included, and the logits `(v,)` to new logits
+    - `logits_processors`: functions of the ids so far `(n,)`, markers included, and the logits `(v,)` to new logits;
+      the ids are those of the engine and not to be changed
     - `text_repetition_penalty`: logits of text that has come before are divided by it if positive and else multiplied
       (CTRL, arXiv 1909.05858); 1 is none
     - `text_top_k`: the likeliest so many; `text_top_p`: the likeliest that together have this probability (arXiv
       1904.09751); `text_min_p`: those at least that times as likely as the likeliest (arXiv 2407.01082)
     - `text_temperature`: 0 takes the likeliest
+    - `log_probabilities`: keep the natural logarithm of the probability that the model itself gave to each id that it
+      wrote, before all of the above
 
     Structure:
     - `force_modality_at_start`: a type or (type, shape) to draw right behind the prompt
@@ -60,7 +97,8 @@ class SamplingOptions:
       type, or (type, shape): `["text", (0, (4, 4)), ("text", 20)]`. The model chooses where a text ends
     - `allowed_modalities`: the types that it may open by itself; None for all, `()` for text alone
     - `fixed_modality_shape`: the shape of whatever is drawn
-    - `max_modality_tokens`: how many latents a shape written by the model may come to
+    - `max_modality_tokens`: how many latents a shape written by the model may have; None for as many as fit into
+      `max_length` from the start
 
     Drawing:
     - `modality_steps`: intervals of the ODE solver; `time_shift` > 1 makes those near the noise shorter (`t / (t +
@@ -71,6 +109,8 @@ class SamplingOptions:
     - `cfg_interval`: guidance acts at times between these two (arXiv 2404.07724), and costs nothing elsewhere
     - `cfg_rescale`: how far, from 0 to 1, guided velocities are brought back to the spread of the unguided ones (arXiv
       2305.08891)
+    - `negative_prompt`: ids `(n,)` that guidance leads away from, instead of null text: they stand at the start of the
+      unconditional branch, whose only text they are; for many prompts, ids for all or a list with ids for each
     - `init_modality_noise`: `(n, d)` noise to start from, as much of it as needed, the same for every modality
     - `init_modality`: what the first modality starts from, as users have it (raw, or `(type, raw)`); it comes right
       behind the prompt and has this one's shape. `strength` says how much of the way from noise to data is travelled
@@ -79,8 +119,9 @@ class SamplingOptions:
 
     `return_unprocessed_modalities`: latents as they are, those of the prompt too, not decoded.
 
-    `generator`: the source of all random numbers, of noise and of text; for many prompts a list with one for each, or
-    one to seed them all. What a request becomes depends on its own generator and on nothing else in the batch.
+    `generator`: where the seed of a request comes from, which all of its random numbers follow from; for many prompts
+    a list with one for each, or one for all. What a request becomes depends on its seed and on nothing else in the
+    batch.
     """
 
     max_length: int = 2048
@@ -91,11 +132,12 @@ class SamplingOptions:
     text_top_p: float = 1.0
     text_min_p: float = 0.1
     text_temperature: float = 1.0
+    log_probabilities: bool = False
     force_modality_at_start: int | tuple[int, Shape] | None = None
     plan: Sequence[Any] | None = None
     allowed_modalities: Sequence[int] | None = None
     fixed_modality_shape: Shape | None = None
-    max_modality_tokens: int = 4096
+    max_modality_tokens: int | None = None
     modality_steps: int = 16
     time_shift: float = 1.0
     odeint_kwargs: Mapping[str, Any] | None = None
@@ -103,6 +145,7 @@ class SamplingOptions:
     modality_cfg_scale: float = 1.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     cfg_rescale: float = 0.0
+    negative_prompt: Any = None
     init_modality_noise: Tensor | None = None
     init_modality: Any = None
     strength: float = 1.0
@@ -111,12 +154,13 @@ class SamplingOptions:
     return_unprocessed_modalities: bool = False
 
     def __post_init__(self):
-        for name in ("max_length", "modality_steps", "max_modality_tokens"):
+        for name in ("max_length", "modality_steps"):
             self._set(name, check_int(getattr(self, name), name))
+        for name in ("max_modality_tokens", "text_top_k"):
+            if getattr(self, name) is not None:
+                self._set(name, check_int(getattr(self, name), name))
         if self.modality_steps > MOST_STEPS:
             raise ValueError(f"modality_steps must be at most {MOST_STEPS}, got {self.modality_steps}")
-        if self.text_top_k is not None:
-            self._set("text_top_k", check_int(self.text_top_k, "text_top_k"))
         for name, bounds in BOUNDS.items():
             self._set(name, check_number(getattr(self, name), name, **bounds))
         if self.cfg_scale is not None:
@@ -124,7 +168,7 @@ class SamplingOptions:
         _check_interval(self.cfg_interval)
         _check_processors(self.logits_processors)
         if self.fixed_modality_shape is not None:
-            check_shape(self.fixed_modality_shape, "fixed_modality_shape")
+            self._set("fixed_modality_shape", check_shape(self.fixed_modality_shape, "fixed_modality_shape"))
         if self.init_modality_noise is not None:
             _check_noise(self.init_modality_noise)
         if self.odeint_kwargs is not None and not isinstance(self.odeint_kwargs, Mapping):
@@ -132,8 +176,8 @@ class SamplingOptions:
                 "odeint_kwargs must be a dict of arguments of torchdiffeq.odeint, such as dict(method='euler'), got "
                 f"{type(self.odeint_kwargs).__name__}"
             )
-        if not isinstance(self.return_unprocessed_modalities, bool):
-            raise TypeError(f"return_unprocessed_modalities must be a bool, got {self.return_unprocessed_modalities!r}")
+        for name in ("return_unprocessed_modalities", "log_probabilities"):
+            check_bool(getattr(self, name), name)
         if self.init_modality is None and (self.strength != 1 or self.modality_mask is not None):
             name = "strength" if self.strength != 1 else "modality_mask"
             raise ValueError(f"{name} says what to keep of an init_modality, and there is none: give one")
@@ -156,70 +200,44 @@ BOUNDS: dict[str, dict[str, float]] = {
 }
 
 
-def check_int(value: Any, name: str, *, least: int = 1) -> int:
-    """A plain int. Raises `TypeError` or `ValueError` unless `value` is one and at least `least`."""
-    if not is_int(value):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if int(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+def as_options(options: Any, keywords: Mapping[str, Any]) -> SamplingOptions:
+    """The `options` that were handed over, with these keywords in place of their own fields."""
+    if options is None:
+        return SamplingOptions(**keywords)
+    if not isinstance(options, SamplingOptions):
+        raise TypeError(f"options must be SamplingOptions, got {type(options).__name__}; single options are keywords")
+    return replace(options, **keywords) if keywords else options
 
 
-def check_number(
-    value: Any, name: str, *, least: float | None = None, above: float | None = None, most: float | None = None
-) -> float:
-    """A plain float. Raises `TypeError` or `ValueError` unless `value` is a finite number within its bounds."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = inf
-    if not isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value}")
-    low = [f"at least {least}"] * (least is not None) + [f"above {above}"] * (above is not None)
-    bounds = " and ".join(low + [f"at most {most}"] * (most is not None))
-    is_low = (least is not None and number < least) or (above is not None and number <= above)
-    if is_low or (most is not None and number > most):
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-    return number
+def seeds_of(generator: Any, count: int) -> list[int]:
+    """A seed for each of `count` requests, from a generator for each, from one for all, or from torch's own.
+
+    Raises `ValueError` or `TypeError` where these are no generators, too few or too many, or not different ones.
+    """
+    if isinstance(generator, (list, tuple)) and all(isinstance(one, torch.Generator) for one in generator):
+        if len(generator) != count:
+            raise ValueError(
+                f"generator: {len(generator)} of them for {count} prompts; give one for each, or one for all"
+            )
+        if len(set(generator)) < len(generator):
+            raise ValueError("generator: one is given twice; what it makes would depend on who comes first")
+        return [seed for one in generator for seed in seeds_of(one, 1)]
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
-def check_shape(shape: Any, name: str) -> None:
-    """Raises `ValueError` unless `shape` is a tuple of positive ints."""
-    is_shape = is_sequence(shape) and all(map(is_int, shape))
-    if not is_shape or len(shape) > MAX_AXES or any(int(size) < 1 for size in shape):
-        raise ValueError(f"{name} must be a tuple of 0 to {MAX_AXES} positive ints, such as (4, 4), got {shape!r}")
-
-
-def check_type(modality: Any, num_modalities: int, name: str) -> int:
-    """The type of one of a model's modalities. Raises `TypeError` or `ValueError` for anything else."""
-    if not is_int(modality):
-        raise TypeError(f"{name}: a modality type is an int, got {modality!r}")
-    if not 0 <= int(modality) < num_modalities:
-        raise ValueError(f"{name}: unknown modality type {modality}, this model has {num_modalities} (from 0)")
-    return int(modality)
-
-
-def with_own_generator(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a single request, which draws from the generator it is given and not from one seeded by that."""
-    lone = isinstance(generator := options.get("generator"), torch.Generator)
-    return {**options, "generator": [generator]} if lone else dict(options)
-
-
-def as_generators(given: Any, count: int) -> list[torch.Generator]:
-    """A generator for each of `count` prompts: those given, or new ones seeded by the one given or by torch's own."""
-    if isinstance(given, (list, tuple)) and all(isinstance(one, torch.Generator) for one in given):
-        if len(given) != count:
-            raise ValueError(f"generator: {len(given)} of them for {count} prompts; give one for each, or one for all")
-        if len(set(given)) < len(given):
-            raise ValueError("generator: one is given twice; what it makes would hang on who comes first")
-        return list(given)
-    if given is not None and not isinstance(given, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(given).__name__}")
-    device = "cpu" if given is None else given.device
-    seeds = torch.randint(2**62, (count,), generator=given, device=device).tolist()
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def negative_prompts_of(given: Any, count: int) -> list[Tensor | None]:
+    """A negative prompt for each of `count` requests. Raises `ValueError` or `TypeError` for anything else."""
+    every = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    if len(every) != count:
+        raise ValueError(f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all")
+    for ids in every:
+        if ids is not None and not (isinstance(ids, Tensor) and is_integer(ids) and ids.numel()):
+            came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"negative_prompt must be an integer tensor of text ids (n,), got {came}")
+    return [None if ids is None else ids.detach().reshape(-1).to("cpu", torch.long).clone() for ids in every]
 
 
 def _check_noise(noise: Any) -> None:

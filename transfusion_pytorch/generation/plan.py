@@ -1,12 +1,25 @@
-"""What a sample is to consist of, where the user decides that: text, image, text."""
+"""What a request comes to for a given model: its options with nothing left open, and the plan of its parts.
+
+k latents of a modality, c their channels.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
-from transfusion_pytorch.generation.options import check_int, check_shape, check_type
-from transfusion_pytorch.sequence.samples import Modality, Shape, is_sequence
+import torch
+from torch import Tensor
+
+from transfusion_pytorch.flow.solver import check_method
+from transfusion_pytorch.flow.times import shift_times
+from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.sequence.checks import check_int, check_shape, check_type
+from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, is_sequence, parse_part
+
+ROOM_FOR_MARKERS = 4  # sos, meta, som, eom
 
 
 class TextPart(NamedTuple):
@@ -37,6 +50,107 @@ class Plan:
     name: str = "plan"
 
 
+def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
+    """The same options with everything filled in that a model decides, and in its terms.
+
+    `plan` is a `Plan`, of which `force_modality_at_start` and `init_modality` are short forms; `init_modality` are
+    latents (a `Modality`), `cfg_scale` a number, `odeint_kwargs` those of the solver. Raises `ValueError` or
+    `TypeError` where options and model do not go together.
+    """
+    own = model.odeint_kwargs
+    tolerances = {name: own[name] for name in ("atol", "rtol") if name in own}
+    solver = dict(own) if options.odeint_kwargs is None else tolerances | dict(options.odeint_kwargs)
+    check_method(solver)
+    if options.allowed_modalities is not None:
+        check_types(options.allowed_modalities, len(model.modalities), "allowed_modalities")
+    if not any(axes_of(io, options.fixed_modality_shape) for io in model.modalities):
+        raise ValueError(
+            f"fixed_modality_shape {options.fixed_modality_shape}: no modality of this model can have that shape"
+        )
+    init = None if options.init_modality is None else _encoded(options, model)
+    noise = options.init_modality_noise
+    resolved = replace(
+        options,
+        odeint_kwargs=solver,
+        stop_ids=_checked_stop_ids(options.stop_ids, model.vocabulary.num_text),
+        cfg_scale=(3.0 if model.prob_uncond > 0 else 1.0) if options.cfg_scale is None else options.cfg_scale,
+        max_modality_tokens=options.max_modality_tokens or _most_latents(options.max_length, model),
+        init_modality=init,
+        init_modality_noise=None if noise is None else noise.clone(),
+        plan=_plan(options, init, model),
+    )
+    _check_noise_of_plan(resolved, model)
+    _check_times(resolved, model.precision)
+    _check_negative_prompt(resolved, model.vocabulary.num_text)
+    return resolved
+
+
+# shapes
+
+
+def axes_of(io: Any, fixed: Shape | None = None) -> set[int]:
+    """How many axes a modality can have; none where it cannot have the one shape that is to be."""
+    if fixed is not None:
+        return {len(fixed)} if io.supports(fixed) else set()
+    return set(range(MAX_AXES + 1)) if io.spec.num_dim is None else {io.spec.num_dim}
+
+
+def shape_of(model: Any, fixed: Shape | None, modality: int, shape: Shape | None, name: str = "") -> Shape:
+    """The shape asked for, or the fixed or default one. Raises `ValueError` for one that cannot be drawn."""
+    io, where = model.modalities[modality], f"{name}: " if name else ""
+    if shape is not None and fixed is not None and shape != fixed:
+        raise ValueError(f"{where}the shape {shape} is asked for, and fixed_modality_shape is {fixed}")
+    asked = fixed if shape is None else shape
+    default = () if io.spec.num_dim == 0 else io.spec.default_shape
+    shape = default if asked is None else asked
+    if shape is None:
+        raise ValueError(
+            f"{where}modality {modality} has no default shape: give one here (fixed_modality_shape), or set "
+            "modality_default_shape"
+        )
+    if not io.supports(shape):
+        axes = " or ".join(map(str, sorted(axes_of(io))))
+        reason = "the modules around the transformer do not take it"
+        raise ValueError(
+            f"{where}modality {modality} cannot have the shape {shape}: "
+            f"{reason if len(shape) in axes_of(io) else f'it has {axes} axes'}"
+        )
+    return shape
+
+
+def _most_latents(max_length: int, model: Any) -> int:
+    """The latents that fit into `max_length` from the start. Behind a U-Net half there are fewer tokens than latents."""
+    room = max(1, max_length - ROOM_FOR_MARKERS)
+    known = [io for io in model.modalities if io.spec.default_shape and io.supports(io.spec.default_shape)]
+    ratios = [prod(io.spec.default_shape) / prod(io.token_shape(io.spec.default_shape)) for io in known]
+    return int(room * max([1.0, *ratios]))
+
+
+# plans
+
+
+def _plan(options: SamplingOptions, init: Modality | None, model: Any) -> Plan:
+    count = len(model.modalities)
+    find_shape = partial(shape_of, model, options.fixed_modality_shape)
+    if options.plan is not None and options.force_modality_at_start is not None:
+        raise ValueError("give force_modality_at_start or a plan that begins with that modality, not both")
+    if options.plan is not None:
+        plan = parse_plan(options.plan, count, find_shape, first=init)
+    elif options.force_modality_at_start is not None:
+        plan = _forced_plan(options.force_modality_at_start, count, find_shape, first=init)
+    elif init is not None:
+        name = "init_modality"
+        plan = Plan((ModalityPart(init.type, find_shape(init.type, init.shape, name)),), name=name)
+    else:
+        return Plan()
+    if init is not None and plan.parts[0] != (expected := ModalityPart(init.type, init.shape)):
+        raise ValueError(
+            f"init_modality comes right behind the prompt, as {tuple(expected)}, but {tuple(plan.parts[0])} is "
+            "asked for there"
+        )
+    return plan
+
+
 def parse_plan(plan: Any, num_modalities: int, shape_of: ShapeOf, *, first: Modality | None = None) -> Plan:
     """A user's `plan`. `shape_of` gives a modality's shape, or says why it cannot have that; a bare type in the first
     place has the shape of what comes there, if that is given.
@@ -51,7 +165,7 @@ def parse_plan(plan: Any, num_modalities: int, shape_of: ShapeOf, *, first: Moda
     return Plan(parts, free=False)
 
 
-def forced_plan(forced: Any, num_modalities: int, shape_of: ShapeOf, *, first: Modality | None = None) -> Plan:
+def _forced_plan(forced: Any, num_modalities: int, shape_of: ShapeOf, *, first: Modality | None = None) -> Plan:
     """`force_modality_at_start`: one modality, then anything."""
     name = "force_modality_at_start"
     given = _with_shape(forced, first)
@@ -83,8 +197,7 @@ def _type_and_shape(given: Any, num_modalities: int, where: str) -> tuple[int, S
     modality = check_type(modality, num_modalities, where)
     if shape is None:
         return modality, None
-    check_shape(shape, f"{where}: the shape")
-    return modality, tuple(map(int, shape))
+    return modality, check_shape(shape, f"{where}: the shape")
 
 
 def check_types(types: Any, num_modalities: int, name: str) -> frozenset[int]:
@@ -92,3 +205,78 @@ def check_types(types: Any, num_modalities: int, name: str) -> frozenset[int]:
     if not isinstance(types, Sequence) or isinstance(types, str):
         raise TypeError(f"{name} must be a list of types, such as [0], got {types!r}")
     return frozenset(check_type(modality, num_modalities, name) for modality in types)
+
+
+# what else is checked
+
+
+def _checked_stop_ids(ids: Any, num_text: int) -> frozenset[int]:
+    if not isinstance(ids, (list, tuple, set, frozenset)):
+        raise TypeError(f"stop_ids must be a list of ids, got {ids!r}")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"stop_ids must be ints, got {token!r}")
+        if not 0 <= token < num_text:
+            expected = f"expected 0 to {num_text - 1}" if num_text else "this model has no text"
+            raise ValueError(f"stop_ids: {token} is no id of text, {expected}")
+    return frozenset(ids)
+
+
+def _encoded(options: SamplingOptions, model: Any) -> Modality:
+    """`init_modality` as latents; checks the mask against them."""
+    given = parse_part(options.init_modality, len(model.modalities), "init_modality")
+    if isinstance(given, Text):
+        raise TypeError("init_modality must be floating point, or (type, tensor): it is a modality, not text")
+    [[encoded]] = model.encode([[given._replace(tensor=given.tensor.clone())]], "init_modality, sample")
+    assert isinstance(encoded, Modality)
+    mask = options.modality_mask
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"modality_mask must be a bool tensor, True where to draw anew, got {came}")
+    if mask is not None and tuple(mask.shape) != encoded.shape:
+        raise ValueError(
+            f"modality_mask must have the axial shape of the latents, {encoded.shape}, got {tuple(mask.shape)}"
+        )
+    return encoded
+
+
+def times_of(options: SamplingOptions, start: float = 0.0) -> list[float]:
+    """The ends of all intervals of the solver, from where the flow starts to 1."""
+    uniform = torch.linspace(0, 1, options.modality_steps + 1, dtype=torch.float64, device="cpu")
+    return (start + (1 - start) * shift_times(uniform, options.time_shift)).tolist()
+
+
+def _check_times(options: SamplingOptions, precision: torch.dtype) -> None:
+    """Times so close that the solver could not tell them apart."""
+    for start in {0.0, 1 - options.strength}:
+        times = torch.tensor(times_of(options, start), dtype=torch.float64, device="cpu").to(precision)
+        if not (times.diff() > 0).all():
+            raise ValueError(
+                f"modality_steps={options.modality_steps}, time_shift={options.time_shift} and "
+                f"strength={options.strength} leave intervals too short for {precision}"
+            )
+
+
+def check_noise(noise: Tensor, modality: int, shape: Shape, channels: int) -> None:
+    """Raises `ValueError` where `init_modality_noise` is too small for a modality."""
+    if noise.shape[0] < prod(shape) or noise.shape[1] < channels:
+        raise ValueError(
+            f"init_modality_noise needs {prod(shape)} rows and {channels} channels for shape {shape} of modality "
+            f"{modality}, got {tuple(noise.shape)}"
+        )
+
+
+def _check_noise_of_plan(options: SamplingOptions, model: Any) -> None:
+    plan, noise = options.plan, options.init_modality_noise
+    assert isinstance(plan, Plan)
+    for part in plan.parts:
+        if isinstance(part, ModalityPart) and noise is not None:
+            check_noise(noise, part.type, part.shape, model.modalities[part.type].spec.dim_latent)
+
+
+def _check_negative_prompt(options: SamplingOptions, num_text: int) -> None:
+    if options.negative_prompt is None:
+        return
+    if options.cfg_scale == 1:
+        raise ValueError("negative_prompt: guidance is off (cfg_scale is 1); set cfg_scale to another number")
+    check_ids(options.negative_prompt, num_text, "negative_prompt")

@@ -5,7 +5,8 @@
 | `RaggedAttention` | a CPU: sample by sample, no padding |
 | `FlexAttention` | CUDA: one kernel over the whole stream |
 | `DenseAttention` | any other device, and wherever flex attention or the kernel of CPUs cannot: a mask of `n * n` |
-| `CachedAttention` | decoding: what a cache has of the samples is seen as well |
+| `CachedAttention` | prefill and drawing: what a cache has of the samples is seen as well |
+| `DecodeAttention` | a decode step: one new token behind each row of a cache |
 
 n tokens, h query heads, k key/value heads, e channels of a head, g samples of one length t.
 """
@@ -24,13 +25,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from transfusion_pytorch.network.cache import CacheView
+from transfusion_pytorch.network.cache import CacheView, DecodeView
 from transfusion_pytorch.network.cpu.attention import PackedAttention
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.precision import precise, without_autocast
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.sequence.blocks import BLOCK
-from transfusion_pytorch.sequence.masks import Intervals, Layout, Run
+from transfusion_pytorch.sequence.masks import Chunk, Intervals, Layout, Run
 
 Q = Shaped[Tensor, "n h e"]
 KV = Shaped[Tensor, "n k e"]
@@ -90,6 +91,7 @@ class DenseAttention(NamedTuple):
 
     def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         q, k, v = (rearrange(part, "n h e -> 1 h n e") for part in (q, k, v))
+        k, v = (one_for_each_head(q, part) for part in (k, v))
         with sdpa_kernel(SDPBackend.MATH) if self.differentiable else nullcontext():
             out = attend_masked(q, k, v, mask=self.mask, softcap=softcap)
         return rearrange(out, "1 h n e -> n h e")
@@ -102,22 +104,40 @@ class CachedAttention(NamedTuple):
 
     def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         outs = []
-        for index, run in enumerate(self.cache.runs):
-            q_run, k_run, v_run = (run.batched(part[run.tokens]) for part in (q, k, v))
-            outs.append(attend_run(run, q_run, *self.cache.update(layer, index, k_run, v_run), softcap))
+        for run in self.cache.runs:
+            queries, *new = (run.batched(part) for part in (q, k, v))
+            outs.append(attend_chunks(run.chunks, queries, *run.update(layer, *new), softcap))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-AttentionPlan = RaggedAttention | FlexAttention | DenseAttention | CachedAttention
+class DecodeAttention(NamedTuple):
+    """One query for each row of the cache. All shapes are those of the view, and nothing is copied."""
+
+    cache: DecodeView
+
+    def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
+        if len(self.cache.runs) == 1:
+            return self._attend(self.cache.runs[0], q, k, v, layer, softcap)
+        runs = self.cache.runs
+        return torch.cat([self._attend(run, *(x[run.tokens] for x in (q, k, v)), layer, softcap) for run in runs])
+
+    def _attend(self, run: Any, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None) -> Tensor:
+        keys, values = run.update(layer, k, v)
+        # query heads that share keys become queries of one head: (g, k, h / k, e), and no key is repeated
+        queries = q.view(len(q), k.shape[1], -1, q.shape[-1])
+        return attend_masked(queries, keys, values, mask=run.bias, softcap=softcap).view_as(q)
+
+
+AttentionPlan = RaggedAttention | FlexAttention | DenseAttention | CachedAttention | DecodeAttention
 AttentionKind = Literal["auto", "flex", "dense", "ragged"]
 
 
 def plan_attention(
-    layout: Layout, cache: CacheView | None = None, *, kind: AttentionKind = "auto", trains: bool = False
+    layout: Layout, cache: CacheView | DecodeView | None = None, *, kind: AttentionKind = "auto", trains: bool = False
 ) -> AttentionPlan:
     """The plan for a stream that continues the rows of a `cache`, or stands alone, on the device of the layout."""
     if cache is not None:
-        return CachedAttention(cache)
+        return DecodeAttention(cache) if isinstance(cache, DecodeView) else CachedAttention(cache)
     kind = choose_attention(kind, torch.device(layout.device).type, trains)
     if kind == "ragged":
         return RaggedAttention(layout.runs)
@@ -172,11 +192,12 @@ def _uncompiled_flex(*args, **options) -> Tensor:
 def attend_masked(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool = False, softcap: float | None = None
 ) -> Tensor:
-    """`(g, h, t, e)` each. `mask` says which keys a query sees.
+    """`(g, h, t, e)` each, with one key head for each query head. `mask` says which keys a query sees, or is added to
+    the logits.
 
     `softcap` bounds the logits at `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118).
     """
-    k, v = (one_for_each_head(q, part.to(q.dtype)) for part in (k, v))
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     if is_causal:
@@ -185,16 +206,33 @@ def attend_masked(
     q, k, v = (part.to(product_dtype(dtype, kind)) for part in (q, k, v))
     with without_autocast(kind):
         logits = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
-        logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
         return (logits.softmax(dim=-1, dtype=precise(dtype)).to(v.dtype) @ v).to(dtype)
 
 
 def attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
-    """`(g, h, t, e)` each, the keys and values of a cache included, to `(n, h, e)`."""
-    outs = [
-        attend_masked(q[:, :, queries], k[:, :, :keys], v[:, :, :keys], mask=mask, is_causal=is_causal, softcap=softcap)
-        for queries, keys, is_causal, mask in run.chunks
-    ]
+    """`(g, h, t, e)` each, to `(n, h, e)`."""
+    return attend_chunks(run.chunks, q, k, v, softcap)
+
+
+def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
+    """Queries `(g, h, t, e)`, and `(g, k, s, e)` of the keys and values that they may see, to `(n, h, e)`.
+
+    Query heads that share keys become queries of one head, and no key is repeated.
+    """
+    groups, outs = q.shape[1] // k.shape[1], []
+    for queries, num_keys, is_causal, mask in chunks:
+        part, length = q[:, :, queries], queries.stop - queries.start
+        if groups > 1:
+            if is_causal:
+                mask, is_causal = torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril()[None, None], False
+            mask = None if mask is None else mask.repeat(1, 1, groups, 1)
+            part = rearrange(part, "g (k r) t e -> g k (r t) e", r=groups)
+        out = attend_masked(
+            part, k[:, :, :num_keys], v[:, :, :num_keys], mask=mask, is_causal=is_causal, softcap=softcap
+        )
+        outs.append(rearrange(out, "g k (r t) e -> g (k r) t e", r=groups) if groups > 1 else out)
     return rearrange(torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], "g h t e -> (g t) h e")
 
 

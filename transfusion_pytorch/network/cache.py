@@ -1,155 +1,372 @@
-"""Keys and values of what has been read already, preallocated and written in place.
+"""Keys and values of tokens that were read already, preallocated and written in place.
 
-r rows, h key/value heads, s slots in a row, d channels of a head, g samples of one length t.
+A cache is made of blocks, one per capacity of 64, 128, 256, ... slots. A row lies in the smallest block that holds it
+and moves to the next when it outgrows it, so one long row does not make the short ones larger. The rows of a block
+have no gaps: where one is released, the last one takes its place.
+
+g rows, h key/value heads, s slots, e channels of a head, t new tokens of a row, r rows of all blocks.
 """
 
-import heapq
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.sequence.masks import Layout, Run
+from transfusion_pytorch.sequence.masks import Chunk, Layout
+
+SMALLEST = 64  # slots
+
+
+@dataclass(eq=False)
+class CacheRow:
+    """Where one sequence lies: row `index` of a `block`, of which `length` slots are committed."""
+
+    block: "CacheBlock"
+    index: int
+    length: int = 0
+
+
+@dataclass(eq=False)
+class CacheBlock:
+    """All rows of one capacity: keys and values of every layer, `(g, h, s, e)` each.
+
+    - `rows`: those in use, by index; the tensors may have room for more
+    - `written`: how many slots of each index may hold anything, committed or not
+    """
+
+    capacity: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    rows: list[CacheRow] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """For how many rows there is memory."""
+        return self.keys[0].shape[0] if self.keys else 0
+
+    def tensors(self) -> Iterable[Tensor]:
+        return (*self.keys, *self.values)
+
+    def clear(self, index: int, start: int = 0) -> None:
+        """Zeros what was written from `start` on. A masked slot weighs nothing, but nothing times NaN is NaN."""
+        if self.written[index] > start:
+            for tensor in self.tensors():
+                tensor[index, :, start : self.written[index]] = 0
+            self.written[index] = start
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchanges two rows."""
+        most = max(self.written[one], self.written[other])
+        index = torch.tensor([one, other], device=self.keys[0].device)
+        for tensor in self.tensors():
+            tensor[index, :, :most] = tensor[index.flip(0), :, :most]
+        for columns in (self.rows, self.written):
+            columns[one], columns[other] = columns[other], columns[one]
+        self.rows[one].index, self.rows[other].index = one, other
 
 
 class KVCache:
-    """One tensor of keys and one of values per layer, each `(rows, heads, slots, channels)`.
+    """The blocks of a cache, whose rows are taken with `acquire` and given back with `release`.
 
     Writes are tentative: they go behind the committed prefix of their row, and the next write replaces them. Only
-    `commit` moves the prefix, so the evaluations of an ODE solver leave no trace. `lengths` are the committed
-    prefixes.
+    `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
-    A row is taken with `acquire` and given back with `release`. Rows and slots at least double when there are too few,
-    so that copying costs a constant per token; slots never exceed `limit`.
+    Memory is allocated before anything else changes: where that fails, the cache is as it was. `version` changes
+    whenever a row moves or a tensor is replaced: views of an earlier version are void.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: int,
-        kv_heads: int,
-        dim_head: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        rows: int = 1,
-        slots: int = 64,
-        limit: int | None = None,
-    ):
-        shape = (rows, kv_heads, slots, dim_head)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.lengths = [0] * rows
-        self.limit = limit
-        self._written = [0] * rows  # slots that may hold anything, committed or not
-        self._free = list(range(rows))
+    def __init__(self, *, layers: int, kv_heads: int, dim_head: int, device: torch.device, dtype: torch.dtype):
+        self.layers, self.kv_heads, self.dim_head = layers, kv_heads, dim_head
+        self.device, self.dtype = device, dtype
+        self.blocks: dict[int, CacheBlock] = {}
+        self.version = 0
 
     @property
-    def slots(self) -> int:
-        return self.keys[0].shape[2]
+    def rows(self) -> list[CacheRow]:
+        """All rows in use."""
+        return [row for block in self.blocks.values() for row in block.rows]
 
     @property
     def bytes_per_token(self) -> int:
-        """What one token of one row takes."""
-        return sum(2 * keys[0, :, 0].numel() * keys.element_size() for keys in self.keys)
+        """Bytes that one token of one row takes."""
+        return 2 * self.layers * self.kv_heads * self.dim_head * self.dtype.itemsize
 
     @property
-    def num_bytes(self) -> int:
-        """What all slots of all rows take."""
-        return self.bytes_per_token * self.slots * len(self.lengths)
+    def reserved_tokens(self) -> int:
+        """Tokens for which memory is allocated."""
+        return sum(block.room * block.capacity for block in self.blocks.values())
 
-    def acquire(self) -> int:
-        """The lowest free row, empty. Rows in use stay close together, where attention can take them as one batch."""
-        if not self._free:
-            self._grow(rows=2 * len(self.lengths), slots=self.slots)
-        row = heapq.heappop(self._free)
-        # A masked slot weighs nothing, but nothing times NaN is NaN: what a former tenant left there has to go.
-        for tensor in (*self.keys, *self.values):
-            tensor[row, :, : self._written[row]] = 0
-        self.lengths[row] = self._written[row] = 0
+    @property
+    def used_tokens(self) -> int:
+        """Tokens that are committed."""
+        return sum(row.length for row in self.rows)
+
+    def acquire(self, length: int = 0) -> CacheRow:
+        """An empty row with room for `length` tokens. It grows when more is written."""
+        block = self._block_with_room(capacity_for(length))
+        row = CacheRow(block, len(block.rows))
+        block.clear(row.index)
+        block.rows.append(row)
+        self.version += 1
         return row
 
-    def release(self, row: int) -> None:
-        heapq.heappush(self._free, row)
+    def release(self, row: CacheRow) -> None:
+        """Gives a row back; the last one of its block takes its place."""
+        block, last = row.block, len(row.block.rows) - 1
+        if row.index != last:
+            self._copy_row(block.rows[last], block, row.index)
+        block.rows.pop()
+        self._shrink(block)
+        self.version += 1
 
-    def view(self, rows: Sequence[int], layout: Layout) -> "CacheView":
-        """The cache as one forward pass sees it: sample i of the `layout` continues row `rows[i]`."""
-        ends = [self.lengths[row] + length for row, length in zip(rows, layout.lengths, strict=True)]
-        self._reserve(max(ends))
-        for row, end in zip(rows, ends, strict=True):
-            self._written[row] = max(self._written[row], end)
-        return CacheView(self, rows, layout)
+    def reset(self) -> None:
+        """Frees all memory. Rows that were acquired are void."""
+        self.blocks = {}
+        self.version += 1
 
-    def commit(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """From now on keys and values are stored in this type."""
+        if dtype == self.dtype:
+            return
+        converted = [
+            ([tensor.to(dtype) for tensor in block.keys], [tensor.to(dtype) for tensor in block.values])
+            for block in self.blocks.values()
+        ]
+        for block, (keys, values) in zip(self.blocks.values(), converted, strict=True):
+            block.keys, block.values = keys, values
+        self.dtype = dtype
+        self.version += 1
+
+    def reserve(self, rows: Sequence[CacheRow], lengths: Sequence[int]) -> None:
+        """Makes room for `lengths[i]` tokens behind the prefix of `rows[i]`."""
+        for row, length in zip(rows, lengths, strict=True):
+            end = row.length + length
+            if end > row.block.capacity:
+                self._move(row, capacity_for(end))
+        for row, length in zip(rows, lengths, strict=True):
+            row.block.written[row.index] = max(row.block.written[row.index], row.length + length)
+
+    def commit(self, rows: Sequence[CacheRow], lengths: Sequence[int]) -> None:
         """Makes the last write permanent: `lengths[i]` tokens more in `rows[i]`."""
         for row, length in zip(rows, lengths, strict=True):
-            self.lengths[row] += length
+            row.length += length
 
-    def copy(self, source: int, rows: Sequence[int], length: int) -> None:
+    def copy(self, source: CacheRow, rows: Sequence[CacheRow], length: int) -> None:
         """Gives each of `rows`, which are empty, the first `length` tokens of `source`."""
-        self._reserve(length)
-        index = torch.tensor(rows, device=self.keys[0].device)
-        for tensor in (*self.keys, *self.values):
-            tensor[index, :, :length] = tensor[source, :, :length]
+        self.reserve(rows, [length] * len(rows))
         for row in rows:
-            self.lengths[row] = self._written[row] = length
+            for tensors in ("keys", "values"):
+                for mine, theirs in zip(getattr(row.block, tensors), getattr(source.block, tensors), strict=True):
+                    mine[row.index, :, :length] = theirs[source.index, :, :length]
+            row.length = length
 
-    def _reserve(self, slots: int) -> None:
-        if slots <= self.slots:
-            return
-        roomy = 2 * self.slots if self.limit is None else min(2 * self.slots, self.limit)
-        self._grow(rows=len(self.lengths), slots=max(slots, roomy))
+    def view(self, rows: Sequence[CacheRow], layout: Layout) -> "CacheView":
+        """These rows as a forward pass over a stream sees them."""
+        return CacheView(self, rows, layout)
 
-    def _grow(self, *, rows: int, slots: int) -> None:
-        """Copies what has been written only: memory that was never touched costs nothing on a CPU."""
-        count, used = len(self.lengths), max(self._written)
-        for tensors in (self.keys, self.values):
-            for i, old in enumerate(tensors):
-                tensors[i] = old.new_zeros((rows, old.shape[1], slots, old.shape[3]))
-                tensors[i][:count, :, :used] = old[:, :, :used]
-        self._free += range(count, rows)  # larger than all others, so this stays a heap
-        self.lengths += [0] * (rows - count)
-        self._written += [0] * (rows - count)
+    def decode_view(self, rows: Sequence[CacheRow], lengths: Int[Tensor, " r"] | None = None) -> "DecodeView":
+        """These rows as a decode step sees them."""
+        return DecodeView(self, rows, lengths)
+
+    def gather(self, rows: Sequence[CacheRow], *, at_end: bool = False) -> None:
+        """Moves these rows next to each other: to the front of their blocks, or to their end."""
+        by_block: dict[int, list[CacheRow]] = {}
+        for row in rows:
+            by_block.setdefault(row.block.capacity, []).append(row)
+        for capacity, members in by_block.items():
+            block, count = self.blocks[capacity], len(members)
+            start = len(block.rows) - count if at_end else 0
+            inside = set(range(start, start + count))
+            free = sorted(inside - {row.index for row in members})
+            for row, index in zip([row for row in members if row.index not in inside], free, strict=True):
+                block.swap(row.index, index)
+                self.version += 1
+
+    def _block_with_room(self, capacity: int) -> CacheBlock:
+        """The block of a capacity, with memory for one row more."""
+        block = self.blocks.get(capacity) or CacheBlock(capacity)
+        if len(block.rows) == block.room:
+            self._resize(block, max(1, 2 * block.room))
+        self.blocks[capacity] = block
+        self.blocks = dict(sorted(self.blocks.items()))
+        return block
+
+    def _resize(self, block: CacheBlock, room: int) -> None:
+        """Copies what was written only: on a CPU, memory that was never touched costs nothing."""
+        shape, count = (room, self.kv_heads, block.capacity, self.dim_head), len(block.rows)
+        used = max(block.written[:count], default=0)
+        made = [
+            torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2 * self.layers)
+        ]  # all, or an error and nothing has changed
+        for new, old in zip(made, block.tensors(), strict=False):
+            new[:count, :, :used] = old[:count, :, :used]
+        block.keys, block.values = made[: self.layers], made[self.layers :]
+        block.written = block.written[:count] + [0] * (room - count)
+        self.version += 1
+
+    def _move(self, row: CacheRow, capacity: int) -> None:
+        """To a block of a larger capacity."""
+        target = self._block_with_room(capacity)
+        old = CacheRow(row.block, row.index, row.length)
+        old.block.rows[old.index] = old
+        index = len(target.rows)
+        target.clear(index)
+        target.rows.append(row)
+        self._copy_row(row, target, index)
+        self.release(old)
+
+    def _copy_row(self, row: CacheRow, block: CacheBlock, index: int) -> None:
+        """Gives the committed tokens of a row another place."""
+        source, start = row.block, row.index
+        for tensors in ("keys", "values"):
+            for new, old in zip(getattr(block, tensors), getattr(source, tensors), strict=True):
+                new[index, :, : row.length] = old[start, :, : row.length]
+        block.rows[index] = row
+        row.block, row.index = block, index
+        block.clear(index, row.length)
+        block.written[index] = max(block.written[index], row.length)
+
+    def _shrink(self, block: CacheBlock) -> None:
+        """Frees memory that is no longer needed: all of an empty block, half of one that is used by a quarter."""
+        if not block.rows:
+            del self.blocks[block.capacity]
+        elif 4 * len(block.rows) <= block.room:
+            try:
+                self._resize(block, block.room // 2)
+            except (RuntimeError, MemoryError):
+                pass  # there is no memory for the smaller copy just now: the larger one goes on
+
+
+def capacity_for(length: int) -> int:
+    """The capacity of the smallest block that holds so many tokens."""
+    return max(SMALLEST, 1 << (length - 1).bit_length()) if length > 1 else SMALLEST
+
+
+class CacheRun(NamedTuple):
+    """Neighbouring rows of a block that get the same number of new tokens.
+
+    - `tokens`: their slots in the stream; `rows`: their rows in the block
+    - `slots`: `(g, 1)` row and `(g, t)` slot of every new token, or a slice where all rows write to the same slots
+    """
+
+    block: CacheBlock
+    rows: slice
+    tokens: slice
+    slots: slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]
+    chunks: Sequence[Chunk]
+
+    @property
+    def num_keys(self) -> int:
+        return max(chunk.num_keys for chunk in self.chunks)
+
+    def batched(self, part: Shaped[Tensor, "n h e"]) -> Shaped[Tensor, "g h t e"]:
+        return part[self.tokens].unflatten(0, (self.rows.stop - self.rows.start, -1)).transpose(1, 2)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Shaped[Tensor, "g h k e"], Shaped[Tensor, "g h k e"]]:
+        """Writes new keys and values `(g, h, t, e)`. Returns views of all that its queries may see."""
+        return self._update(self.block.keys[layer], k), self._update(self.block.values[layer], v)
+
+    def _update(self, stored: Tensor, new: Tensor) -> Tensor:
+        if isinstance(self.slots, slice):
+            stored[self.rows, :, self.slots] = new
+        else:
+            row_of, slot_of = self.slots
+            stored[row_of, :, slot_of] = new.transpose(1, 2).to(stored.dtype)
+        return stored[self.rows, :, : self.num_keys]
 
 
 class CacheView:
-    """The rows of a cache that take part in one forward pass, and the slots where its tokens go."""
+    """The rows that take part in one forward pass over a stream: sample i of the `layout` continues `rows[i]`."""
 
-    def __init__(self, cache: KVCache, rows: Sequence[int], layout: Layout):
-        self.cache, self.rows, self.layout = cache, tuple(rows), layout
-        self.past = [cache.lengths[row] for row in rows]
-        self.runs = layout.runs_in(self.rows)
+    def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout):
+        cache.reserve(rows, layout.lengths)
+        self.version = cache.version
+        numbers = tuple(row.block.capacity << 32 | row.index for row in rows)  # no neighbours in different blocks
+        self.runs: list[CacheRun] = []
+        for run in layout.runs_in(numbers):
+            members = rows[run.samples]
+            first = members[0]
+            span = slice(first.index, first.index + len(members))
+            slots = _slots(members, layout.lengths[run.samples.start], cache.device)
+            self.runs.append(CacheRun(first.block, span, run.tokens, slots, run.chunks))
 
-    @cached_property
-    def locations(self) -> list[slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]]:
-        """Where each run writes: to the same slots of its rows, or to some of each."""
-        return [self._locate(run) for run in self.runs]
 
-    def _locate(self, run: Run) -> slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]:
-        past, length = self.past[run.samples], self.layout.lengths[run.samples.start]
-        if len(set(past)) == 1:
-            return slice(past[0], past[0] + length)
-        row_of = torch.arange(run.rows.start, run.rows.stop, device="cpu")[:, None]
-        slot_of = torch.tensor(past, device="cpu")[:, None] + torch.arange(length, device="cpu")
-        device = self.cache.keys[0].device
-        return row_of.to(device, non_blocking=True), slot_of.to(device, non_blocking=True)
+def _slots(rows: Sequence[CacheRow], length: int, device: torch.device) -> slice | tuple[Tensor, Tensor]:
+    """Where `length` new tokens of each of these rows go."""
+    past = [row.length for row in rows]
+    if len(set(past)) == 1:
+        return slice(past[0], past[0] + length)
+    row_of = torch.tensor([row.index for row in rows], device="cpu")[:, None]
+    slot_of = torch.tensor(past, device="cpu")[:, None] + torch.arange(length, device="cpu")
+    return row_of.to(device, non_blocking=True), slot_of.to(device, non_blocking=True)
 
-    def update(
-        self, layer: int, run: int, keys: Shaped[Tensor, "g h t d"], values: Shaped[Tensor, "g h t d"]
-    ) -> tuple[Shaped[Tensor, "g h k d"], Shaped[Tensor, "g h k d"]]:
-        """Writes the new keys and values of a run, and returns all that it may see: views, nothing is copied."""
-        num_keys = max(chunk.num_keys for chunk in self.runs[run].chunks)
-        return (
-            self._update(self.cache.keys[layer], run, keys)[:, :, :num_keys],
-            self._update(self.cache.values[layer], run, values)[:, :, :num_keys],
-        )
 
-    def _update(self, stored: Tensor, run: int, new: Tensor) -> Tensor:
-        rows, location = self.runs[run].rows, self.locations[run]
-        if isinstance(location, slice):
-            stored[rows, :, location] = new
-        else:
-            row_of, slot_of = location
-            stored[row_of, :, slot_of] = new.transpose(1, 2).to(stored.dtype)
-        return stored[rows]
+class DecodeRun(NamedTuple):
+    """The first `count` rows of a block, each of which gets one token.
+
+    - `tokens`: their slots in the stream
+    - `slots`: where their keys and values go in the block, heads and rows flattened
+    - `num_keys`: how many keys are attended to; `bias` is `-inf` where a row has fewer, None if all have as many
+    """
+
+    block: CacheBlock
+    count: int
+    tokens: slice
+    slots: Int[Tensor, " g_h"]
+    num_keys: int
+    bias: Float[Tensor, "g 1 1 k"] | None
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Shaped[Tensor, "g h k e"], Shaped[Tensor, "g h k e"]]:
+        """Writes new keys and values `(g, h, e)`. Returns views of all that may be seen."""
+        return self._update(self.block.keys[layer], k), self._update(self.block.values[layer], v)
+
+    def _update(self, stored: Tensor, new: Tensor) -> Tensor:
+        stored.view(-1, stored.shape[-1]).index_copy_(0, self.slots, new.reshape(-1, stored.shape[-1]))
+        return stored[: self.count, :, : self.num_keys]
+
+
+class DecodeView:
+    """The rows of a decode step, which get one token each.
+
+    `rows` stand at the front of their blocks, in order. With `lengths` `(r,)` on the device nothing but those depends on
+    what was written so far: all slots are attended to behind a mask, and one graph serves every step. Without, the
+    host's lengths cut off what no row needs.
+    """
+
+    def __init__(self, cache: KVCache, rows: Sequence[CacheRow], lengths: Int[Tensor, " r"] | None = None):
+        cache.reserve(rows, [1] * len(rows))
+        self.version = cache.version
+        self.runs: list[DecodeRun] = []
+        start = 0
+        while start < len(rows):
+            block = rows[start].block
+            members = [row for row in rows[start:] if row.block is block]
+            assert [row.index for row in members] == list(range(len(members))), "rows to decode are gathered first"
+            tokens = slice(start, start + len(members))
+            self.runs.append(_decode_run(cache, block, members, tokens, None if lengths is None else lengths[tokens]))
+            start = tokens.stop
+
+
+def _decode_run(
+    cache: KVCache, block: CacheBlock, rows: Sequence[CacheRow], tokens: slice, lengths: Tensor | None
+) -> DecodeRun:
+    count, past = len(rows), [row.length for row in rows]
+    first = torch.arange(count * cache.kv_heads, device=cache.device) * block.capacity
+    if lengths is None:
+        num_keys = max(past) + 1
+        at = torch.tensor(past, device="cpu").to(cache.device, non_blocking=True)
+        bias = None if len(set(past)) == 1 else _bias(at, num_keys, cache.dtype)
+    else:
+        num_keys, at = block.capacity, lengths
+        bias = _bias(at, num_keys, cache.dtype)
+    return DecodeRun(block, count, tokens, first + at.repeat_interleave(cache.kv_heads), num_keys, bias)
+
+
+def _bias(length: Int[Tensor, " g"], num_keys: int, dtype: torch.dtype) -> Float[Tensor, "g 1 1 k"]:
+    """0 for the keys of a row up to its new token, -inf behind."""
+    seen: Bool[Tensor, "g k"] = torch.arange(num_keys, device=length.device) <= length[:, None]
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))[:, None, None]

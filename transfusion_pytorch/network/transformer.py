@@ -19,7 +19,7 @@ from transfusion_pytorch.network.attend import (
     RaggedAttention,
     plan_attention,
 )
-from transfusion_pytorch.network.cache import CacheView, KVCache
+from transfusion_pytorch.network.cache import CacheView, DecodeView, KVCache
 from transfusion_pytorch.network.compile import Checkpointing, layer_caller
 from transfusion_pytorch.network.layer import Layer, residual_connection
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         position: Int[Tensor, " n"],
         layout: Layout,
         conditioning: Conditioning | None = None,
-        cache: CacheView | None = None,
+        cache: CacheView | DecodeView | None = None,
     ) -> Shaped[Tensor, "n d"]:
         """Runs a packed stream; with a `cache` its samples continue the rows of that.
 
@@ -179,10 +179,10 @@ class Transformer(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.use_checkpoint = False
 
-    def create_cache(self, *, device: torch.device, dtype: torch.dtype, rows: int = 1) -> KVCache:
-        """An empty cache, to begin with for so many samples."""
+    def create_cache(self, *, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache."""
         return KVCache(
-            layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype, rows=rows
+            layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype
         )
 
 

@@ -1,0 +1,113 @@
+"""The rows that write text, as tensors on the device: what a decode step reads and advances.
+
+r rows, v vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.generation.sampler import SamplingColumns
+from transfusion_pytorch.sequence.hashing import uniform
+from transfusion_pytorch.sequence.masks import Layout
+from transfusion_pytorch.sequence.stream import NO_SPANS, Past, TokenStream
+
+STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
+
+
+@dataclass(eq=False)
+class BatchState:
+    """A fixed set of rows. It is made when rows enter or leave, or may write other ids than before; while they only
+    write text, a decode step advances it on the device and nothing is uploaded.
+
+    - `requests` and their `branches`, in the order of the rows of the cache, whose `version` this is for
+    - `token`: the id to be read next; `position`: its rotary position
+    - `allowed`: the ids that may come next, `(1, v)` where they are the same for all rows
+    - `columns`: the options of text; `seen`: ids to be penalised
+    - `numbers`: random numbers of the next steps, of which `step` were used
+    """
+
+    requests: list[Any]
+    branches: list[Any]
+    version: int
+    token: Int[Tensor, " r"]
+    position: Int[Tensor, " r"]
+    allowed: Bool[Tensor, "#r v"]
+    columns: SamplingColumns
+    numbers: Float[Tensor, "r steps"]
+    seen: Bool[Tensor, "r v"] | None
+    no_times: Float[Tensor, " none"]
+    step: int = 0
+
+    @classmethod
+    def of(
+        cls, requests: Sequence[Any], *, version: int, device: torch.device, dtype: torch.dtype
+    ) -> "BatchState":
+        """`requests` write text; `dtype` is that of the model's logits."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        branches = [request.branch for request in requests]
+        masks = [request.allowed for request in requests]
+        same = all(mask is masks[0] for mask in masks)
+        seen = None
+        if any(request.seen is not None for request in requests):
+            none = torch.zeros_like(masks[0])
+            seen = _to(torch.stack([none if it.seen is None else it.seen for it in requests]), device)
+        counters = torch.tensor([request.num_chosen for request in requests], device="cpu")
+        steps = torch.arange(STEPS_OF_NUMBERS, device="cpu")
+        seeds = torch.tensor([request.seed for request in requests], device="cpu")
+        return cls(
+            requests=list(requests),
+            branches=branches,
+            version=version,
+            token=_to(torch.tensor([branch.ids[-1] if branch.ids else 0 for branch in branches], device="cpu"), device),
+            position=_to(torch.tensor([branch.past.position for branch in branches], device="cpu"), device),
+            allowed=_to(masks[0][None] if same else torch.stack(masks), device),
+            columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
+            numbers=uniform(seeds, counters[:, None] + steps, device),
+            seen=seen,
+            no_times=torch.empty(0, device=device, dtype=dtype),
+        )
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether there are no random numbers for another step."""
+        return self.step == STEPS_OF_NUMBERS
+
+    @property
+    def uniform(self) -> Float[Tensor, " r"]:
+        """The random number of every row for this step."""
+        return self.numbers[:, self.step]
+
+    def advance(self, tokens: Int[Tensor, " r"]) -> None:
+        """To the next step, in which these ids are read."""
+        self.token = tokens
+        self.position = self.position + 1
+        self.step += 1
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # a row without a choice ends
+
+    def stream(self) -> TokenStream:
+        """The ids to be read as a stream of one token for each row. What only training asks for is left as it is."""
+        past = tuple(Past(branch.past.length, branch.past.position) for branch in self.branches)
+        lengths = (1,) * len(past)
+        return TokenStream(
+            token=self.token,
+            sample=self.token,
+            modulation_index=self.token,
+            position=self.position,
+            label=self.token,
+            layout=Layout(end=self.token, lengths=lengths, past=tuple(row.length for row in past), device=self.token.device),
+            spans=NO_SPANS,
+            placements={},
+            lengths=lengths,
+            past=past,
+            ignore_index=-1,
+        )
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,464 @@
+"""Forward passes for sampling: prefill, decode step, velocities of spans; with a KV cache or by reading everything again.
+
+r branches, k latents of a span, c their channels, d model.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from transfusion_pytorch.flow.times import CLEAN
+from transfusion_pytorch.generation.batch_state import BatchState
+from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
+from transfusion_pytorch.sequence.stream import Past, TokenStream
+
+READ_AT_ONCE = 8192  # tokens of one prefill: 64 long prompts at once would take the memory of a training batch
+
+
+@runtime_checkable
+class Model(Protocol):
+    """All that sampling needs to know of a model."""
+
+    vocabulary: Any
+    modalities: Any
+    transformer: Any
+    odeint_kwargs: dict[str, Any]
+    fallback_to_default_shape_if_invalid: bool
+    prob_uncond: float
+    device: torch.device
+    dtype: torch.dtype
+    precision: torch.dtype
+
+    def pack_stream(self, samples: Sequence[Sequence[Piece]], past: Sequence[Past] | None = None) -> TokenStream: ...
+    def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> dict[int, Tensor]: ...
+    def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
+    def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
+    def forward_stream(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
+    def velocities(self, output: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class Branch:
+    """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
+
+    - `pieces`, `ids`: what is to be read next: pieces, then ids of text. A decode step reads a single id
+    - `read`: what was read, pieces and single ids in order; `past` says how many tokens and positions that is
+    - `hidden`: the transformer's output at the last token that was read
+    - `row`: its row in the cache; `prefix_key`: what it begins with, until that is read
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    read: list[Piece | int] = field(default_factory=list)
+    past: Past = field(default_factory=Past)
+    hidden: Shaped[Tensor, " d"] | None = None
+    row: Any = None
+    prefix_key: Hashable = None
+
+    def append(self, piece: Piece) -> None:
+        if isinstance(piece, Text):
+            self.ids += piece.ids.tolist()
+        else:
+            self.pieces = [*self.pending, piece]
+            self.ids = []
+
+    @property
+    def pending(self) -> list[Piece]:
+        return [*self.pieces, *as_text(self.ids)]
+
+    @property
+    def is_pending(self) -> bool:
+        return bool(self.ids or self.pieces)
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether more is to be read than one id behind others."""
+        return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
+
+    def take(self, most: int | None, num_tokens: Any) -> list[Piece]:
+        """The first pieces that are pending, of at most so many tokens, but at least one id or span. Text may be
+        split, a span is not. `num_tokens` counts those of a piece.
+        """
+        taken: list[Piece] = []
+        for piece in self.pending:
+            size = num_tokens(piece)
+            if most is None or size <= most or (not taken and not isinstance(piece, Text)):
+                taken.append(piece)
+                most = None if most is None else max(0, most - size)
+                continue
+            if isinstance(piece, Text) and (most or not taken):
+                taken.append(Text(piece.ids[: max(1, most)]))
+            break
+        return taken
+
+    def mark_read(self, taken: Sequence[Piece], length: int, hidden: Shaped[Tensor, " d"]) -> None:
+        """The first pieces that were pending are read: `length` tokens. A span takes one position."""
+        rest: list[Piece] = self.pending[len(taken) :]
+        last = taken[-1]
+        if isinstance(last, Text) and len(last.ids) < len(whole := self.pending[len(taken) - 1].ids):  # type: ignore[union-attr]
+            rest = [Text(whole[len(last.ids) :]), *rest]
+        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in taken)
+        self.pieces, self.ids = [], []
+        for piece in rest:
+            self.append(piece)
+        self._advance(taken, length, positions, hidden)
+
+    def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
+        """The single id that was pending is read."""
+        [token], self.ids = self.ids, []
+        self._advance([token], 1, 1, hidden)
+
+    def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:
+        self.read.extend(read)
+        self.past = Past(self.past.length + length, self.past.position + positions)
+        self.hidden = hidden
+
+    def everything(self) -> list[Piece]:
+        """All that was read, as pieces."""
+        pieces: list[Piece] = []
+        for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
+            pieces += as_text(list(group)) if is_id else group  # type: ignore[arg-type]
+        return pieces
+
+    def rewind(self) -> None:
+        """Nothing counts as read any more."""
+        pieces, self.pieces, self.ids = [*self.everything(), *self.pending], [], []
+        for piece in pieces:
+            self.append(piece)
+        self.read, self.past, self.hidden, self.prefix_key = [], Past(), None, None
+
+
+@dataclass(frozen=True)
+class SpanStream:
+    """A stream of spans that are evaluated many times, each behind its branch.
+
+    - `spans`: where they are in its span table, `index` the same on the device; `history`: latents by type of the
+      modalities before them, if it has any
+    - `view`: the rows of the cache, of that `version`
+    """
+
+    stream: TokenStream
+    history: dict[int, Tensor]
+    spans: list[int]
+    index: Int[Tensor, " r"]
+    view: Any = None
+    version: int = 0
+
+
+class Prefix(NamedTuple):
+    """What several branches begin with: rows that hold it, its size, and the output at its last token."""
+
+    rows: list[Any]
+    past: Past
+    hidden: Shaped[Tensor, " d"]
+
+
+class CachedRunner:
+    """Reads every token once. What several branches begin with is read once, and copied: samples of one prompt, and
+    histories without text.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
+        self.tokens_read = 0
+        self._prefixes: dict[Hashable, Prefix] = {}
+
+    def prepare(self) -> None:
+        """Keys and values are kept in the type that the forward pass computes in."""
+        kind = self.model.device.type
+        self.cache.set_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype)
+
+    def close(self, branch: Branch) -> None:
+        if branch.row is not None:
+            row, branch.row = branch.row, None
+            self._forget(row)
+            self.cache.release(row)
+
+    def rewind(self, branch: Branch) -> None:
+        """Has a branch read again from its start."""
+        branch.rewind()
+        if branch.row is not None:
+            self._forget(branch.row)
+            branch.row.length = 0
+
+    def _forget(self, row: Any) -> None:
+        for key, prefix in list(self._prefixes.items()):
+            if row in prefix.rows:
+                prefix.rows.remove(row)
+                if not prefix.rows:
+                    del self._prefixes[key]
+
+    # prefill
+
+    def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
+        """Reads what is pending: at most so many tokens in all, if given, but always something."""
+        readers, followers, claimed = [], [], set()
+        for branch in branches:
+            if not branch.past.length and branch.prefix_key is None:
+                branch.prefix_key = fingerprint(branch.pending)
+            key = branch.prefix_key
+            if not branch.past.length and (key in self._prefixes or key in claimed):
+                followers.append(branch)
+            else:
+                readers.append(branch)
+                claimed |= set() if key is None else {key}
+        for group in self._groups(readers, most):
+            self._read(group)
+        for branch in readers:
+            if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
+                self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
+                branch.prefix_key = None
+        self._copy_prefixes(followers)
+
+    def _copy_prefixes(self, branches: Sequence[Branch]) -> None:
+        by_key: dict[Hashable, list[Branch]] = {}
+        for branch in branches:
+            if branch.prefix_key in self._prefixes:
+                by_key.setdefault(branch.prefix_key, []).append(branch)
+        for key, members in by_key.items():
+            prefix = self._prefixes[key]
+            for branch in members:
+                self._open(branch, prefix.past.length)
+            rows = [branch.row for branch in members]
+            self.cache.copy(prefix.rows[0], rows, prefix.past.length)
+            prefix.rows.extend(rows)
+            for branch in members:
+                branch.mark_read(branch.pending, prefix.past.length, prefix.hidden)
+                branch.prefix_key = None
+
+    def _groups(self, branches: Sequence[Branch], most: int | None) -> Iterable[list[tuple[Branch, list[Piece]]]]:
+        """What is read in one forward pass: not too much at once, and branches of one length together, which are one
+        plain batch.
+        """
+        shares: list[tuple[int, Branch, list[Piece]]] = []
+        for branch in branches:
+            if most is not None and most <= 0:
+                break
+            taken = branch.take(most, self._num_tokens)
+            size = sum(map(self._num_tokens, taken))
+            shares.append((size, branch, taken))
+            most = None if most is None else most - size
+        group: list[tuple[Branch, list[Piece]]] = []
+        total = 0
+        for size, branch, taken in sorted(shares, key=lambda share: share[0]):
+            if group and total + size > READ_AT_ONCE:
+                yield group
+                group, total = [], 0
+            group.append((branch, taken))
+            total += size
+        if group:
+            yield group
+
+    def _read(self, group: Sequence[tuple[Branch, list[Piece]]]) -> None:
+        sizes = {id(branch): sum(map(self._num_tokens, taken)) for branch, taken in group}
+        for branch, _ in group:
+            self._open(branch, sizes[id(branch)])
+        self.cache.reserve([branch.row for branch, _ in group], list(sizes.values()))
+        group = sorted(group, key=lambda it: (sizes[id(it[0])], *_place(it[0])))
+        branches, samples = [branch for branch, _ in group], [taken for _, taken in group]
+        stream = self.model.pack_stream(samples, [branch.past for branch in branches]).to(self.model.device)
+        rows = [branch.row for branch in branches]
+        view = self.cache.view(rows, stream.layout)
+        latents = self.model.latents_by_type(samples)
+        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
+        self.cache.commit(rows, stream.lengths)
+        self.tokens_read += sum(stream.lengths)
+        for branch, taken, length, hidden in zip(
+            branches, samples, stream.lengths, output.hidden[stream.last], strict=True
+        ):
+            branch.mark_read(taken, length, hidden)
+
+    def _open(self, branch: Branch, length: int) -> None:
+        """Gives a branch its row, if it has none yet."""
+        if branch.row is None:
+            branch.row = self.cache.acquire(length)
+
+    def _num_tokens(self, piece: Piece) -> int:
+        if isinstance(piece, Text):
+            return len(piece.ids)
+        return prod(self.model.modalities[piece.type].token_shape(piece.shape))
+
+    # decode
+
+    def arrange(self, branches: Sequence[Branch]) -> list[int]:
+        """Moves the rows of these branches together, with room for one token more. Returns their order."""
+        rows = [branch.row for branch in branches]
+        self.cache.reserve(rows, [1] * len(rows))
+        self.cache.gather(rows)
+        return sorted(range(len(rows)), key=lambda i: _place(branches[i]))
+
+    def has_moved(self, state: BatchState) -> bool:
+        """Whether a state has to be made anew before its next step."""
+        return state.version != self.cache.version or any(
+            branch.row.length == branch.row.block.capacity for branch in state.branches
+        )
+
+    def version(self) -> int:
+        return self.cache.version
+
+    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
+        """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
+        view = self.cache.decode_view([branch.row for branch in state.branches])
+        return self.model.forward_stream(state.stream(), {}, state.no_times, view).hidden
+
+    def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
+        self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
+        self.tokens_read += len(state.branches)
+        for branch, own in zip(state.branches, hidden.unbind(), strict=True):
+            branch.mark_id_read(own)
+
+    # velocities
+
+    def lay_out(self, branches: Sequence[Branch], spans: Sequence[Modality]) -> SpanStream:
+        """The stream of one span behind each branch. Nothing of it is committed."""
+        sizes = list(map(self._num_tokens, spans))
+        has_history = any(branch.past.length for branch in branches)
+        if has_history:
+            for branch, size in zip(branches, sizes, strict=True):
+                self._open(branch, size)
+            rows = [branch.row for branch in branches]
+            self.cache.reserve(rows, sizes)
+            self.cache.gather(sorted(rows, key=lambda row: row.index), at_end=True)
+        keys = [(span.type, span.shape, *_place(branch)) for branch, span in zip(branches, spans, strict=True)]
+        order = sorted(range(len(branches)), key=keys.__getitem__)
+        samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
+        stream = self.model.pack_stream(samples, past).to(self.model.device)
+        view = self.cache.view([branches[i].row for i in order], stream.layout) if has_history else None
+        spans = _inverse(order)
+        return SpanStream(stream, {}, spans, _index(spans, self.model.device), view, self.cache.version)
+
+    def is_current(self, laid: SpanStream) -> bool:
+        return laid.view is None or laid.version == self.cache.version
+
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+        """The velocity of each span laid out, flat `(k, c)`, at its own time."""
+        return _evaluate(self.model, laid, x_t, times)
+
+
+class UncachedRunner:
+    """Reads everything again each time: slower, and right by construction. The cache is held to it by the tests, and a
+    transformer without `create_cache` can sample.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.tokens_read = 0
+
+    def prepare(self) -> None: ...
+
+    def close(self, branch: Branch) -> None:
+        branch.read = []
+
+    def rewind(self, branch: Branch) -> None:
+        branch.rewind()
+
+    def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
+        pending = [branch.pending for branch in branches]
+        lengths, last = self._read(branches)
+        for branch, taken, length, hidden in zip(branches, pending, lengths, last, strict=True):
+            branch.mark_read(taken, length - branch.past.length, hidden)
+
+    def _read(self, branches: Sequence[Branch]) -> tuple[Sequence[int], Shaped[Tensor, "r d"]]:
+        samples = [[*branch.everything(), *branch.pending] for branch in branches]
+        stream = self.model.pack_stream(samples).to(self.model.device)
+        latents = self.model.latents_by_type(samples)
+        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream))
+        self.tokens_read += sum(stream.lengths)
+        return stream.lengths, output.hidden[stream.last]
+
+    def arrange(self, branches: Sequence[Branch]) -> list[int]:
+        return list(range(len(branches)))
+
+    def has_moved(self, state: BatchState) -> bool:
+        return False
+
+    def version(self) -> int:
+        return 0
+
+    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
+        return self._read(state.branches)[1]
+
+    def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
+        for branch, own in zip(state.branches, hidden.unbind(), strict=True):
+            branch.mark_id_read(own)
+
+    def lay_out(self, branches: Sequence[Branch], spans: Sequence[Modality]) -> SpanStream:
+        samples = [[*branch.everything(), span] for branch, span in zip(branches, spans, strict=True)]
+        stream = self.model.pack_stream(samples).to(self.model.device)
+        owners = stream.spans.sample.tolist()
+        last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
+        return SpanStream(stream, self.model.latents_by_type(samples), last, _index(last, self.model.device))
+
+    def is_current(self, laid: SpanStream) -> bool:
+        return True
+
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+        return _evaluate(self.model, laid, x_t, times)
+
+
+Runner = CachedRunner | UncachedRunner
+
+
+def create_runner(model: Model, *, cache_kv: bool = True) -> Runner:
+    """With a cache, unless that is not wanted or the transformer is a user's own and has none."""
+    return CachedRunner(model) if cache_kv and hasattr(model.transformer, "create_cache") else UncachedRunner(model)
+
+
+def fingerprint(pieces: Iterable[Piece]) -> Hashable:
+    """Equal for equal pieces, to the bit."""
+    return tuple(
+        tuple(piece.ids.tolist())
+        if isinstance(piece, Text)
+        else (piece.type, piece.shape, piece.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for piece in pieces
+    )
+
+
+def _place(branch: Branch) -> tuple[int, int]:
+    """Where it lies in the cache, to sort by."""
+    return (0, 0) if branch.row is None else (branch.row.block.capacity, branch.row.index)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each entry went: `[2 0 1] -> [1 2 0]`."""
+    locations = [0] * len(order)
+    for location, i in enumerate(order):
+        locations[i] = location
+    return locations
+
+
+def _index(values: Sequence[int], device: torch.device) -> Int[Tensor, " r"]:
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
+
+
+def _clean_times(model: Model, stream: TokenStream) -> Tensor:
+    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
+
+
+def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
+    spans = laid.stream.spans
+    now = dict(zip(laid.spans, x_t, strict=True))
+    t = _clean_times(model, laid.stream)
+    t.index_copy_(0, laid.index, times.to(t.dtype))
+    latents = {}
+    for modality in sorted(set(spans.types)):
+        members = spans.of_type(modality)
+        every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
+        latents[modality] = torch.cat([every[span] for span in members])
+    velocities = model.velocities(model.forward_stream(laid.stream, latents, t, laid.view), laid.stream, latents, t)
+    by_span: dict[int, Tensor] = {}
+    for modality, flat in velocities.items():
+        by_span |= _split(flat, spans, spans.of_type(modality))
+    return [by_span[span] for span in laid.spans]
+
+
+def _split(flat: Tensor, spans: Any, members: list[int]) -> dict[int, Tensor]:
+    return dict(zip(members, flat.split([spans.sizes[span] for span in members]), strict=True))

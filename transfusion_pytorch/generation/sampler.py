@@ -1,0 +1,136 @@
+"""Choosing the next id of text, for many rows at once, each with its own options.
+
+r rows, v vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from transfusion_pytorch.generation.options import SamplingOptions
+
+GREEDY_BELOW = torch.finfo(torch.float32).tiny
+NO_CHOICE = -1
+
+
+class SamplingColumns(NamedTuple):
+    """The options of text as tensors, a number for each row. None for what no row asks for."""
+
+    temperature: Float[Tensor, "r 1"] | None
+    is_greedy: Bool[Tensor, " r"] | None
+    top_k: Int[Tensor, "r 1"] | None
+    most_k: int
+    top_p: Float[Tensor, "r 1"] | None
+    log_min_p: Float[Tensor, "r 1"] | None
+    penalty: Float[Tensor, "r 1"] | None
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingOptions], *, device: torch.device, dtype: torch.dtype) -> "SamplingColumns":
+        """`dtype` is that of the logits, in single precision at least."""
+        greedy = [row.text_temperature < GREEDY_BELOW for row in rows]
+
+        def column(values: Sequence[float], is_wanted: bool) -> Tensor | None:
+            if not is_wanted:
+                return None
+            exact = torch.tensor(values, dtype=torch.float64, device="cpu")[:, None]
+            return exact.clamp(max=torch.finfo(dtype).max).to(device, dtype, non_blocking=True)
+
+        temperatures = [max(row.text_temperature, GREEDY_BELOW) for row in rows]
+        ks = [row.text_top_k for row in rows]
+        most = max((k for k in ks if k is not None), default=0)
+        min_p = column([row.text_min_p for row in rows], any(row.text_min_p > 0 for row in rows))
+        k = column([2**31 if k is None else k for k in ks], most > 0)
+        return cls(
+            temperature=column(temperatures, not all(greedy)),
+            is_greedy=torch.tensor(greedy, device="cpu").to(device, non_blocking=True) if any(greedy) else None,
+            top_k=None if k is None else k.long(),
+            most_k=most,
+            top_p=column([row.text_top_p for row in rows], any(row.text_top_p < 1 for row in rows)),
+            log_min_p=None if min_p is None else min_p.log(),
+            penalty=column(
+                [row.text_repetition_penalty for row in rows], any(row.text_repetition_penalty != 1 for row in rows)
+            ),
+        )
+
+
+def sample_tokens(
+    logits: Shaped[Tensor, "r v"],
+    allowed: Bool[Tensor, "#r v"],
+    columns: SamplingColumns,
+    uniform: Float[Tensor, " r"],
+    seen: Bool[Tensor, "r v"] | None = None,
+) -> Int[Tensor, " r"]:
+    """An id for each row among those `allowed`, or `NO_CHOICE` where its logits are not finite.
+
+    `uniform` is a random number in [0, 1) for each row: what a row becomes depends only on its own. `seen` are the ids
+    to be penalised. Nothing is read back from the device.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if seen is not None and columns.penalty is not None:
+        logits = penalize(logits, seen, columns.penalty)
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    likeliest, tokens = logits.max(dim=-1)
+    if columns.temperature is not None:
+        kept = filter_logits(logits, columns) - likeliest[:, None]  # at most 0, so that any temperature can divide it
+        drawn = _draw(kept / columns.temperature, uniform)
+        tokens = drawn if columns.is_greedy is None else torch.where(columns.is_greedy, tokens, drawn)
+    return torch.where(likeliest.isfinite(), tokens, NO_CHOICE)
+
+
+def penalize(
+    logits: Float[Tensor, "r v"], seen: Bool[Tensor, "r v"], penalty: Float[Tensor, "r 1"]
+) -> Float[Tensor, "r v"]:
+    """Makes what was `seen` less likely (CTRL, arXiv 1909.05858)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(logits: Float[Tensor, "r v"], columns: SamplingColumns) -> Float[Tensor, "r v"]:
+    """Cuts off what each row's options rule out."""
+    if columns.top_k is not None:
+        logits = keep_top_k(logits, columns.top_k, columns.most_k)
+    if columns.top_p is not None:
+        logits = keep_top_p(logits, columns.top_p)
+    if columns.log_min_p is not None:
+        logits = keep_min_p(logits, columns.log_min_p)
+    return logits
+
+
+def keep_top_k(logits: Float[Tensor, "r v"], k: Int[Tensor, "r 1"], most: int) -> Float[Tensor, "r v"]:
+    """Keeps the `k` likeliest tokens of each row, and what ties with the last of them. `most` is the largest k that is
+    a limit; rows with a greater one keep all.
+    """
+    most = min(most, logits.shape[-1])
+    ranked = logits.topk(most, dim=-1).values
+    threshold = ranked.gather(-1, k.clamp(max=most) - 1)
+    return logits.masked_fill((logits < threshold) & (k <= most), float("-inf"))
+
+
+def keep_top_p(logits: Float[Tensor, "r v"], p: Float[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
+    """Keeps the likeliest tokens until they have the probability `p` together (arXiv 1904.09751), and at least one."""
+    ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(dim=-1) - ranked
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, (before >= p) & (before > 0) & (p < 1))
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def keep_min_p(logits: Float[Tensor, "r v"], log_min_p: Float[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
+    """Keeps the tokens that are at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < likeliest + log_min_p, float("-inf"))
+
+
+def log_probabilities(logits: Shaped[Tensor, "r v"], tokens: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """What the model itself gave to the chosen ids, of all that it can write."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return exact.log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
+
+
+def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
+    """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which that device has not
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
+    at = uniform.to(precise).clamp(max=1 - 1e-7)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).flatten()
