@@ -4,24 +4,27 @@ b samples, n and m tokens, d channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from transfusion_pytorch.evaluating import gathered
-from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, Sample
-from transfusion_pytorch.generation.events import Event
+from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, Request
+from transfusion_pytorch.generation.events import Event, Sample
 from transfusion_pytorch.generation.options import (
+    SamplingKeywords,
     SamplingOptions,
-    check_int,
-    check_type,
     checks_itself,
     takes_sampling_options,
-    with_own_generator,
 )
+from transfusion_pytorch.sequence.checks import check_int, check_type
 from transfusion_pytorch.sequence.samples import Shape, check_text_batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SamplingMethods:
@@ -33,10 +36,17 @@ class SamplingMethods:
 
     @takes_sampling_options
     @checks_itself
-    def sample(self, prompt: Any = None, *, cache_kv: bool = True, progress: bool = False, **options: Any) -> Sample:
+    def sample(
+        self,
+        prompt: Any = None,
+        *,
+        cache_kv: bool = True,
+        progress: bool = False,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
+    ) -> Sample:
         """Continues one prompt. See `sample_many`."""
-        own = with_own_generator(options)
-        return self.sample_many([prompt], cache_kv=cache_kv, progress=progress, **own)[0]
+        return self.sample_many([prompt], cache_kv=cache_kv, progress=progress, options=options, **keywords)[0]
 
     sample_one = sample
 
@@ -49,36 +59,45 @@ class SamplingMethods:
         max_batch: int = MAX_BATCH,
         cache_kv: bool = True,
         progress: bool = False,
-        **options: Any,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
     ) -> list[Sample]:
         """Continues any mixture of prompts, up to `max_batch` of them at once, and returns a sample for each, in order.
 
         A prompt is None, a text tensor, a modality (raw, encoded by its encoder) or `(type, modality)`, or a list of
-        those; a returned sample is one too. Each returned sample alternates text, markers included, with `(type,
-        modality)`, begins with sos, and ends with eos unless something cut it off (`max_length`, a stop id). Modalities
-        of the prompt come back as they were given.
+        those; a returned sample is one too. One that ends in a `som` id, alone or behind `meta` and a shape, opens that
+        modality, which is drawn next. Each returned sample is a list that alternates text, markers included, with
+        `(type, modality)`, begins with sos, and ends with eos unless something cut it off; its `reason` says what.
+        Modalities of the prompt come back as they were given. One that is longer than `max_length` comes back as it is,
+        with a warning.
 
-        `options` are those of `SamplingOptions`. Without `cache_kv` everything is read again at every step;
-        `progress` shows a bar.
+        `options` are `SamplingOptions`, whose fields may also be keywords. Without `cache_kv` everything is read again
+        at every step; `progress` shows a bar.
         """
         with gathered(self):
-            return self.create_engine(max_batch=max_batch, cache_kv=cache_kv).sample_many(
-                prompts, progress=progress, **options
-            )
+            engine = self.create_engine(max_batch=max_batch, cache_kv=cache_kv)
+            return engine.sample_many(prompts, progress=progress, options=options, **keywords)
 
     @takes_sampling_options
     @checks_itself
-    def sample_stream(self, prompt: Any = None, *, cache_kv: bool = True, **options: Any) -> Iterator[Event]:
-        """Continues one prompt and tells of every step (`generation.events`): text as it is written, modalities as they
-        clear. The last event has the sample. Whoever stops listening stops the work.
+    def sample_stream(
+        self,
+        prompt: Any = None,
+        *,
+        cache_kv: bool = True,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
+    ) -> Iterator[Event]:
+        """Continues one prompt and reports every step (`generation.events`): text as it is written, modalities as they
+        are denoised. The last event has the sample. Whoever stops listening stops the work.
         """
-        events = self.create_engine(max_batch=1, cache_kv=cache_kv).submit(prompt, **options).events()
-        return _while_gathered(self, events)
+        engine = self.create_engine(max_batch=1, cache_kv=cache_kv)
+        return _while_gathered(self, engine.submit(prompt, options=options, **keywords))
 
     @checks_itself
-    def create_engine(self, *, max_batch: int = MAX_BATCH, cache_kv: bool = True) -> Engine:
-        """An engine that takes requests at any time, and keeps its cache between them."""
-        return Engine(self, max_batch=max_batch, cache_kv=cache_kv)
+    def create_engine(self, *, max_batch: int = MAX_BATCH, cache_kv: bool = True, **limits: Any) -> Engine:
+        """An engine that takes requests at any time, and keeps its cache between them. `limits` are those of `Engine`."""
+        return Engine(self, max_batch=max_batch, cache_kv=cache_kv, **limits)
 
     @checks_itself
     def generate_text_only(
@@ -154,7 +173,13 @@ class SamplingMethods:
         return torch.stack(drawn)
 
 
-def _while_gathered(model: Any, events: Iterator[Event]) -> Iterator[Event]:
-    """The same events, from a model whose parameters are whole as long as somebody listens."""
+def _while_gathered(model: Any, request: Request) -> Iterator[Event]:
+    """The events of a request, from a model whose parameters are whole as long as somebody listens."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return request.events()
+    return _gathered_events(model, request)
+
+
+def _gathered_events(model: Any, request: Request) -> Iterator[Event]:
     with gathered(model):
-        yield from events
+        yield from request.events()

@@ -17,7 +17,7 @@ from transfusion_pytorch.batching import BatchingMethods, check_probability
 from transfusion_pytorch.flow.path import velocity_towards
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
-from transfusion_pytorch.generation.methods import SamplingMethods
+from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo

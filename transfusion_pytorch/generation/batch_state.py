@@ -3,7 +3,7 @@
 r rows, v vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,21 @@ class BatchState:
     """A fixed set of rows. It is made when rows enter or leave, or may write other ids than before; while they only
     write text, a decode step advances it on the device and nothing is uploaded.
 
-    - `requests` and their `branches`, in the order of the rows of the cache, whose `version` this is for
+    - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
     - `token`: the id to be read next; `position`: its rotary position
-    - `allowed`: the ids that may come next, `(1, v)` where they are the same for all rows
+    - `allowed`: the ids that may come next, `(1, v)` where they are the same for all rows; `masks` are those of the
+      requests when it was made
     - `columns`: the options of text; `seen`: ids to be penalised
     - `numbers`: random numbers of the next steps, of which `step` were used
     """
 
     requests: list[Any]
     branches: list[Any]
-    version: int
+    stamp: Hashable
     token: Int[Tensor, " r"]
     position: Int[Tensor, " r"]
     allowed: Bool[Tensor, "#r v"]
+    masks: list[Bool[Tensor, " v"]]
     columns: SamplingColumns
     numbers: Float[Tensor, "r steps"]
     seen: Bool[Tensor, "r v"] | None
@@ -45,7 +47,7 @@ class BatchState:
 
     @classmethod
     def of(
-        cls, requests: Sequence[Any], *, version: int, device: torch.device, dtype: torch.dtype
+        cls, requests: Sequence[Any], *, stamp: Hashable, device: torch.device, dtype: torch.dtype
     ) -> "BatchState":
         """`requests` write text; `dtype` is that of the model's logits."""
         dtype = torch.promote_types(dtype, torch.float32)
@@ -62,10 +64,11 @@ class BatchState:
         return cls(
             requests=list(requests),
             branches=branches,
-            version=version,
+            stamp=stamp,
             token=_to(torch.tensor([branch.ids[-1] if branch.ids else 0 for branch in branches], device="cpu"), device),
             position=_to(torch.tensor([branch.past.position for branch in branches], device="cpu"), device),
             allowed=_to(masks[0][None] if same else torch.stack(masks), device),
+            masks=masks,
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
             numbers=uniform(seeds, counters[:, None] + steps, device),
             seen=seen,
@@ -89,6 +92,13 @@ class BatchState:
         self.step += 1
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # a row without a choice ends
+
+    def holds(self) -> bool:
+        """Whether all of its requests go on writing, and may write the same ids."""
+        return all(
+            request.is_writing and request.allowed is mask
+            for request, mask in zip(self.requests, self.masks, strict=True)
+        )
 
     def stream(self) -> TokenStream:
         """The ids to be read as a stream of one token for each row. What only training asks for is left as it is."""

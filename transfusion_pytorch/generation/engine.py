@@ -3,121 +3,167 @@
 b samples, n and m tokens.
 """
 
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from transfusion_pytorch.evaluating import evaluating
-from transfusion_pytorch.generation.context import CachedContext
-from transfusion_pytorch.generation.events import Ended, EndReason, Event
+from transfusion_pytorch.display.progress import SampleProgress
+from transfusion_pytorch.evaluating import evaluation_view, watch_weights
+from transfusion_pytorch.generation.events import Ended, EndReason, Event, Sample
+from transfusion_pytorch.generation.isolation import released, run_halving
 from transfusion_pytorch.generation.options import (
+    SamplingKeywords,
     SamplingOptions,
-    as_generators,
-    check_int,
+    as_options,
     checks_itself,
+    negative_prompts_of,
+    seeds_of,
     takes_sampling_options,
-    with_own_generator,
 )
-from transfusion_pytorch.generation.progress import SampleProgress
-from transfusion_pytorch.generation.prompts import bare_and_opened, parse_prompt
-from transfusion_pytorch.generation.rules import Rules
-from transfusion_pytorch.generation.scheduler import Scheduler
-from transfusion_pytorch.generation.state import Phase, Sampled, SampleState
-from transfusion_pytorch.sequence.samples import Modality, Text, mark
+from transfusion_pytorch.generation.plan import resolve, shape_of
+from transfusion_pytorch.generation.request import RequestState
+from transfusion_pytorch.generation.runner import CachedRunner
+from transfusion_pytorch.generation.scheduler import Limits, Scheduler
+from transfusion_pytorch.sequence.checks import check_int, check_number
+from transfusion_pytorch.sequence.prompts import Prompt, parse_prompt, split_unfinished_modality
+from transfusion_pytorch.sequence.samples import Modality, Text
 
-Sample = list[Tensor | tuple[int, Tensor]]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 MAX_BATCH = 64
+MAX_PREFILL_TOKENS = 512
+MAX_DENOISING_TOKENS = 32_768
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than the engine allows: try again later."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done so far, and what its cache takes.
+    """What an engine has done so far, and the memory of its cache.
 
-    - `turns` of the loop; `tokens_read` went through the transformer and stayed (a prompt that several share is read
-      once); `tokens_written` were chosen
-    - `drawings` were finished, after `evaluations` of the network, each for all that were drawn at the time
-    - `bytes_per_token` of the cache, and the `cache_bytes` of all its slots
+    - `steps` of the engine; `tokens_read` went through the transformer and stayed (a prompt that several requests share
+      is read once); `tokens_written` were chosen
+    - `drawings` were finished, after `evaluations` of the network, each for all that were denoised at the time
+    - `bytes_per_token` of the cache, `used_bytes` of those that hold something, `cache_bytes` of all that is reserved
+    - `active` and `waiting` requests
     """
 
-    turns: int
+    steps: int
     tokens_read: int
     tokens_written: int
     drawings: int
     evaluations: int
     bytes_per_token: int
+    used_bytes: int
     cache_bytes: int
+    active: int
+    waiting: int
 
 
 class Request:
-    """A prompt on its way through an engine."""
+    """A prompt on its way through an engine, as its client sees it."""
 
-    def __init__(self, engine: "Engine", state: SampleState):
-        self._engine, self._state = engine, state
-        self._is_told = False
+    def __init__(self, engine: "Engine", request: RequestState):
+        self._engine, self._request = engine, request
+        self._has_ended = False
 
     @property
     def is_done(self) -> bool:
-        return self._state.phase is Phase.DONE
+        return self._request.is_done
 
     @property
     def reason(self) -> EndReason | None:
         """Why it ended, once it has."""
-        return self._state.reason
+        return self._request.reason
 
     def new_events(self) -> list[Event]:
-        """What has happened since it was asked last; `Ended` is the last of all."""
-        events, self._state.events = self._state.events, []
-        if self.is_done and not self._is_told:
-            self._is_told = True
-            sample = self._delivered()
-            assert self.reason is not None
-            events.append(Ended(sample, self.reason, self._state.error))
+        """What has happened since the last call; `Ended` is the last of all."""
+        with self._engine.exclusive():
+            self._engine.decode_finished(self._request)
+            events = list(self._request.take_events())
+            if self.is_done and not self._has_ended:
+                self._has_ended = True
+                assert self.reason is not None
+                events.append(Ended(self._request.sample(), self.reason, self._request.error))
         return events
 
-    def _delivered(self) -> Sample:
-        """Its sample; latents as they are where their decoder fails, which is then what ended it."""
-        try:
-            return self._engine.deliver([self._state])[0]
-        except Exception as error:
-            if self._state.error is None:
-                self._state.end(EndReason.ERROR, error)
-            return self._engine.model.decode([self._state.sampled().pieces], raw=True)[0]
-
-    def events(self) -> Iterator[Event]:
-        """What happens, as it happens: the engine is set to work whenever there is no news. Whoever stops listening
-        cancels the request. Raises the error that ends it, if one does.
+    def events(self) -> "EventStream":
+        """What happens, as it happens: the engine is stepped whenever there is no news. Whoever stops listening, or
+        drops the iterator, cancels the request. Raises the error that ends it, if one does.
         """
-        try:
-            while not self._is_told:
-                yield from self.new_events()
-                if not self.is_done:
-                    self._engine.step()
-        finally:
-            self.cancel()
-        if self._state.error is not None:
-            raise self._state.error
+        return EventStream(self)
 
     def result(self) -> Sample:
         """The finished sample. Raises the error that ended it, if one did, and `RuntimeError` while it goes on."""
         if not self.is_done:
             raise RuntimeError("this request is not done yet: call step() of its engine until it is, or run()")
-        if self._state.error is not None:
-            raise self._state.error
-        [sample] = self._engine.deliver([self._state])
-        return sample
+        with self._engine.exclusive():
+            self._engine.decode_finished(self._request)
+        if self._request.error is not None:
+            raise self._request.error
+        return self._request.sample()
 
     def cancel(self) -> None:
-        """Stops the work on it and frees its place. What there is so far is its result."""
-        self._engine.scheduler.cancel([self._state])
+        """Stops the work on it and frees its memory, from any thread. What there is so far is its result."""
+        self._engine.cancel(self._request)
+
+
+class EventStream(Iterator[Event]):
+    """The events of a request, which is cancelled when this is closed or dropped."""
+
+    def __init__(self, handle: Request):
+        self._handle = handle
+        self._events: list[Event] = []
+        self._is_over = False
+
+    def __iter__(self) -> "EventStream":
+        return self
+
+    def __next__(self) -> Event:
+        if self._is_over:
+            raise StopIteration
+        handle = self._handle
+        try:
+            while not self._events:
+                self._events = handle.new_events()
+                if not self._events and not handle._has_ended:
+                    handle._engine.step()
+                elif not self._events:
+                    self.close()
+                    if handle._request.error is not None:
+                        raise handle._request.error
+                    raise StopIteration
+        except BaseException:
+            self.close()
+            raise
+        return self._events.pop(0)
+
+    def close(self) -> None:
+        """Cancels the request, if it is not done yet."""
+        if not self._is_over:
+            self._is_over = True
+            self._handle.cancel()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_is_over"):
+            self.close()
 
 
 class Engine:
-    """Serves a model: takes prompts at any time, works on up to `max_batch` of them at once, and tells what becomes of
-    them.
+    """Serves a model: takes prompts at any time, works on up to `max_batch` of them at once, and reports what becomes
+    of them.
 
     ```python
     engine = model.create_engine(max_batch=16)
@@ -129,13 +175,43 @@ class Engine:
     samples = [request.result() for request in requests]
     ```
 
-    It keeps its cache from one request to the next. Only one thread may use it.
+    - `max_batch`: requests at work; `max_waiting`: requests in the queue, beyond which `submit` raises `QueueFull`
+    - `max_cache_tokens`: a request enters when all that it may come to (`max_length`, or more where the caller asks for
+      it, for each of its branches) fits into the cache beside the others; None for no bound
+    - `max_prefill_tokens`: long prompts are read in pieces of so many tokens while other requests go on
+    - `max_denoising_tokens`: latents of one forward pass, those of unconditional branches included
+
+    The model may be trained while an engine lives, and its mode is never changed. Weights that change are noticed where
+    torch counts changes; otherwise call `weights_changed`. Requests at work are then read again.
+
+    One thread may use an engine at a time: another that comes in between, and calls from inside of a step other than
+    `submit` and `cancel`, get a `RuntimeError`. For clients in many threads there is `serving.AsyncEngine`.
     """
 
-    def __init__(self, model: Any, *, max_batch: int = MAX_BATCH, cache_kv: bool = True):
-        check_int(max_batch, "max_batch")
-        self.model = model
-        self.scheduler = Scheduler(model, max_batch=max_batch, cache_kv=cache_kv)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_batch: int = MAX_BATCH,
+        cache_kv: bool = True,
+        max_waiting: int | None = None,
+        max_cache_tokens: int | None = None,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+        max_denoising_tokens: int = MAX_DENOISING_TOKENS,
+    ):
+        limits = Limits(max_batch, max_waiting, max_cache_tokens, max_prefill_tokens, max_denoising_tokens)
+        for name, value in limits._asdict().items():
+            if value is not None or name not in ("max_waiting", "max_cache_tokens"):
+                check_int(value, name)
+        self.model, self.limits, self.cache_kv = model, limits, cache_kv
+        self._view = evaluation_view(model)
+        self.scheduler = Scheduler(self._view, limits, cache_kv=cache_kv)
+        self._lock, self._owner = threading.Lock(), 0
+        self._versions = _versions(model)
+        self._is_stale = False
+        self._requests: WeakSet[RequestState] = WeakSet()
+        self._generators: dict[int, WeakSet[RequestState]] = {}
+        watch_weights(model, self)
 
     @property
     def is_idle(self) -> bool:
@@ -143,145 +219,290 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        scheduler, context = self.scheduler, self.scheduler.context
-        cache = context.cache if isinstance(context, CachedContext) else None
+        scheduler, runner = self.scheduler, self.scheduler.runner
+        cache = runner.cache if isinstance(runner, CachedRunner) else None
+        per_token = 0 if cache is None else cache.bytes_per_token
         return EngineStats(
-            turns=scheduler.turns,
-            tokens_read=context.tokens_read,
+            steps=scheduler.steps,
+            tokens_read=runner.tokens_read,
             tokens_written=scheduler.tokens_written,
-            drawings=scheduler.drawings,
-            evaluations=scheduler.solver.evaluations,
-            bytes_per_token=0 if cache is None else cache.bytes_per_token,
-            cache_bytes=0 if cache is None else cache.num_bytes,
+            drawings=scheduler.modalities,
+            evaluations=scheduler.denoiser.evaluations,
+            bytes_per_token=per_token,
+            used_bytes=0 if cache is None else per_token * cache.used_tokens,
+            cache_bytes=0 if cache is None else per_token * cache.reserved_tokens,
+            active=len(scheduler.active),
+            waiting=len(scheduler.waiting),
         )
 
     # requests that come and go
 
     @takes_sampling_options
     @checks_itself
-    def submit(self, prompt: Any = None, *, listen: bool = True, **options: Any) -> Request:
-        """Queues one prompt, with `SamplingOptions` of its own. Without `listen` it has no event but `Ended`. Raises
-        `ValueError` or `TypeError` for a bad one, which harms no other.
+    def submit(
+        self,
+        prompt: Any = None,
+        *,
+        listen: bool = True,
+        timeout: float | None = None,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
+    ) -> Request:
+        """Queues one prompt, with options of its own: `SamplingOptions`, or its fields as keywords.
+
+        Without `listen` it has no event but `Ended`. After `timeout` seconds it ends with what there is of it. Raises
+        `ValueError` or `TypeError` for a bad request, which harms no other, and `QueueFull`.
         """
-        with evaluating(self.model):
-            [state] = self._prepare([prompt], SamplingOptions(**with_own_generator(options)), listen=listen)
-        self.scheduler.add([state])
-        return Request(self, state)
+        chosen = as_options(options, keywords)
+        with self.exclusive(may_nest=True):
+            waiting, most = len(self.scheduler.waiting), self.limits.max_waiting
+            if most is not None and waiting >= most:
+                raise QueueFull(f"{waiting} requests wait already, and max_waiting is {most}")
+            self._check_generators(chosen.generator)
+            [request] = self._prepare([prompt], chosen, is_observed=listen)
+            if timeout is not None:
+                request.deadline = time.monotonic() + check_number(timeout, "timeout", least=0)
+            self._keep_generators(chosen.generator, [request])
+            self.scheduler.add([request])
+        return Request(self, request)
 
     def step(self) -> None:
-        """One turn: every sample that writes chooses a token, every one that draws takes a step of its solver."""
-        with evaluating(self.model):
-            self.scheduler.turn()
+        """Every request that writes text chooses an id, every one that denoises takes a step of its solver."""
+        with self.exclusive():
+            self._step()
 
     def run(self) -> None:
         """Works until there is nothing left to do."""
-        with evaluating(self.model):
+        with self.exclusive():
             while not self.is_idle:
-                self.scheduler.turn()
+                self._step()
+
+    def cancel(self, request: RequestState) -> None:
+        """Ends a request. While the engine is in a step, that is done at its end."""
+        request.is_cancelled = True
+        if not request.is_done and self._lock.acquire(blocking=False):
+            try:
+                self.scheduler.cancel([request])
+            finally:
+                self._lock.release()
+
+    def weights_changed(self) -> None:
+        """To be called, from any thread, after the weights of the model have changed in a way that torch does not
+        count: what was read with the old ones is read again.
+        """
+        self._is_stale = True
+
+    def reset(self) -> None:
+        """Cancels all requests and frees all memory of the cache."""
+        with self.exclusive():
+            self.scheduler.cancel([*self.scheduler.active, *self.scheduler.waiting])
+            self.scheduler = Scheduler(self._view, self.limits, cache_kv=self.cache_kv)
 
     # calls that wait for their results
 
     @takes_sampling_options
     @checks_itself
-    def sample_many(self, prompts: Sequence[Any], *, progress: bool = False, **options: Any) -> list[Sample]:
-        """Continues every prompt to its end, all with the same `SamplingOptions`; see `Transfusion.sample_many`."""
+    def sample_many(
+        self,
+        prompts: Sequence[Any],
+        *,
+        progress: bool = False,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
+    ) -> list[Sample]:
+        """Continues every prompt to its end, all with the same options; see `Transfusion.sample_many`."""
         if not isinstance(prompts, (list, tuple)):
             raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}; for one there is sample")
         if not prompts:
             raise ValueError("there are no prompts; for a sample from nothing give [None]")
-        with evaluating(self.model):
-            states = self._prepare(prompts, SamplingOptions(**options))
-            self._finish(states, progress)
-            return self.deliver(states)
+        chosen = as_options(options, keywords)
+        with self.exclusive():
+            self._check_generators(chosen.generator)
+            requests = self._prepare(prompts, chosen)
+            self._finish(requests, progress)
+            self._decode(requests)
+            _raise_first_error(requests)
+            return [request.sample() for request in requests]
 
     def write_only(self, prompt: Int[Tensor, "b n"], options: SamplingOptions) -> Int[Tensor, "b m"]:
         """Continues plain text to `max_length` ids, without markers. Returns what was written."""
-        with evaluating(self.model):
-            rules, generators = Rules(self.model, options), as_generators(options.generator, len(prompt))
-            states = [
-                SampleState(rules, generator, f"text {i}", is_framed=False).begin([Text(ids)])
-                for i, (ids, generator) in enumerate(zip(prompt.cpu(), generators, strict=True))
+        with self.exclusive():
+            resolved, seeds = resolve(options, self._view), seeds_of(options.generator, len(prompt))
+            requests = [
+                RequestState(self._view, resolved, seed, f"text {i}", is_framed=False).begin(Prompt([Text(ids)], []))
+                for i, (ids, seed) in enumerate(zip(prompt.cpu(), seeds, strict=True))
             ]
-            self._finish(states)
-        return torch.tensor([state.ids[prompt.shape[1] :] for state in states], device=self.model.device).long()
+            self._finish(requests)
+        return torch.tensor([request.ids[prompt.shape[1] :] for request in requests], device=self.model.device).long()
 
     def draw_only(self, batch_size: int, modality: int, options: SamplingOptions) -> list[Tensor]:
         """Draws `batch_size` instances of a modality without any text around them."""
-        with evaluating(self.model):
-            rules, generators = Rules(self.model, options), as_generators(options.generator, batch_size)
-            shape = rules.shape_of(modality, None if rules.init is None else rules.init.shape)
-            states = [
-                SampleState(rules, generator, f"instance {i}", is_framed=False)
-                for i, generator in enumerate(generators)
+        with self.exclusive():
+            resolved, seeds = resolve(options, self._view), seeds_of(options.generator, batch_size)
+            init = None if resolved.init_modality is None else resolved.init_modality.shape
+            shape = shape_of(self._view, resolved.fixed_modality_shape, modality, init)
+            resolved = replace(resolved, plan=replace(resolved.plan, parts=()))  # it is drawn right here
+            requests = [
+                RequestState(self._view, resolved, seed, f"instance {i}", is_framed=False) for i, seed in enumerate(seeds)
             ]
-            for state in states:
-                state.draw(modality, shape)
-            self._finish(states)
-            raw = options.return_unprocessed_modalities
-            return [instance for [(_, instance)] in self.model.decode([state.pieces for state in states], raw=raw)]
+            for request in requests:
+                request.draw(modality, shape)
+            self._finish(requests)
+            self._decode(requests)
+            _raise_first_error(requests)
+            return [instance for [(_, instance)] in (request.sample() for request in requests)]
+
+    # one thread at a time
+
+    @contextmanager
+    def exclusive(self, *, may_nest: bool = False) -> Iterator[None]:
+        """Without gradients, and without anybody else. Raises `RuntimeError` where the engine is in use."""
+        here = threading.get_ident()
+        if not self._lock.acquire(blocking=False):
+            if self._owner != here:
+                raise RuntimeError(
+                    "this engine is in use by another thread; use it from one thread at a time, or serve many clients "
+                    "with transfusion_pytorch.serving.AsyncEngine"
+                )
+            if not may_nest:
+                raise RuntimeError("this engine is in a step, from inside of which only submit and cancel may be called")
+            with torch.no_grad():
+                yield
+            return
+        self._owner = here
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._owner = 0
+            self._lock.release()
+
+    def _step(self) -> None:
+        self._notice_changed_weights()
+        self.scheduler.step()
+
+    def _notice_changed_weights(self) -> None:
+        versions = _versions(self.model)
+        if self._is_stale or versions != self._versions:
+            self._is_stale, self._versions = False, versions
+            self.scheduler.rewind()
 
     # before and after
 
-    def _prepare(self, prompts: Sequence[Any], options: SamplingOptions, *, listen: bool = False) -> list[SampleState]:
+    def _prepare(
+        self, prompts: Sequence[Any], options: SamplingOptions, *, is_observed: bool = False
+    ) -> list[RequestState]:
         """Prompts checked, encoded and ready to be continued. Raises `ValueError` or `TypeError` that names the prompt
         and part at fault.
         """
-        vocabulary = self.model.vocabulary
-        rules, generators = Rules(self.model, options), as_generators(options.generator, len(prompts))
+        model, vocabulary = self._view, self.model.vocabulary
+        negative = negative_prompts_of(options.negative_prompt, len(prompts))
         parsed = [parse_prompt(prompt, vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        states = []
-        for i, (prompt, generator) in enumerate(zip(self.model.encode(parsed, "prompt"), generators, strict=True)):
-            bare, opened = bare_and_opened(prompt, vocabulary, f"prompt {i}")
+        resolved = resolve(replace(options, negative_prompt=negative[0]), model)
+        each = [resolved] * len(prompts)
+        if any(one is not negative[0] for one in negative):
+            each = [resolve(replace(options, negative_prompt=one), model) for one in negative]
+        seeds, requests = seeds_of(options.generator, len(prompts)), []
+        for i, encoded in enumerate(model.encode(parsed, "prompt")):
+            where = f"prompt {i}"
             given = [piece for piece in parsed[i] if isinstance(piece, Modality)]
-            state = SampleState(rules, generator, f"prompt {i}", given, is_observed=listen)
-            states.append(state.begin(mark(bare, vocabulary, complete=False), opened))
-        return states
+            request = RequestState(model, each[i], seeds[i], where, given, is_observed=is_observed)
+            requests.append(request.begin(split_unfinished_modality(encoded, vocabulary, where)))
+        self._check_room(requests)
+        _warn_of_long_prompts(requests)
+        self._requests.update(requests)
+        return requests
 
-    def _finish(self, states: Sequence[SampleState], progress: bool = False) -> None:
+    def _check_room(self, requests: Sequence[RequestState]) -> None:
+        most = self.limits.max_cache_tokens
+        for request in requests:
+            needed = self.scheduler.cache_tokens(request)
+            if most is not None and needed > most:
+                raise ValueError(
+                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask for "
+                    "a smaller max_length, or for less guidance"
+                )
+
+    def _check_generators(self, generators: Any) -> None:
+        """Raises `ValueError` for a generator that a request uses which is not done yet."""
+        for generator in generators if isinstance(generators, (list, tuple)) else [generators]:
+            if any(not request.is_done for request in self._generators.get(id(generator), ())):
+                raise ValueError(
+                    "generator: it is that of a request which is not done yet; what it makes would depend on who comes "
+                    "first. Give each request its own, or leave it out"
+                )
+
+    def _keep_generators(self, generators: Any, requests: Sequence[RequestState]) -> None:
+        self._generators = {key: users for key, users in self._generators.items() if len(users)}
+        if isinstance(generators, torch.Generator):
+            self._generators[id(generators)] = WeakSet(requests)
+        elif isinstance(generators, (list, tuple)):
+            for generator, request in zip(generators, requests, strict=True):
+                self._generators[id(generator)] = WeakSet([request])
+
+    def _finish(self, requests: Sequence[RequestState], progress: bool = False) -> None:
         """Works until all of these are done. Raises the first error that ends one of them, and gives up the others."""
-        self.scheduler.add(states)
+        self.scheduler.add(requests)
         before = self.stats
-        unfinished = [state for state in states if state.phase is not Phase.DONE]
+        unfinished = [request for request in requests if not request.is_done]
         try:
-            with SampleProgress(len(states), show=progress) as bar:
+            with SampleProgress(len(requests), show=progress) as bar:
                 while unfinished:
-                    self.scheduler.turn()
-                    for state in unfinished:
-                        if state.error is not None:
-                            raise state.error
-                    unfinished = [state for state in unfinished if state.phase is not Phase.DONE]
+                    self._step()
+                    _raise_first_error(unfinished)
+                    unfinished = [request for request in unfinished if not request.is_done]
                     bar.update(
-                        finished=len(states) - len(unfinished),
+                        finished=len(requests) - len(unfinished),
                         tokens=self.scheduler.tokens_written - before.tokens_written,
-                        steps=self.scheduler.solver.evaluations - before.evaluations,
+                        steps=self.scheduler.denoiser.evaluations - before.evaluations,
                     )
         finally:
             self.scheduler.cancel(unfinished)
 
-    def deliver(self, states: Sequence[SampleState]) -> list[Sample]:
-        """Samples as users see them: decoded, but for the modalities of the prompt, which come back as they came."""
-        made = [state.sampled() for state in states]
-        raw = [state.rules.options.return_unprocessed_modalities for state in states]
-        shown = iter(self._shown([sample for sample, is_raw in zip(made, raw, strict=True) if not is_raw]))
-        return [
-            [_own(part) for part in self.model.decode([sample.pieces], raw=True)[0]] if is_raw else next(shown)
-            for sample, is_raw in zip(made, raw, strict=True)
-        ]
+    def decode_finished(self, request: RequestState) -> None:
+        """Decodes what a request has finished, together with what all others have: each modality once."""
+        if request.undecoded():
+            self._decode([request, *(it for it in self._requests if it is not request and it.is_observed)])
 
-    def _shown(self, made: Sequence[Sampled]) -> list[Sample]:
-        parts = self.model.decode([pieces[2 * len(given) :] for pieces, given in made])
-        return [self._given(sample) + [_own(part) for part in rest] for sample, rest in zip(made, parts, strict=True)]
+    def _decode(self, requests: Sequence[RequestState]) -> None:
+        pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
+        for raw in (True, False):
+            members = [it for it in pieces if it[0].options.return_unprocessed_modalities is raw]
+            if not members:
+                continue
 
-    def _given(self, sample: Sampled) -> Sample:
-        """A sample as far as its prompt's last modality, those being the user's own."""
-        device = self.model.device
-        given = iter([(piece.type, piece.tensor.detach().clone().to(device)) for piece in sample.given])
-        return [
-            piece.ids.clone().to(device) if isinstance(piece, Text) else next(given)
-            for piece in sample.pieces[: 2 * len(sample.given)]
-        ]
+            def decode(some: Sequence[tuple[RequestState, int, Modality]], raw: bool = raw) -> None:
+                [parts] = self._view.decode([[piece for _, _, piece in some]], raw=raw)
+                for (request, number, _), (_, shown) in zip(some, parts, strict=True):
+                    request.shown[number] = shown
+
+            for (request, number, piece), error in run_halving(members, decode):
+                [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
+                if request.error is None:
+                    request.end(EndReason.ERROR, released(error))
 
 
-def _own(part: Tensor | tuple[int, Tensor]) -> Tensor | tuple[int, Tensor]:
-    """A copy, so that nothing returned shares memory with a prompt."""
-    return (part[0], part[1].clone()) if isinstance(part, tuple) else part.clone()
+def _raise_first_error(requests: Sequence[RequestState]) -> None:
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+
+
+def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
+    """Once for all prompts of a call."""
+    long = [request for request in requests if request.is_too_long]
+    if long:
+        others = f", and {len(long) - 1} more like it" if len(long) > 1 else ""
+        warnings.warn(
+            f"{long[0].where} has {long[0].length} tokens with its markers, more than max_length="
+            f"{long[0].options.max_length}{others}: nothing is written behind it",
+            stacklevel=5,
+        )
+
+
+def _versions(model: Any) -> int | None:
+    """How often torch has seen the parameters change; None where it does not count."""
+    try:
+        return sum(parameter._version for parameter in model.parameters())
+    except RuntimeError:  # inference tensors have no version
+        return None

@@ -85,7 +85,7 @@ class Grammar:
 
 
 @lru_cache(maxsize=64)
-def grammar_of(
+def shared_grammar(
     vocabulary: Vocabulary, axes: tuple[frozenset[int], ...], most: int, fixed_shape: Shape | None
 ) -> Grammar:
     """One for all requests that have the same, so that rows of a batch share their masks."""

@@ -11,12 +11,14 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import shift_times
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.sequence.checks import check_int, check_shape, check_type
+from transfusion_pytorch.sequence.hashing import normal
 from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, is_sequence, parse_part
 
 ROOM_FOR_MARKERS = 4  # sos, meta, som, eom
@@ -74,7 +76,6 @@ def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
         odeint_kwargs=solver,
         stop_ids=_checked_stop_ids(options.stop_ids, model.vocabulary.num_text),
         cfg_scale=(3.0 if model.prob_uncond > 0 else 1.0) if options.cfg_scale is None else options.cfg_scale,
-        max_modality_tokens=options.max_modality_tokens or _most_latents(options.max_length, model),
         init_modality=init,
         init_modality_noise=None if noise is None else noise.clone(),
         plan=_plan(options, init, model),
@@ -118,9 +119,13 @@ def shape_of(model: Any, fixed: Shape | None, modality: int, shape: Shape | None
     return shape
 
 
-def _most_latents(max_length: int, model: Any) -> int:
-    """The latents that fit into `max_length` from the start. Behind a U-Net half there are fewer tokens than latents."""
-    room = max(1, max_length - ROOM_FOR_MARKERS)
+def most_latents(options: SamplingOptions, model: Any) -> int:
+    """How many latents a shape that the model writes may have: by default those that fit into `max_length` from the
+    start. Behind a U-Net half there are fewer tokens than latents.
+    """
+    if options.max_modality_tokens is not None:
+        return options.max_modality_tokens
+    room = max(1, options.max_length - ROOM_FOR_MARKERS)
     known = [io for io in model.modalities if io.spec.default_shape and io.supports(io.spec.default_shape)]
     ratios = [prod(io.spec.default_shape) / prod(io.token_shape(io.spec.default_shape)) for io in known]
     return int(room * max([1.0, *ratios]))
@@ -238,6 +243,18 @@ def _encoded(options: SamplingOptions, model: Any) -> Modality:
             f"modality_mask must have the axial shape of the latents, {encoded.shape}, got {tuple(mask.shape)}"
         )
     return encoded
+
+
+def initial_noise(
+    options: SamplingOptions, modality: int, shape: Shape, model: Any, *, seed: int, number: int
+) -> Float[Tensor, "k c"]:
+    """The noise that modality `number` of a request starts from, in single precision at least."""
+    channels = model.modalities[modality].spec.dim_latent
+    given = options.init_modality_noise
+    if given is None:
+        return normal(seed, number + 1, (prod(shape), channels), model.device).to(model.precision)
+    check_noise(given, modality, shape, channels)
+    return given[: prod(shape), :channels].to(model.device, model.precision)
 
 
 def times_of(options: SamplingOptions, start: float = 0.0) -> list[float]:

@@ -141,7 +141,7 @@ class SpanStream:
 
     - `spans`: where they are in its span table, `index` the same on the device; `history`: latents by type of the
       modalities before them, if it has any
-    - `view`: the rows of the cache, of that `version`
+    - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
@@ -149,7 +149,8 @@ class SpanStream:
     spans: list[int]
     index: Int[Tensor, " r"]
     view: Any = None
-    version: int = 0
+    rows: Sequence[Any] = ()
+    stamp: Hashable = None
 
 
 class Prefix(NamedTuple):
@@ -175,6 +176,10 @@ class CachedRunner:
         """Keys and values are kept in the type that the forward pass computes in."""
         kind = self.model.device.type
         self.cache.set_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype)
+
+    def cache_tokens(self, lengths: Sequence[int]) -> int:
+        """Tokens of the cache that branches of these lengths take."""
+        return sum(map(self.cache.capacity_for, lengths))
 
     def close(self, branch: Branch) -> None:
         if branch.row is not None:
@@ -296,13 +301,12 @@ class CachedRunner:
         return sorted(range(len(rows)), key=lambda i: _place(branches[i]))
 
     def has_moved(self, state: BatchState) -> bool:
-        """Whether a state has to be made anew before its next step."""
-        return state.version != self.cache.version or any(
-            branch.row.length == branch.row.block.capacity for branch in state.branches
-        )
+        """Whether a state has to be made anew before its next step: a row was moved, or has to be because it is full."""
+        rows = [branch.row for branch in state.branches]
+        return state.stamp != self.cache.stamp(rows) or any(row.length == row.block.capacity for row in rows)
 
-    def version(self) -> int:
-        return self.cache.version
+    def stamp(self, branches: Sequence[Branch]) -> Hashable:
+        return self.cache.stamp([branch.row for branch in branches])
 
     def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
         """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
@@ -331,12 +335,17 @@ class CachedRunner:
         order = sorted(range(len(branches)), key=keys.__getitem__)
         samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
         stream = self.model.pack_stream(samples, past).to(self.model.device)
-        view = self.cache.view([branches[i].row for i in order], stream.layout) if has_history else None
         spans = _inverse(order)
-        return SpanStream(stream, {}, spans, _index(spans, self.model.device), view, self.cache.version)
+        index = _index(spans, self.model.device)
+        if not has_history:
+            return SpanStream(stream, {}, spans, index)
+        rows = [branches[i].row for i in order]
+        view = self.cache.view(rows, stream.layout)
+        return SpanStream(stream, {}, spans, index, view, rows, self.cache.stamp(rows))
 
     def is_current(self, laid: SpanStream) -> bool:
-        return laid.view is None or laid.version == self.cache.version
+        """Whether a layout can be used again."""
+        return laid.view is None or laid.stamp == self.cache.stamp(laid.rows)
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
         """The velocity of each span laid out, flat `(k, c)`, at its own time."""
@@ -353,6 +362,9 @@ class UncachedRunner:
         self.tokens_read = 0
 
     def prepare(self) -> None: ...
+
+    def cache_tokens(self, lengths: Sequence[int]) -> int:
+        return 0
 
     def close(self, branch: Branch) -> None:
         branch.read = []
@@ -380,8 +392,8 @@ class UncachedRunner:
     def has_moved(self, state: BatchState) -> bool:
         return False
 
-    def version(self) -> int:
-        return 0
+    def stamp(self, branches: Sequence[Branch]) -> Hashable:
+        return None
 
     def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
         return self._read(state.branches)[1]

@@ -7,8 +7,9 @@ have no gaps: where one is released, the last one takes its place.
 g rows, h key/value heads, s slots, e channels of a head, t new tokens of a row, r rows of all blocks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from transfusion_pytorch.sequence.masks import Chunk, Layout
 
 SMALLEST = 64  # slots
+_VERSIONS = count()
 
 
 @dataclass(eq=False)
@@ -35,6 +37,7 @@ class CacheBlock:
 
     - `rows`: those in use, by index; the tensors may have room for more
     - `written`: how many slots of each index may hold anything, committed or not
+    - `version`: a number that no block had before, whenever a row moves or a tensor is replaced
     """
 
     capacity: int
@@ -42,6 +45,7 @@ class CacheBlock:
     values: list[Tensor] = field(default_factory=list)
     rows: list[CacheRow] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
+    version: int = field(default_factory=lambda: next(_VERSIONS))
 
     @property
     def room(self) -> int:
@@ -67,6 +71,7 @@ class CacheBlock:
         for columns in (self.rows, self.written):
             columns[one], columns[other] = columns[other], columns[one]
         self.rows[one].index, self.rows[other].index = one, other
+        self.version = next(_VERSIONS)
 
 
 class KVCache:
@@ -75,15 +80,13 @@ class KVCache:
     Writes are tentative: they go behind the committed prefix of their row, and the next write replaces them. Only
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
-    Memory is allocated before anything else changes: where that fails, the cache is as it was. `version` changes
-    whenever a row moves or a tensor is replaced: views of an earlier version are void.
+    Memory is allocated before anything else changes: where that fails, the cache is as it was.
     """
 
     def __init__(self, *, layers: int, kv_heads: int, dim_head: int, device: torch.device, dtype: torch.dtype):
         self.layers, self.kv_heads, self.dim_head = layers, kv_heads, dim_head
         self.device, self.dtype = device, dtype
         self.blocks: dict[int, CacheBlock] = {}
-        self.version = 0
 
     @property
     def rows(self) -> list[CacheRow]:
@@ -105,28 +108,35 @@ class KVCache:
         """Tokens that are committed."""
         return sum(row.length for row in self.rows)
 
+    @staticmethod
+    def capacity_for(length: int) -> int:
+        """The slots of the smallest block that holds so many tokens."""
+        return max(SMALLEST, 1 << (length - 1).bit_length()) if length > 1 else SMALLEST
+
     def acquire(self, length: int = 0) -> CacheRow:
         """An empty row with room for `length` tokens. It grows when more is written."""
-        block = self._block_with_room(capacity_for(length))
+        block = self._block_with_room(self.capacity_for(length))
         row = CacheRow(block, len(block.rows))
         block.clear(row.index)
         block.rows.append(row)
-        self.version += 1
         return row
+
+    def stamp(self, rows: Sequence[CacheRow]) -> Hashable:
+        """Stays the same as long as none of these rows has moved: a view is void once it has changed."""
+        return tuple(sorted({row.block.version for row in rows}))
 
     def release(self, row: CacheRow) -> None:
         """Gives a row back; the last one of its block takes its place."""
         block, last = row.block, len(row.block.rows) - 1
         if row.index != last:
             self._copy_row(block.rows[last], block, row.index)
+            block.version = next(_VERSIONS)
         block.rows.pop()
         self._shrink(block)
-        self.version += 1
 
     def reset(self) -> None:
         """Frees all memory. Rows that were acquired are void."""
         self.blocks = {}
-        self.version += 1
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """From now on keys and values are stored in this type."""
@@ -138,15 +148,15 @@ class KVCache:
         ]
         for block, (keys, values) in zip(self.blocks.values(), converted, strict=True):
             block.keys, block.values = keys, values
+            block.version = next(_VERSIONS)
         self.dtype = dtype
-        self.version += 1
 
     def reserve(self, rows: Sequence[CacheRow], lengths: Sequence[int]) -> None:
         """Makes room for `lengths[i]` tokens behind the prefix of `rows[i]`."""
         for row, length in zip(rows, lengths, strict=True):
             end = row.length + length
             if end > row.block.capacity:
-                self._move(row, capacity_for(end))
+                self._move(row, self.capacity_for(end))
         for row, length in zip(rows, lengths, strict=True):
             row.block.written[row.index] = max(row.block.written[row.index], row.length + length)
 
@@ -178,13 +188,12 @@ class KVCache:
         for row in rows:
             by_block.setdefault(row.block.capacity, []).append(row)
         for capacity, members in by_block.items():
-            block, count = self.blocks[capacity], len(members)
-            start = len(block.rows) - count if at_end else 0
-            inside = set(range(start, start + count))
+            block, size = self.blocks[capacity], len(members)
+            start = len(block.rows) - size if at_end else 0
+            inside = set(range(start, start + size))
             free = sorted(inside - {row.index for row in members})
             for row, index in zip([row for row in members if row.index not in inside], free, strict=True):
                 block.swap(row.index, index)
-                self.version += 1
 
     def _block_with_room(self, capacity: int) -> CacheBlock:
         """The block of a capacity, with memory for one row more."""
@@ -206,7 +215,7 @@ class KVCache:
             new[:count, :, :used] = old[:count, :, :used]
         block.keys, block.values = made[: self.layers], made[self.layers :]
         block.written = block.written[:count] + [0] * (room - count)
-        self.version += 1
+        block.version = next(_VERSIONS)
 
     def _move(self, row: CacheRow, capacity: int) -> None:
         """To a block of a larger capacity."""
@@ -239,11 +248,6 @@ class KVCache:
                 self._resize(block, block.room // 2)
             except (RuntimeError, MemoryError):
                 pass  # there is no memory for the smaller copy just now: the larger one goes on
-
-
-def capacity_for(length: int) -> int:
-    """The capacity of the smallest block that holds so many tokens."""
-    return max(SMALLEST, 1 << (length - 1).bit_length()) if length > 1 else SMALLEST
 
 
 class CacheRun(NamedTuple):
@@ -284,7 +288,6 @@ class CacheView:
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout):
         cache.reserve(rows, layout.lengths)
-        self.version = cache.version
         numbers = tuple(row.block.capacity << 32 | row.index for row in rows)  # no neighbours in different blocks
         self.runs: list[CacheRun] = []
         for run in layout.runs_in(numbers):
@@ -339,7 +342,6 @@ class DecodeView:
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow], lengths: Int[Tensor, " r"] | None = None):
         cache.reserve(rows, [1] * len(rows))
-        self.version = cache.version
         self.runs: list[DecodeRun] = []
         start = 0
         while start < len(rows):

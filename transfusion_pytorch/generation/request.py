@@ -1,0 +1,473 @@
+"""The state of a request: one sample in the making.
+
+v vocabulary, n ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import Enum, auto
+from math import nan, prod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.generation.denoiser import Denoising
+from transfusion_pytorch.generation.events import (
+    DrawingProgress,
+    EndReason,
+    Event,
+    ModalityDone,
+    ModalityStarted,
+    Sample,
+    TextToken,
+)
+from transfusion_pytorch.generation.grammar import Grammar, shared_grammar
+from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.generation.plan import (
+    ModalityPart,
+    Plan,
+    TextPart,
+    axes_of,
+    initial_noise,
+    most_latents,
+    shape_of,
+)
+from transfusion_pytorch.generation.runner import Branch, Model
+from transfusion_pytorch.sequence.prompts import Prompt, without_text
+from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_ids, as_text, mark, merge_texts
+
+
+class Phase(Enum):
+    """What a request does next."""
+
+    TEXT = auto()
+    DENOISING = auto()
+    DONE = auto()
+
+
+class FinishedModality(NamedTuple):
+    """An event to come: `ModalityDone`, once modality `number` of the sample is decoded."""
+
+    number: int
+    num_evaluations: int
+
+
+class RequestState:
+    """A sample from its prompt to its end. It knows nothing of the batch.
+
+    - `options`, `seed`: what it was asked to be, resolved for the model, and what its random numbers follow from
+    - `where`: its name in error messages; `given`: the modalities of its prompt, as the user has them
+    - `is_framed`: it is a sample with markers, not plain text or a modality alone
+    - `is_observed`: someone takes its `events`
+    - `pieces`: the sample so far, markers included, but for the `ids` written behind the last of them; `length` is how
+      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote
+    - `branch`: the sample as the transformer reads it; `without_text`: its unconditional version for guidance
+    - `opening`: what was written of the shape of a modality; `denoising`: the modality that is being made
+    - `part`: the current part of the plan; `part_length`: how many ids of its text were written
+    - `seen`: ids that came before, where they are to be penalised; `log_probabilities` of all ids, where asked for
+    - `shown`: modalities by their number in the sample, as users see them
+    - `deadline`: when its time is over, as `time.monotonic()`; `is_cancelled`: to be ended by the next step
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        options: SamplingOptions,
+        seed: int,
+        where: str = "prompt 0",
+        given: Sequence[Modality] = (),
+        *,
+        is_framed: bool = True,
+        is_observed: bool = False,
+    ):
+        assert isinstance(options.plan, Plan), "options are resolved first"
+        self.model, self.options, self.seed, self.where = model, options, seed, where
+        self.plan: Plan = options.plan
+        self.vocabulary = model.vocabulary
+        self.grammar = _grammar(options, model)
+        self.is_framed, self.is_observed = is_framed, is_observed
+        self.phase = Phase.TEXT
+        self.pieces: list[Piece] = []
+        self.ids: list[int] = []
+        self.length = self.num_text = self.num_chosen = self.num_modalities = 0
+        self.num_given = len(given)
+        self.branch = Branch()
+        self.without_text: Branch | None = None
+        self.opening: str | None = None
+        self.denoising: Denoising | None = None
+        self.part = self.part_length = 0
+        self.seen: Bool[Tensor, " v"] | None = None
+        self.log_probabilities: list[float] | None = [] if options.log_probabilities else None
+        is_raw = options.return_unprocessed_modalities
+        self.shown: dict[int, Tensor] = {} if is_raw else {i: piece.tensor for i, piece in enumerate(given)}
+        self.events: list[Event | FinishedModality] = []
+        self.reason: EndReason | None = None
+        self.error: Exception | None = None
+        self.deadline: float | None = None
+        self.is_cancelled = False
+        self.is_too_long = False
+        self._all_ids: list[int] = []
+        self._ids_buffer: Int[Tensor, " n"] | None = None
+        self._num_buffered = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.phase is Phase.DONE
+
+    @property
+    def is_writing(self) -> bool:
+        return self.phase is Phase.TEXT
+
+    # for the scheduler
+
+    @property
+    def branches(self) -> list[Branch]:
+        """All that the transformer reads for it."""
+        without_all = None if self.denoising is None else self.denoising.without_all
+        return [it for it in (self.branch, self.without_text, without_all) if it is not None]
+
+    @property
+    def to_prefill(self) -> list[Branch]:
+        """What has to be read before its next step: unconditional branches only in order to denoise."""
+        if self.phase is Phase.DENOISING:
+            return [branch for branch in self.branches if branch.is_pending]
+        return [self.branch] if self.phase is Phase.TEXT and self.branch.needs_prefill else []
+
+    @property
+    def most_tokens(self) -> list[int]:
+        """How long each of its branches may become."""
+        planned = [part for part in self.plan.parts if isinstance(part, ModalityPart)]
+        drawn = sum(self._num_tokens(part.type, part.shape) + 2 for part in planned)
+        openings = sum(len(self.vocabulary.opening(part.type, part.shape)) for part in planned)
+        under_way = 0 if self.denoising is None else len(self.denoising.x) + 1
+        length = max(self.options.max_length, self.length + under_way + drawn + openings)
+        guides = (self.options.cfg_scale != 1) + (self.options.modality_cfg_scale != 1)
+        return [length] * (1 + guides)
+
+    @property
+    def allowed(self) -> Bool[Tensor, " v"]:
+        """The ids that may come next. In the text of a plan the model says where it ends: by `eos`, or else `meta`."""
+        if not self.is_framed:
+            return self.grammar.text(eos=False, meta=False)
+        if self.opening is None and isinstance(self._planned, TextPart):
+            is_last = self.part + 1 == len(self.plan.parts)
+            return self.grammar.text(eos=is_last, meta=not is_last)
+        return self.grammar.allowed(self.opening)
+
+    def process(self, logits: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        """The logits as its processors want them. Raises `ValueError` for what are no logits."""
+        ids = self._ids_on(logits.device)
+        for processor in self.options.logits_processors:
+            made = processor(ids, logits.clone())
+            if not isinstance(made, Tensor) or made.shape != logits.shape:
+                came = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise ValueError(f"a logits processor must return logits of shape {tuple(logits.shape)}, got {came}")
+            logits = made.to(logits)
+        return logits
+
+    # what happens to it
+
+    def begin(self, prompt: Prompt) -> "RequestState":
+        """Takes its prompt, and what that or the plan opens. Raises `ValueError` for an opening that is none."""
+        if self.options.text_repetition_penalty != 1:
+            self.seen = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
+        for piece in mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces:
+            self._append(piece)
+        if prompt.opening and self.plan.parts:
+            raise ValueError(f"{self.plan.name}: {self.where} opens a modality at its end already")
+        self.is_too_long = self.length + len(prompt.opening) > self.options.max_length
+        self.events.clear()  # a prompt is no news
+        if prompt.opening:
+            self._open(prompt.opening)
+        else:
+            self._follow_plan()
+        self._check_length()
+        return self
+
+    def accept(self, token: int, log_probability: float | None = None) -> None:
+        """Takes an id that was `allowed`."""
+        self.num_chosen += 1
+        is_planned = self.opening is None and isinstance(self._planned, TextPart)
+        if is_planned and token == self.vocabulary.meta:
+            self._leave_part()
+            return
+        opening, self.opening = self.opening, self.grammar.advance(self.opening, token)
+        self._append_id(token, log_probability)
+        if token in self.vocabulary.som:
+            modality = self.vocabulary.som.index(token)
+            self._try_to_draw(modality, self._written_shape(modality, opening or ""))
+        elif token == self.vocabulary.eos:
+            self.end(EndReason.EOS)
+        elif token in self.options.stop_ids:
+            self.end(EndReason.STOP)
+        elif is_planned:
+            part = self._planned
+            self.part_length += 1
+            if self.part_length == getattr(part, "most", None) or self._is_full:
+                self._leave_part()
+        else:
+            self._check_length()
+
+    def report_progress(self) -> None:
+        """Reports how far its denoising has come, in place of an earlier report that nobody has taken."""
+        it = self.denoising
+        if not self.is_observed or it is None:
+            return
+        latents, estimate = (it.unflatten(flat).clone() for flat in (it.x, it.estimate()))
+        num_steps, time = len(it.times) - 1, it.times[it.step]
+        if self.events and isinstance(self.events[-1], DrawingProgress):
+            self.events.pop()
+        self.events.append(DrawingProgress(it.type, it.step, num_steps, time, latents, estimate, self._show))
+
+    def finish_denoising(self) -> None:
+        """Keeps the clean latents, like anything else that was written; they are read next."""
+        it = self.denoising
+        assert it is not None
+        piece = Modality(it.type, it.latents().to(self.model.dtype))
+        if self.is_observed:
+            self.events.append(FinishedModality(self.num_modalities, it.num_evaluations))
+        self.denoising = None
+        self._append(piece)
+        if not self.is_framed:
+            self.end(EndReason.PLAN)
+            return
+        self._append_id(self.vocabulary.eom[piece.type])
+        self.phase = Phase.TEXT
+        if isinstance(self._planned, ModalityPart):
+            self._leave_part()
+        self._check_length()
+
+    def end(self, reason: EndReason, error: Exception | None = None) -> None:
+        self.phase, self.reason, self.error = Phase.DONE, reason, error
+
+    # its plan
+
+    @property
+    def _planned(self) -> TextPart | ModalityPart | None:
+        return self.plan.parts[self.part] if self.part < len(self.plan.parts) else None
+
+    @property
+    def _is_full(self) -> bool:
+        return self.length >= self.options.max_length
+
+    def _check_length(self) -> None:
+        if self.phase is Phase.TEXT and self._is_full:
+            self.end(EndReason.LENGTH)
+
+    def _leave_part(self) -> None:
+        self.part, self.part_length = self.part + 1, 0
+        self._follow_plan()
+
+    def _follow_plan(self) -> None:
+        """Does what the plan has next: opens its modality, lets text be written, or ends. Text beyond `max_length` is
+        empty, a modality is drawn all the same.
+        """
+        while isinstance(self._planned, TextPart) and self._is_full:
+            self.part += 1
+        part = self._planned
+        if isinstance(part, ModalityPart):
+            for token in self.vocabulary.opening(part.type, part.shape).tolist():
+                self._append_id(token)
+            self.draw(part.type, part.shape)
+        elif part is None and self.plan.parts and not self.plan.free:
+            is_full = self._is_full
+            if not is_full:
+                self._append_id(self.vocabulary.eos)
+            self.end(EndReason.LENGTH if is_full else EndReason.PLAN)
+
+    # modalities
+
+    def draw(self, modality: int, shape: Shape) -> None:
+        """Starts a modality right here."""
+        options, number = self.options, self.num_modalities
+        noise = initial_noise(options, modality, shape, self.model, seed=self.seed, number=number)
+        if options.init_modality is not None and number == self.num_given:
+            denoising = Denoising.edit(options, noise, self.branch)
+        else:
+            denoising = Denoising.begin(modality, shape, options, noise, self.branch)
+        if options.modality_cfg_scale != 1 and number:
+            denoising.without_all = self._branch_without_all(modality, shape)
+        has_text = bool(self.num_text) or options.negative_prompt is not None
+        if has_text and (options.cfg_scale != 1 or denoising.without_all is not None):
+            denoising.without_text = self.without_text = self.without_text or self._branch_without_text()
+        self.phase, self.denoising = Phase.DENOISING, denoising
+        if self.is_observed:
+            self.events.append(ModalityStarted(modality, shape))
+
+    def _open(self, opening: Sequence[int]) -> None:
+        """Takes what the prompt opens at its end: a modality to be drawn, marked as in training, or a shape to be
+        written on.
+        """
+        chars = [token for token in opening if self.vocabulary.is_char(token)]
+        if opening[-1] in self.vocabulary.som:
+            modality = self.vocabulary.som.index(opening[-1])
+            shape = self._opened_shape(modality, "".join(map(self.vocabulary.char, chars)), opening)
+            for token in self.vocabulary.opening(modality, shape).tolist():
+                self._append_id(token)
+            self.draw(modality, shape)
+            return
+        for token in opening:
+            if not self.grammar.allowed(self.opening)[token]:
+                raise self._no_opening(opening)
+            self.opening = self.grammar.advance(self.opening, token)
+            self._append_id(token)
+
+    def _opened_shape(self, modality: int, spelled: str, opening: Sequence[int]) -> Shape:
+        """The shape of a modality that the prompt opens; the fixed or default one where it has none."""
+        options, io = self.options, self.model.modalities[modality]
+        shape = io.spec.parse_shape(spelled) if spelled else None
+        is_too_large = shape is not None and prod(shape) > (options.max_modality_tokens or prod(shape))
+        is_refused = options.allowed_modalities is not None and modality not in options.allowed_modalities
+        if is_refused or is_too_large or (spelled and (shape is None or not io.supports(shape))):
+            raise self._no_opening(opening)
+        return shape_of(self.model, options.fixed_modality_shape, modality, shape, self.where)
+
+    def _no_opening(self, opening: Sequence[int]) -> ValueError:
+        fixed, most = self.options.fixed_modality_shape, self.options.max_modality_tokens
+        shapes = "" if most is None else f"of at most max_modality_tokens={most} latents, "
+        shapes = shapes if fixed is None else f"which is fixed_modality_shape={fixed}, "
+        return ValueError(
+            f"{self.where}: the markers at its end, {list(opening)}, do not open a modality of a shape it can have, "
+            f"{shapes}and of a type among allowed_modalities={self.options.allowed_modalities}"
+        )
+
+    def _written_shape(self, modality: int, written: str) -> Shape | None:
+        """What was written, or else the default shape if that is to serve; None for no shape that can be drawn."""
+        fixed, io = self.options.fixed_modality_shape, self.model.modalities[modality]
+        if fixed is not None:
+            return fixed
+        shape = io.spec.parse_shape(written)
+        if shape is not None and prod(shape) <= self.grammar.most and io.supports(shape):
+            return shape
+        return shape_of(self.model, None, modality, None) if self.model.fallback_to_default_shape_if_invalid else None
+
+    def _try_to_draw(self, modality: int, shape: Shape | None) -> None:
+        if shape is None:
+            self.end(EndReason.SHAPE)
+        elif self.length + self._num_tokens(modality, shape) + 1 > self.options.max_length:
+            self.end(EndReason.LENGTH)
+        else:
+            self.draw(modality, shape)
+
+    def _branch_without_text(self) -> Branch:
+        """The sample with null for its text; or with a negative prompt at the start, and no other text."""
+        branch, negative, vocabulary = Branch(), self.options.negative_prompt, self.vocabulary
+        pieces = merge_texts([*self.pieces, *as_text(self.ids)])
+        if negative is None:
+            pieces = without_text(pieces, vocabulary)
+        else:
+            pieces = [
+                piece if isinstance(piece, Modality) else Text(piece.ids[piece.ids >= vocabulary.num_text])
+                for piece in pieces
+            ]
+            pieces = [Text(torch.cat((as_ids([vocabulary.sos]), negative))), Text(pieces[0].ids[1:]), *pieces[1:]]  # type: ignore[union-attr]
+        for piece in pieces:
+            branch.append(piece)
+        return branch
+
+    def _branch_without_all(self, modality: int, shape: Shape) -> Branch:
+        """As much null text as there is text, or the negative prompt, and then this modality."""
+        vocabulary, negative = self.vocabulary, self.options.negative_prompt
+        text = [vocabulary.null] * self.num_text if negative is None else negative.tolist()
+        return Branch(ids=[vocabulary.sos, *text, *vocabulary.opening(modality, shape).tolist()])
+
+    def _num_tokens(self, modality: int, shape: Shape) -> int:
+        return prod(self.model.modalities[modality].token_shape(shape))
+
+    def _show(self, modality: int, latents: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """One modality as users see it."""
+        raw = self.options.return_unprocessed_modalities
+        with torch.no_grad():
+            [[(_, shown)]] = self.model.decode([[Modality(modality, latents.to(self.model.dtype, copy=True))]], raw=raw)
+        return shown
+
+    # what it has written
+
+    def _append_id(self, token: int, log_probability: float | None = None) -> None:
+        vocabulary = self.vocabulary
+        is_text = token < vocabulary.num_text
+        self.ids.append(token)
+        self.length += 1
+        self.num_text += is_text
+        self.branch.ids.append(token)
+        if self.without_text is not None and not (is_text and self.options.negative_prompt is not None):
+            self.without_text.ids.append(vocabulary.null if is_text else token)
+        if self.seen is not None and is_text:
+            self.seen[token] = True
+        if self.options.logits_processors:
+            self._all_ids.append(token)
+        if self.log_probabilities is not None:
+            self.log_probabilities.append(nan if log_probability is None else log_probability)
+        if self.is_observed and is_text:
+            self.events.append(TextToken(token, log_probability))
+
+    def _append(self, piece: Piece) -> None:
+        if isinstance(piece, Text):
+            for token in piece.ids.tolist():
+                self._append_id(token)
+            return
+        self.pieces += [*as_text(self.ids), piece]
+        self.ids = []
+        self.length += self._num_tokens(piece.type, piece.shape)
+        self.num_modalities += 1
+        self.branch.append(piece)
+        if self.without_text is not None:
+            self.without_text.append(piece)
+
+    def _ids_on(self, device: torch.device) -> Int[Tensor, " n"]:
+        """Its text and markers, without modalities: a view of a buffer that grows, so an id costs the same everywhere."""
+        count, buffer = len(self._all_ids), self._ids_buffer
+        if buffer is None or count > len(buffer) or buffer.device != device:
+            buffer = self._ids_buffer = torch.zeros(max(64, 2 * count), dtype=torch.long, device=device)
+            self._num_buffered = 0
+        if self._num_buffered < count:
+            buffer[self._num_buffered : count] = torch.tensor(self._all_ids[self._num_buffered :], device=device)
+            self._num_buffered = count
+        return buffer[:count]
+
+    # what its client gets
+
+    def undecoded(self) -> list[tuple[int, Modality]]:
+        """Finished modalities, by their number in the sample, that nobody has seen yet."""
+        modalities = [piece for piece in self.pieces if isinstance(piece, Modality)]
+        return [(i, piece) for i, piece in enumerate(modalities) if i not in self.shown]
+
+    def take_events(self) -> Iterator[Event]:
+        """What happened since the last call. Its modalities are decoded first."""
+        events, self.events = self.events, []
+        kinds = [piece.type for piece in self.pieces if isinstance(piece, Modality)]
+        for event in events:
+            if isinstance(event, FinishedModality):
+                shown = self.shown[event.number].clone()
+                yield ModalityDone(kinds[event.number], shown, event.num_evaluations)
+            else:
+                yield event
+
+    def sample(self) -> Sample:
+        """What there is of the sample: text, `(type, modality)`, text, ... All of its modalities are decoded first."""
+        device, parts, log_probabilities = self.model.device, [], []
+        numbers, start = iter(range(self.num_modalities)), 0  # of modalities, and of the first id of a text
+        for piece in merge_texts([*self.pieces, *as_text(self.ids)]):
+            if isinstance(piece, Modality):
+                parts.append((piece.type, self.shown[next(numbers)].detach().clone().to(device)))
+                log_probabilities.append(None)
+                continue
+            parts.append(piece.ids.clone().to(device))
+            if self.log_probabilities is not None:
+                stop = start + len(piece.ids)
+                log_probabilities.append(torch.tensor(self.log_probabilities[start:stop], device=device))
+                start = stop
+        return Sample(
+            parts,
+            reason=self.reason or EndReason.CANCELLED,
+            log_probabilities=None if self.log_probabilities is None else log_probabilities,
+        )
+
+
+def _grammar(options: SamplingOptions, model: Model) -> Grammar:
+    axes = [axes_of(io, options.fixed_modality_shape) for io in model.modalities]
+    if options.allowed_modalities is not None:
+        axes = [counts if i in options.allowed_modalities else set() for i, counts in enumerate(axes)]
+    counts = tuple(map(frozenset, axes))
+    return shared_grammar(model.vocabulary, counts, most_latents(options, model), options.fixed_modality_shape)

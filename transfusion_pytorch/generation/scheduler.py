@@ -1,0 +1,262 @@
+"""Continuous batching: which requests take part in a step, and what is done for each of them.
+
+r rows that write, d model, v vocabulary.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from transfusion_pytorch.generation.batch_state import BatchState
+from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
+from transfusion_pytorch.generation.events import EndReason
+from transfusion_pytorch.generation.isolation import released, run_halving
+from transfusion_pytorch.generation.request import Phase, RequestState
+from transfusion_pytorch.generation.runner import Branch, Model, create_runner
+from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, sample_tokens
+
+
+class Limits(NamedTuple):
+    """What a scheduler may do at once.
+
+    - `max_batch`: requests at work
+    - `max_waiting`: requests in the queue; `max_cache_tokens`: tokens of the cache, for all rows together
+    - `max_prefill_tokens`: tokens that are read in one step while other requests go on
+    - `max_denoising_tokens`: latents of one forward pass, those of unconditional branches included
+    """
+
+    max_batch: int
+    max_waiting: int | None
+    max_cache_tokens: int | None
+    max_prefill_tokens: int
+    max_denoising_tokens: int
+
+
+class Scheduler:
+    """Runs requests through a model.
+
+    In a step, every request that writes text chooses one id, and every one that denoises takes one interval of its
+    solver, whatever their types and shapes. What a request becomes does not depend on the others, and one that fails
+    ends alone.
+    """
+
+    def __init__(self, model: Model, limits: Limits, *, cache_kv: bool):
+        self.model, self.limits = model, limits
+        self.runner = create_runner(model, cache_kv=cache_kv)
+        self.denoiser = Denoiser(model, self.runner, most_tokens=limits.max_denoising_tokens)
+        self.waiting: deque[RequestState] = deque()
+        self.active: list[RequestState] = []
+        self.steps = self.tokens_written = self.modalities = 0
+        self._state: BatchState | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.active and not self.waiting
+
+    def cache_tokens(self, request: RequestState) -> int:
+        """How many tokens of the cache a request may come to take."""
+        return self.runner.cache_tokens(request.most_tokens)
+
+    def add(self, requests: Sequence[RequestState]) -> None:
+        self.waiting.extend(request for request in requests if not request.is_done)
+
+    def cancel(self, requests: Sequence[RequestState]) -> None:
+        """Ends requests that are not done, and frees their rows."""
+        for request in requests:
+            request.is_cancelled = True
+        self._end_overdue()
+        self._retire()
+
+    def rewind(self) -> None:
+        """Has everything that was read read again: the weights are others now."""
+        for request in self.active:
+            for branch in request.branches:
+                self.runner.rewind(branch)
+        self._state = None
+
+    def step(self) -> None:
+        """Takes every request one step further."""
+        self.steps += 1
+        self.runner.prepare()
+        self._end_overdue()
+        self._retire()
+        self._admit()
+        self._prefill()
+        self._write()
+        self._denoise()
+        self._end_overdue()
+        self._retire()
+
+    # who takes part
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        for request in (*self.active, *self.waiting):
+            if request.is_done:
+                continue
+            if request.is_cancelled:
+                request.end(EndReason.CANCELLED)
+            elif request.deadline is not None and now >= request.deadline:
+                request.end(EndReason.TIMEOUT)
+
+    def _admit(self) -> None:
+        """Takes waiting requests in order, while there is room for what they may come to."""
+        taken = sum(map(self.cache_tokens, self.active))
+        while self.waiting and len(self.active) < self.limits.max_batch:
+            taken += self.cache_tokens(self.waiting[0])
+            if self.limits.max_cache_tokens is not None and taken > self.limits.max_cache_tokens:
+                break
+            self.active.append(self.waiting.popleft())
+
+    def _retire(self) -> None:
+        for request in self.active:
+            if request.is_done:
+                self._close(request.branches)
+        if any(request.is_done for request in (*self.active, *self.waiting)):
+            self.active = [request for request in self.active if not request.is_done]
+            self.waiting = deque(request for request in self.waiting if not request.is_done)
+        if not self.active:
+            self._state = None
+            self.denoiser.reset()
+
+    def _close(self, branches: Sequence[Branch]) -> None:
+        for branch in branches:
+            self.runner.close(branch)
+
+    # prefill
+
+    def _prefill(self) -> None:
+        """Reads prompts and finished modalities: of long ones a part in each step while other requests can go on."""
+        owners = {branch: request for request in self.active for branch in request.to_prefill}
+        if not owners:
+            return
+        others_go_on = any(not request.to_prefill for request in self.active)
+        most = self.limits.max_prefill_tokens if others_go_on else None
+        for branch, error in run_halving(list(owners), lambda branches: self.runner.prefill(branches, most)):
+            owners[branch].end(EndReason.ERROR, error)
+
+    # text
+
+    def _write(self) -> None:
+        """One id for every request that writes text. Where a prefill has just ended, its output is there already."""
+        writing = [it for it in self.active if it.phase is Phase.TEXT and not it.branch.needs_prefill]
+        for requests, choose in (
+            ([it for it in writing if not it.branch.is_pending], self._choose_first),
+            ([it for it in writing if it.branch.is_pending], self._decode),
+        ):
+            if requests:
+                for request, error in run_halving(requests, choose):
+                    request.end(EndReason.ERROR, error)
+
+    def _choose_first(self, requests: Sequence[RequestState]) -> None:
+        hidden = torch.stack([request.branch.hidden for request in requests if request.branch.hidden is not None])
+        state = BatchState.of(requests, stamp=None, device=self.model.device, dtype=hidden.dtype)
+        chosen, log_p = self._choose(state, hidden)
+        self._accept(state, chosen, log_p)
+
+    def _decode(self, requests: Sequence[RequestState]) -> None:
+        """A decode step. Nothing of it is kept before all ids are chosen, so it can be tried again."""
+        requests = [request for request in requests if not request.is_done]
+        state = self._state_of(requests)
+        hidden = self.runner.decode(state)
+        chosen, log_p = self._choose(state, hidden)
+        self.runner.commit(state, hidden)
+        self._state = state if self._accept(state, chosen, log_p) else None
+
+    def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
+        """The state of the step before, as long as it holds."""
+        state, self._state = self._state, None
+        if state is not None and set(state.requests) == set(requests) and not state.is_used_up:
+            if not self.runner.has_moved(state):
+                return state
+        order = self.runner.arrange([request.branch for request in requests])
+        ordered = [requests[i] for i in order]
+        stamp = self.runner.stamp([request.branch for request in ordered])
+        return BatchState.of(ordered, stamp=stamp, device=self.model.device, dtype=self.model.dtype)
+
+    def _choose(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> tuple[list[int], list[float] | None]:
+        """The next id of every row, with its log-probability where any row wants that."""
+        logits = self.model.logits(hidden)
+        processed = self._processed(logits, state.requests)
+        tokens = sample_tokens(processed, state.allowed, state.columns, state.uniform, state.seen)
+        wants = any(request.log_probabilities is not None for request in state.requests)
+        log_p = log_probabilities(logits, tokens).tolist() if wants else None
+        chosen = tokens.tolist()  # the one copy back to the host
+        state.advance(tokens)
+        return chosen, log_p
+
+    def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
+        """Gives every request its id. Returns whether the state holds for the next step."""
+        for i, (request, token) in enumerate(zip(state.requests, chosen, strict=True)):
+            if request.is_done:  # a processor of its own failed
+                continue
+            if token == NO_CHOICE:
+                maybe = ", or its logits_processors have ruled all out" if request.options.logits_processors else ""
+                message = f"{request.where}: the logits of the next token are not finite{maybe}"
+                request.end(EndReason.ERROR, ValueError(message))
+                continue
+            self.tokens_written += 1
+            try:
+                request.accept(token, None if log_p is None else log_p[i])
+            except Exception as error:
+                request.end(EndReason.ERROR, released(error))
+        return state.holds()
+
+    def _processed(self, logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
+        """Logits as the processors of each row leave them. One that raises an error ends its own request."""
+        if not any(request.options.logits_processors for request in requests):
+            return logits
+        rows = list(logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind())
+        for i, request in enumerate(requests):
+            if not request.options.logits_processors:
+                continue
+            try:
+                rows[i] = request.process(rows[i])
+            except Exception as error:
+                request.end(EndReason.ERROR, released(error))
+        return torch.stack(rows)
+
+    # modalities
+
+    def _denoise(self) -> None:
+        """One interval for every request that denoises and whose branches are read."""
+        requests = [it for it in self.active if it.phase is Phase.DENOISING and not it.to_prefill]
+        if not requests:
+            return
+        made = {it: it.denoising for it in requests if it.denoising is not None}
+        unfinished = [denoising for denoising in made.values() if not denoising.is_done]  # others were interrupted
+        errors = dict(self.denoiser.step(unfinished)) if unfinished else {}
+        finite = _are_finite([it for it in made.values() if it.is_done and it not in errors])
+        for request, denoising in made.items():
+            if denoising in errors:
+                request.end(EndReason.ERROR, errors[denoising])
+                continue
+            if not finite.get(denoising, True):
+                message = f"{request.where}: the latents of modality {denoising.type} are not finite"
+                request.end(EndReason.ERROR, ValueError(message))
+                continue
+            if denoising in unfinished:
+                request.report_progress()
+            if denoising.is_done:
+                self._finish_modality(request)
+
+    def _finish_modality(self, request: RequestState) -> None:
+        self.modalities += 1
+        if request.denoising is not None and request.denoising.without_all is not None:
+            self._close([request.denoising.without_all])
+        try:
+            request.finish_denoising()
+        except Exception as error:
+            request.end(EndReason.ERROR, released(error))
+
+
+def _are_finite(done: Sequence[Denoising]) -> dict[Denoising, bool]:
+    """Whether finished latents have neither NaN nor infinity: one copy back to the host."""
+    if not done:
+        return {}
+    return dict(zip(done, torch.stack([it.x.isfinite().all() for it in done]).tolist(), strict=True))
