@@ -23,10 +23,11 @@ from transfusion_pytorch.generation.options import (
     with_own_generator,
 )
 from transfusion_pytorch.generation.progress import SampleProgress
-from transfusion_pytorch.generation.prompts import bare_and_opened, parse_prompt
 from transfusion_pytorch.generation.rules import Rules
 from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.generation.state import Phase, Sampled, SampleState
+from transfusion_pytorch.sequence.prompts import parse_prompt
+from transfusion_pytorch.sequence.prompts import split_unfinished_modality as bare_and_opened
 from transfusion_pytorch.sequence.samples import Modality, Text, mark
 
 Sample = list[Tensor | tuple[int, Tensor]]

@@ -23,8 +23,8 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.plan import ModalityPart, TextPart
-from transfusion_pytorch.generation.prompts import without_text
 from transfusion_pytorch.generation.rules import Rules
+from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_text, merge_texts
 
 
