@@ -25,7 +25,7 @@ from generation_models import (
 
 from transfusion_pytorch import UNetDown, UNetUp
 from transfusion_pytorch.generation.context import CachedContext, Lane
-from transfusion_pytorch.generation.prompts import without_text
+from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Text
 
 PROMPTS = {

@@ -24,7 +24,7 @@ from generation_models import (
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.flow.solver import ADAPTIVE_METHODS, OTHER_METHODS, SINGLE_STEP_METHODS
 from transfusion_pytorch.generation.context import CachedContext
-from transfusion_pytorch.generation.prompts import without_text
+from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Text
 
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}

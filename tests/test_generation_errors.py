@@ -30,7 +30,7 @@ PROMPTS = {
         ValueError,
         "prompt 0, part 1: the tensor is empty",
     ),
-    "a text of two axes": (torch.ones(2, 2, dtype=torch.long), ValueError, "prompt 0, part 0: text has one axis"),
+    "a batch of texts": (torch.ones(2, 2, dtype=torch.long), ValueError, r"prompt 0, part 0: text is \(n,\), \(1, n\)"),
     "an id beyond the vocabulary": ([text(1), text(2, 99)], ValueError, "prompt 0, part 1: token id 99 .* 0 to 25"),
     "the id of null": (text(26), ValueError, "token id 26"),
     "an id below 0": (text(-1), ValueError, "token id -1"),
@@ -52,8 +52,8 @@ PROMPTS = {
         ValueError,
         "prompt 0: markers of a modality stand where there is none",
     ),
-    "an opening in the middle": ([text(META, FOUR, SOM[1]), latents(IMAGE, 1, 1)], ValueError, "prompt 0: markers"),
-    "no meta before som": (text(1, SOM[0]), ValueError, "prompt 0: markers"),
+    "a closing of another type": ([latents(IMAGE, 1, 1), text(EOM[1])], ValueError, "prompt 0: markers"),
+    "no meta before a shape": (text(1, FOUR), ValueError, "prompt 0: markers"),
     "an opening of another shape": (
         text(1, META, FOUR, SOM[2]),
         ValueError,
@@ -61,16 +61,6 @@ PROMPTS = {
     ),
     "an opening that is no shape": (text(META, COMMA), ValueError, "prompt 0: the markers at its end"),
     "an opening that is too large": (text(META, FOUR, FOUR), ValueError, "at most max_modality_tokens=6 latents"),
-    "text behind an opening": (
-        text(META, FOUR, SOM[1], 2),
-        ValueError,
-        "prompt 0: markers of a modality stand where there is none",
-    ),
-    "two openings": (
-        text(META, FOUR, SOM[1], META, FOUR, SOM[1]),
-        ValueError,
-        "prompt 0: markers of a modality stand where there is none",
-    ),
     "more than max_length": (
         text(*[1] * 40),
         ValueError,

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfusion_pytorch.sequence.samples import (
+    Condition,
     Modality,
     ModalitySpec,
     Text,
     check_finite,
     check_ids,
     check_text_batch,
+    find_openings,
     mark,
     merge_texts,
     parse_batch,
@@ -78,6 +80,15 @@ def test_text_of_any_integer_becomes_long(dtype):
     assert parsed.ids.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("part", [TEXT[None], TEXT[None].int(), torch.tensor([[7]])])
+def test_a_batch_of_one_text_is_that_text(part):
+    for sample in ([IMAGE, part], [IMAGE, Condition(part)]):
+        [[_, parsed]] = parse_samples([sample], 1)
+        assert parsed.ids.tolist() == part.flatten().tolist()
+        assert parsed.is_learned != isinstance(sample[1], Condition)
+    assert seen(parse_samples([part], 1)[0]) == [part.flatten().tolist()]
+
+
 def test_a_single_id_is_text_of_length_one():
     assert seen(parse_samples([[torch.tensor(7)]], 1)[0]) == [[7]]
 
@@ -111,7 +122,12 @@ BAD_PARTS = {
     "typed complex numbers": ((0, IMAGE * 1j), TypeError, "got torch.complex64"),
     "empty text": (torch.tensor([], dtype=torch.long), ValueError, r"the tensor is empty, of shape \(0,\); leave"),
     "an empty modality": (torch.zeros(4, 0, 2), ValueError, r"the tensor is empty, of shape \(4, 0, 2\); leave"),
-    "text of two axes": (TEXT[None], ValueError, r"text has one axis .* got shape \(1, 3\); modalities are float"),
+    "a batch of texts": (
+        torch.ones(2, 3, dtype=torch.long),
+        ValueError,
+        r"text is \(n,\), \(1, n\), .* got shape \(2, 3\); modalities are float",
+    ),
+    "text of three axes": (TEXT[None, None], ValueError, r"text is \(n,\), \(1, n\), .* got shape \(1, 1, 3\)"),
     "an unknown type": ((2, IMAGE), ValueError, r"unknown modality type 2, this model has 2 \(from 0\)"),
     "a negative type": ((-1, IMAGE), ValueError, r"unknown modality type -1, this model has 2 \(from 0\)"),
     "a bool for a type": ((True, IMAGE), TypeError, r"an int for its type, got \(bool, Tensor\)"),
@@ -308,12 +324,48 @@ def test_markers_may_be_there_in_part(bare, data):
 
 def test_markers_that_frame_nothing_are_left_alone():
     image, digit = Modality(0, IMAGE), VOCABULARY.first_char
-    for ids in ([1, META, digit, SOM[0]], [META, digit, 1], [EOM[0], 1], [1, SOM[1]], [1, digit]):
+    for ids in ([EOM[0], 1], [1, digit], [1, EOM[1]]):
         assert seen(strip_markers([text(*ids)], VOCABULARY)) == [ids]
-    before = [text(1, SOM[1]), image]
-    assert seen(strip_markers(before, VOCABULARY)) == seen(before)
     after = [image, text(EOM[1], 1)]
     assert seen(strip_markers(after, VOCABULARY)) == seen(after)
+
+
+OPENINGS = [
+    [META],
+    [META, *VOCABULARY.encode_chars("4,").tolist()],
+    [META, *VOCABULARY.encode_chars("4,4").tolist(), SOM[0]],
+    [META, SOM[1]],
+    [SOM[0]],
+]
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_an_opening_at_the_end_stays_and_all_others_go(opening):
+    image = Modality(0, IMAGE)
+    assert seen(strip_markers([text(1, *opening)], VOCABULARY)) == [[1, *opening]]
+    assert seen(strip_markers([text(1), text(*opening)], VOCABULARY)) == [[1, *opening]]
+    assert seen(strip_markers([text(*opening, EOS)], VOCABULARY)) == [opening]
+    for after in ([text(2)], [image], [Text(TEXT, is_learned=False)], [text(*opening, 2), image]):
+        expected = seen(strip_markers([text(1), *after], VOCABULARY))
+        assert seen(strip_markers([text(1, *opening), *after], VOCABULARY)) == expected
+    assert seen(strip_markers([text(*opening), image, text(EOM[0], *opening, 3)], VOCABULARY)) == seen([image, text(3)])
+    assert seen(strip_markers([text(*opening, SOS, *opening)], VOCABULARY)) == [opening]
+
+
+@QUICK
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4), data=st.data())
+def test_openings_without_their_modality_change_nothing_wherever_they_stand(texts, data):
+    openings = st.lists(st.sampled_from(OPENINGS), max_size=2).map(lambda many: [i for each in many for i in each])
+    cut_off = [text(*data.draw(openings), *piece.ids.tolist()) for piece in texts]
+    assert seen(strip_markers(cut_off, VOCABULARY)) == seen(merge_texts(texts))
+
+
+def test_openings_are_found_from_meta_or_from_som_alone():
+    four = VOCABULARY.encode_chars("4").tolist()
+    ids = [*four, META, META, *four, *four, 1, META, *four, SOM[1], SOM[0], 2, META]
+    found = [ids[opening] for opening in find_openings(ids, VOCABULARY)]
+    assert found == [[META], [META, *four, *four], [META, *four, SOM[1]], [SOM[0]], [META]]
+    assert list(find_openings([1, EOM[0], *four], VOCABULARY)) == []
 
 
 def test_sentences_lose_sos_and_eos_wherever_they_stand():

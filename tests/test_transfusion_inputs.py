@@ -10,7 +10,7 @@ from tiny import NUM_TEXT, Spy, awake, layout, ragged_batch, tiny
 from torch import nn, tensor
 
 from transfusion_pytorch import LossBreakdown
-from transfusion_pytorch.sequence.samples import Modality
+from transfusion_pytorch.sequence.samples import Condition, Modality
 
 SOS, META, SOM, CHAR = NUM_TEXT, NUM_TEXT + 2, NUM_TEXT + 3, NUM_TEXT + 7
 
@@ -62,10 +62,44 @@ def test_a_forgotten_outer_list_is_refused(model):
         model([tensor([1, 2]), images(2, 2)])
 
 
-@pytest.mark.parametrize("end", [[META], [META, CHAR], [META, CHAR, SOM]])
+OPENINGS = [[META], [META, CHAR], [META, CHAR, SOM], [META, SOM], [SOM]]
+
+
+@pytest.mark.parametrize("end", OPENINGS)
 def test_a_sample_that_was_cut_off_in_an_opening_is_taken_without_it(model, end):
     cut = model([[tensor([SOS, 1, 2, *end])]], return_loss=False)
     torch.testing.assert_close(cut, model([[tensor([1, 2])]], return_loss=False), **EXACT)
+
+
+@pytest.mark.parametrize("end", OPENINGS)
+def test_a_sample_that_was_cut_off_in_an_opening_can_be_continued_and_learned(model, end):
+    """It is the sample without that opening: what is never drawn is neither read nor a target."""
+    start, turn, latents = tensor([SOS, 1, 2, *end]), tensor([[3]]), images(2, 2)
+    for parts, bare in [
+        ([start, turn], [tensor([1, 2]), turn]),
+        ([start, turn, latents], [tensor([1, 2, 3]), latents]),
+        ([start, latents, turn], [tensor([1, 2]), latents, turn]),
+        ([start, Condition(turn), latents], [tensor([1, 2]), Condition(turn), latents]),
+        ([Condition(start), turn], [Condition(tensor([1, 2])), turn]),
+        ([start, turn, tensor(end), tensor(4)], [tensor([1, 2, 3, 4])]),
+    ]:
+        pack = model.packer()
+        cut, whole = pack([parts]), pack([bare])
+        assert torch.equal(cut.stream.token, whole.stream.token)
+        assert torch.equal(cut.stream.label, whole.stream.label)
+        losses = [model([sample], times=0.5, generator=torch.Generator().manual_seed(0)) for sample in (parts, bare)]
+        assert torch.equal(*losses)
+        counts = [model.count_targets([sample]) for sample in (parts, bare)]
+        assert counts[0].text == counts[1].text
+        assert torch.equal(counts[0].latents, counts[1].latents)
+    labels = pack([[start, turn]]).stream.label
+    assert not set(labels.tolist()) & {META, CHAR, SOM}
+
+
+def test_a_sample_of_an_opening_alone_is_an_empty_one(model):
+    for ids in ([SOS, SOM], [SOS, META, CHAR, SOM]):
+        tokens = model.packer()([[tensor(ids)]]).stream.token
+        assert tokens.tolist() == [SOS, SOS + 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -323,14 +357,19 @@ MALFORMED_BATCHES = {
     "channels first": ([[LATENTS.movedim(-1, 0)]], ValueError, r"part 0: .*; set channel_first_latent=True"),
     "too many axes": ([[torch.ones(1, 1, 1, 1, 3)]], ValueError, r"part 0: modality 0 takes latents of 0 to 3 axes"),
     "no axis at all": ([[tensor(1.0)]], ValueError, r"sample 0, part 0: modality 0 takes latents of 0 to 3 axes"),
-    "text with two axes": ([[IDS[None]]], ValueError, r"sample 0, part 0: text has one axis .* got shape \(1, 2\)"),
+    "a batch as a text": ([[IDS.expand(3, 2)]], ValueError, r"sample 0, part 0: text is .* got shape \(3, 2\)"),
     "id too high": ([[IDS], [LATENTS, tensor([1, 99])]], ValueError, r"sample 1, part 1: token id 99 is outside .* 9"),
     "id one too high": ([[tensor([1, SOS])]], ValueError, r"sample 0, part 0: token id 10 is outside .* 0 to 9"),
+    "id too high in a returned sample": (
+        [[tensor([SOS, 1]), tensor([99])]],
+        ValueError,
+        "sample 0, part 1: token id 99 is outside",
+    ),
     "id below zero": ([[tensor(-1)]], ValueError, r"sample 0, part 0: token id -1 is outside the vocabulary"),
     "markers out of place": (
-        [[tensor([SOS, META, CHAR, 1])]],
+        [[tensor([SOS, 1, CHAR, 2])]],
         ValueError,
-        r"sample 0 without its markers, part 0: .* 12",
+        rf"sample 0: markers of a modality stand where there is none, in the text \[1, {CHAR}, 2\]",
     ),
     "not a number": ([[IDS, NAN]], ValueError, r"sample 0, part 1: the tensor contains NaN or infinity"),
     "infinity": ([[IDS], [INFINITY]], ValueError, r"sample 1, part 0: the tensor contains NaN or infinity"),

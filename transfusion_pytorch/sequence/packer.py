@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
 from transfusion_pytorch.sequence.moving import on_cpu
+from transfusion_pytorch.sequence.prompts import split_unfinished_modality
 from transfusion_pytorch.sequence.randomness import StateNumbers, seeded_numbers
 from transfusion_pytorch.sequence.samples import (
     Modality,
@@ -31,8 +32,6 @@ from transfusion_pytorch.sequence.samples import (
     mark,
     parse_batch,
     parse_samples,
-    split_opening,
-    strip_markers,
 )
 from transfusion_pytorch.sequence.span_times import times_of_spans
 from transfusion_pytorch.sequence.stream import TokenStream, pack, pad_stream
@@ -335,17 +334,15 @@ class Packer:
 
 
 def without_markers(sample: list[Piece], vocabulary: Vocabulary, where: str) -> list[Piece]:
-    """A bare sample. One that begins with sos has been sampled: its markers are dropped, to be placed anew. Any other
-    id beyond the text is refused.
+    """A bare sample. One that begins with sos has been sampled: its markers are dropped, to be placed anew, with those
+    that open a modality which was never drawn. In all others ids beyond the text are refused.
     """
     first = sample[0]
-    if isinstance(first, Text) and int(first.ids[0]) == vocabulary.sos:
-        sample, _ = split_opening(strip_markers(sample, vocabulary), vocabulary)  # it may have been cut off there
-        where = f"{where} without its markers"
+    is_sampled = isinstance(first, Text) and int(first.ids[0]) == vocabulary.sos
     for j, piece in enumerate(sample):
         if isinstance(piece, Text):
-            check_ids(piece.ids, vocabulary.num_text, f"{where}, part {j}")
-    return sample
+            check_ids(piece.ids, vocabulary.num_logits if is_sampled else vocabulary.num_text, f"{where}, part {j}")
+    return split_unfinished_modality(sample, vocabulary, where).pieces if is_sampled else sample
 
 
 def check_modality_type(batch: Any, modality_type: Any) -> None:

@@ -4,7 +4,7 @@ A sample is a list. An integer tensor is text, a floating point tensor is modali
 modality. `Latents` are a modality that has been encoded already, and a `Condition` is read but not learned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from numbers import Integral
@@ -221,9 +221,10 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
 
 
 def parse_text(ids: Tensor, where: str) -> Text:
-    if ids.ndim > 1:
+    """Ids of one axis; a lone id has none, and a batch of one text `(1, n)` is that text."""
+    if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
         raise ValueError(
-            f"{where}: text has one axis (or none, for a single token), got shape {tuple(ids.shape)}; "
+            f"{where}: text is (n,), (1, n), or a single id without axes, got shape {tuple(ids.shape)}; "
             "modalities are floating point"
         )
     return Text(ids.detach().reshape(-1).to("cpu", torch.long))
@@ -255,10 +256,17 @@ def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = Tr
 
 
 def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:
-    """The inverse of `mark`, forgiving: markers may be there or not.
+    """The inverse of `mark`, forgiving: markers may be there or not, and modalities opened without being drawn.
 
-    sos and eos go wherever they stand, what opens a modality goes before one and what closes it goes after one.
-    Anything else is left alone.
+    sos and eos are removed everywhere, and the closing marker of a modality behind it. So is every opening, whatever
+    follows: the markers of a modality come from the modality itself, and an opening without one says nothing. Only an
+    opening at the end of the sample stays, since its modality may be drawn next. All other ids are left alone.
+
+    With `4` and `,` for characters of a shape and `x` for a modality:
+
+    - `sos 1 meta 4 som x eom 2 eos` -> `1 x 2`
+    - `1 meta 4 , 2`, `1 meta 4 som 2` and `1 som 2` -> `1 2`
+    - `1 meta 4 som` stays
     """
     bare: list[Piece] = []
     pieces = merge_texts(pieces)
@@ -267,24 +275,38 @@ def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece
             bare.append(piece)
             continue
         ids = [token for token in piece.ids.tolist() if token not in (vocabulary.sos, vocabulary.eos)]
-        before, after = (pieces[j] if 0 <= j < len(pieces) else None for j in (i - 1, i + 1))
+        before = pieces[i - 1] if i else None
         if isinstance(before, Modality) and ids[:1] == [vocabulary.eom[before.type]]:
             ids = ids[1:]
-        if isinstance(after, Modality):
-            ids = _without_opening(ids, vocabulary.som[after.type], vocabulary)
+        ids = _without_openings(ids, vocabulary, keeps_last=i + 1 == len(pieces))
         if ids:
             bare.append(Text(as_ids(ids), piece.is_learned))
     return bare
 
 
-def split_opening(pieces: Sequence[Piece], vocabulary: Vocabulary) -> tuple[list[Piece], list[int]]:
-    """Parts a sample from the markers at its end that open a modality which was never drawn."""
-    last = pieces[-1].ids.tolist() if pieces and isinstance(pieces[-1], Text) else []
-    start = last.index(vocabulary.meta) if vocabulary.meta in last else len(last)
-    spelled = last[start + 1 : -1] if last and last[-1] in vocabulary.som else last[start + 1 :]
-    if start == len(last) or not all(map(vocabulary.is_char, spelled)):
-        return list(pieces), []
-    return [*pieces[:-1], *([pieces[-1]._replace(ids=as_ids(last[:start]))] if start else [])], last[start:]
+def find_openings(ids: Sequence[int], vocabulary: Vocabulary) -> Iterator[slice]:
+    """Where ids open a modality: `meta`, the characters of a shape and `som`, as far as they go, or `som` alone."""
+    start = 0
+    while start < len(ids):
+        end = start
+        if ids[end] == vocabulary.meta:
+            end += 1
+            while end < len(ids) and vocabulary.is_char(ids[end]):
+                end += 1
+        if end < len(ids) and ids[end] in vocabulary.som:
+            end += 1
+        if end > start:
+            yield slice(start, end)
+        start = max(end, start + 1)
+
+
+def _without_openings(ids: list[int], vocabulary: Vocabulary, *, keeps_last: bool) -> list[int]:
+    """Ids without their openings, but for one that ends them if it `keeps_last`."""
+    kept = list(ids)
+    for opening in reversed(list(find_openings(ids, vocabulary))):
+        if not (keeps_last and opening.stop == len(ids)):
+            del kept[opening]
+    return kept
 
 
 def merge_texts(pieces: Sequence[Piece]) -> list[Piece]:
@@ -295,16 +317,6 @@ def merge_texts(pieces: Sequence[Piece]) -> list[Piece]:
         texts = [piece.ids for piece in members if isinstance(piece, Text)]
         merged += [Text(torch.cat(texts), is_learned)] if is_text else members
     return merged
-
-
-def _without_opening(ids: list[int], som: int, vocabulary: Vocabulary) -> list[int]:
-    end = len(ids)
-    if end and ids[end - 1] == som:
-        end -= 1
-    start = end
-    while start and vocabulary.is_char(ids[start - 1]):
-        start -= 1
-    return ids[: start - 1] if start and ids[start - 1] == vocabulary.meta else ids[:end]
 
 
 def check_finite(
