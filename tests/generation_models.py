@@ -335,7 +335,7 @@ def fail(error: BaseException, *, at: int):
 
 
 def cache_of(engine):
-    return engine.scheduler.context.cache
+    return engine.scheduler.runner.cache
 
 
 def assert_no_row_is_lost(engine) -> None:

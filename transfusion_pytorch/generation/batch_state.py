@@ -70,7 +70,7 @@ class BatchState:
             allowed=_to(masks[0][None] if same else torch.stack(masks), device),
             masks=masks,
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
-            numbers=uniform(seeds, counters[:, None] + steps, device),
+            numbers=uniform(seeds[:, None], counters[:, None] + steps, device),
             seen=seen,
             no_times=torch.empty(0, device=device, dtype=dtype),
         )

@@ -4,7 +4,6 @@ A counter has no state to keep, move or copy: number `i` of a seed is the same w
 function is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), which passes BigCrush.
 """
 
-from collections.abc import Sequence
 from math import pi
 
 import torch
@@ -23,15 +22,11 @@ def mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 def uniform(
-    seeds: Sequence[int] | Int[Tensor, " r"], counters: Int[Tensor, "..."], device: torch.device
-) -> Float[Tensor, "r ..."]:
-    """Numbers in [0, 1) with 53 random bits (24 where there is no double precision): those of every counter, for every
-    seed.
-    """
-    seed = torch.as_tensor(seeds, dtype=torch.int64, device="cpu").to(device)
-    counters = counters.to(device)
-    start = mix(seed + GOLDEN).view(-1, *[1] * counters.ndim)
-    bits = mix(start + (counters + 1) * GOLDEN)
+    seeds: Int[Tensor, "..."], counters: Int[Tensor, "..."], device: torch.device
+) -> Float[Tensor, "..."]:
+    """Numbers in [0, 1) with 53 random bits (24 where there is no double precision). Seeds and counters broadcast."""
+    start = mix(seeds.to(device) + GOLDEN)
+    bits = mix(start + (counters.to(device) + 1) * GOLDEN)
     if device.type == "mps":
         return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
@@ -42,7 +37,7 @@ def normal(seed: int, stream: int, shape: tuple[int, ...], device: torch.device)
     count = torch.Size(shape).numel()
     half = (count + 1) // 2
     counters = torch.arange(2 * half, device=device) + (stream << 40)
-    radius, angle = uniform([seed], counters, device)[0].split(half)
+    radius, angle = uniform(torch.tensor(seed, device="cpu"), counters, device).split(half)
     radius = (-2 * torch.log1p(-radius)).sqrt()
     angle = 2 * pi * angle
     return torch.cat((radius * angle.cos(), radius * angle.sin()))[:count].view(shape)
