@@ -21,6 +21,8 @@ from generation_models import (
 )
 from torch import nn
 
+from transfusion_pytorch import EndReason
+
 
 def options_with(**options):
     return GREEDY | dict(init_modality_noise=noise(), cfg_scale=2.0) | options
@@ -61,8 +63,13 @@ def test_sample_goes_on_from_wherever_it_is_cut_off(seed):
     whole = model.sample(**options_with(max_length=34))
     prompts = list(cuts(model, whole))
     assert any(model.meta_id in prompt[-1].tolist() for prompt in prompts if torch.is_tensor(prompt[-1]))
-    for sample in model.sample_many(prompts, **options_with(max_length=34)):
+    *inside, end = model.sample_many(prompts, **options_with(max_length=34))
+    for sample in inside:
         assert_same(sample, whole)
+    assert whole.reason is EndReason.LENGTH
+    assert whole[-1][-1] in model.som_ids  # there was no room for this one
+    assert_same(end[: len(whole)], whole)  # but a prompt that opens it has asked for it
+    assert len(drawn(end)) == len(drawn(whole)) + 1
 
 
 def marked(model, modality, *shape):
@@ -148,7 +155,8 @@ def test_modalities_of_the_prompt_come_back_as_they_were_given():
         assert len(got) > len(given)
         assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(got, given, strict=False))
         assert all(x.shape[-1] == 5 and x.dtype == torch.float64 for x in got[len(given) :])
-        assert_same(model.sample(sample, **options_with(max_length=40)), sample, tolerance=1e-6)
+        again = model.sample(sample, **options_with(max_length=40))
+        assert_same(again[: len(sample)], sample, tolerance=1e-6)
 
 
 def test_only_what_was_drawn_is_decoded_and_all_of_a_shape_at_once():
@@ -184,7 +192,9 @@ def test_channels_stand_where_the_user_has_them():
         assert other[1][1].shape == (1, 2, 1)
         assert other[3][1].shape == (2, 1, 2, 3)
         assert_same([(part[0], part[1].movedim(0, -1)) if isinstance(part, tuple) else part for part in other], one)
-        assert_same(first.sample(other, **options_with()), first.sample(other[:4], **options_with()))
+        *again, _ = first.sample(other, **options_with(max_length=60))
+        *expected, _ = first.sample(other[:4], **options_with(max_length=60))
+        assert_same(again[: len(expected)], expected)
 
 
 # what is asked for

@@ -236,7 +236,6 @@ def test_a_cut_off_sample_may_end_in_any_part_of_an_opening():
 # what still needs the engine
 
 
-@pytest.mark.xfail(strict=True, reason=WITH_SOM)
 @pytest.mark.parametrize("modality", range(4))
 def test_a_bare_som_opens_its_modality_in_the_default_shape(modality):
     """It is as if that modality were forced behind what stands before."""
@@ -250,20 +249,17 @@ def test_a_bare_som_opens_its_modality_in_the_default_shape(modality):
             assert is_marked(model, sample)
 
 
-@pytest.mark.xfail(strict=True, reason=WITH_SOM)
 def test_a_bare_som_opens_its_modality_in_the_fixed_shape():
     model = sampler()
     sample = model.sample([ids(1), tensor(model.som_ids[LINE])], **options_with(fixed_modality_shape=(3,)))
     assert shapes_of(sample)[1] == (LINE, (3, CHANNELS[LINE]))
 
 
-@pytest.mark.xfail(strict=True, reason=WITH_SOM)
 def test_a_bare_som_without_any_shape_is_refused():
     with pytest.raises(ValueError, match=r"prompt 0.*modality 1 has no default shape"):
         build().sample([tensor(7 + LINE)], **options_with())
 
 
-@pytest.mark.xfail(strict=True, reason=WITH_SOM)
 def test_openings_and_texts_are_sampled_together_as_one_by_one():
     model = sampler()
     prompts = [[tensor([model.som_ids[modality]])] for modality in range(4)] + [[ids(1, 2)], [None]]
@@ -271,7 +267,6 @@ def test_openings_and_texts_are_sampled_together_as_one_by_one():
         assert_same(sample, model.sample(prompt, **options_with()))
 
 
-@pytest.mark.xfail(strict=True, reason="an opening at the end of a prompt and a forced modality are still an error")
 @pytest.mark.parametrize("opening", ["som", "meta", "shape"])
 def test_a_forced_modality_replaces_an_opening_at_the_end(opening):
     model = sampler()
@@ -283,7 +278,6 @@ def test_a_forced_modality_replaces_an_opening_at_the_end(opening):
             assert_same(sample, model.sample([ids(1)], **options_with(**option)))
 
 
-@pytest.mark.xfail(strict=True, reason=BEYOND_LENGTH)
 def test_a_prompt_beyond_max_length_comes_back_with_one_warning():
     model = sampler()
     long, short = [ids(1), latents(IMAGE, 3, 4), ids(2)], ids(1)
@@ -299,7 +293,6 @@ def test_a_prompt_beyond_max_length_comes_back_with_one_warning():
         assert is_marked(model, sample)
 
 
-@pytest.mark.xfail(strict=True, reason=BEYOND_LENGTH)
 @pytest.mark.parametrize("length", [1, 4, 9])
 def test_what_is_forced_is_drawn_even_beyond_max_length(length):
     model = sampler()
@@ -322,7 +315,6 @@ def test_what_is_forced_is_drawn_even_beyond_max_length(length):
         assert set(closing[1:]) <= {model.eos_id}  # nothing that it would write by itself
 
 
-@pytest.mark.xfail(strict=True, reason=BEYOND_LENGTH)
 def test_planned_text_beyond_max_length_is_empty():
     model = sampler()
     plan = [("text", 5), (LINE, (4,)), ("text", 5), (VECTOR, ())]
@@ -335,7 +327,6 @@ def test_planned_text_beyond_max_length_is_empty():
     assert is_marked(model, sample)
 
 
-@pytest.mark.xfail(strict=True, reason="a sample cannot say yet why it ended")
 def test_a_sample_is_a_list_that_says_why_it_ended():
     model = sampler()
     ended = model.sample(ids(1), **options_with(stop_ids=[0, 1, 2, 3], allowed_modalities=[]))
@@ -349,7 +340,6 @@ def test_a_sample_is_a_list_that_says_why_it_ended():
     assert_same(again, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a written shape may still be larger than max_length has room for")
 def test_a_shape_that_is_written_by_default_fits_into_max_length():
     """A model that always writes the largest shape it may."""
     model = sampler(push=dict(meta=9.0, eos=-9.0))

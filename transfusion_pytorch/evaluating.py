@@ -79,7 +79,8 @@ def evaluation_view(module: Module) -> Module:
     kind = type(module)
     if kind not in _VIEW_CLASSES:
         slots = {"__slots__": ("_view_of", "_view_children"), "__module__": kind.__module__, "__doc__": kind.__doc__}
-        _VIEW_CLASSES[kind] = type(kind)(kind.__name__, (_EvaluationView, kind), slots)
+        metaclass: Any = type(kind)
+        _VIEW_CLASSES[kind] = metaclass(kind.__name__, (_EvaluationView, kind), slots)
     view = object.__new__(_VIEW_CLASSES[kind])
     for name, value in (("__dict__", module.__dict__), ("_view_of", module), ("_view_children", {})):
         object.__setattr__(view, name, value)

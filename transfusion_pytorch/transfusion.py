@@ -17,7 +17,6 @@ from transfusion_pytorch.batching import BatchingMethods, check_probability
 from transfusion_pytorch.flow.path import velocity_towards
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
-from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
@@ -27,6 +26,7 @@ from transfusion_pytorch.network.cache import CacheView, DecodeView
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
+from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from transfusion_pytorch.display.lines import Part, check_count, decode, describe_part
+from transfusion_pytorch.display.progress import load_tqdm
 from transfusion_pytorch.display.view import DecodeText, PartWriter, Renderers, column, note
 from transfusion_pytorch.generation.events import (
     DrawingProgress,
@@ -20,7 +21,6 @@ from transfusion_pytorch.generation.events import (
     ModalityStarted,
     TextToken,
 )
-from transfusion_pytorch.display.progress import load_tqdm
 
 TEXT_INTERVAL = 0.1  # seconds between two updates of a notebook while text is written
 COMPLETE = (EndReason.EOS, EndReason.PLAN)  # any other end is told

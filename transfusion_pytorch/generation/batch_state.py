@@ -46,9 +46,7 @@ class BatchState:
     step: int = 0
 
     @classmethod
-    def of(
-        cls, requests: Sequence[Any], *, stamp: Hashable, device: torch.device, dtype: torch.dtype
-    ) -> "BatchState":
+    def of(cls, requests: Sequence[Any], *, stamp: Hashable, device: torch.device, dtype: torch.dtype) -> "BatchState":
         """`requests` write text; `dtype` is that of the model's logits."""
         dtype = torch.promote_types(dtype, torch.float32)
         branches = [request.branch for request in requests]
@@ -110,7 +108,9 @@ class BatchState:
             modulation_index=self.token,
             position=self.position,
             label=self.token,
-            layout=Layout(end=self.token, lengths=lengths, past=tuple(row.length for row in past), device=self.token.device),
+            layout=Layout(
+                end=self.token, lengths=lengths, past=tuple(row.length for row in past), device=self.token.device
+            ),
             spans=NO_SPANS,
             placements={},
             lengths=lengths,

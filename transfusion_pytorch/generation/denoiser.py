@@ -191,7 +191,7 @@ class Denoiser:
             made = self._velocity([denoising], flat, [flat.numel()], [float(time)])
             # over what is not finite, methods that choose their own steps may never come to an end
             if not made.isfinite().all():
-                raise ValueError("the velocity of a modality is not finite")
+                raise ValueError("the velocity of a drawing is not finite")
             return made
 
         after = integrate(velocity, denoising.x.flatten(), times, denoising.options.odeint_kwargs or {})

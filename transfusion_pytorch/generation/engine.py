@@ -29,7 +29,7 @@ from transfusion_pytorch.generation.options import (
     seeds_of,
     takes_sampling_options,
 )
-from transfusion_pytorch.generation.plan import resolve, shape_of
+from transfusion_pytorch.generation.plan import Plan, resolve, shape_of
 from transfusion_pytorch.generation.request import RequestState
 from transfusion_pytorch.generation.runner import CachedRunner
 from transfusion_pytorch.generation.scheduler import Limits, Scheduler
@@ -341,9 +341,10 @@ class Engine:
             resolved, seeds = resolve(options, self._view), seeds_of(options.generator, batch_size)
             init = None if resolved.init_modality is None else resolved.init_modality.shape
             shape = shape_of(self._view, resolved.fixed_modality_shape, modality, init)
-            resolved = replace(resolved, plan=replace(resolved.plan, parts=()))  # it is drawn right here
+            resolved = replace(resolved, plan=Plan())  # it is drawn right here
             requests = [
-                RequestState(self._view, resolved, seed, f"instance {i}", is_framed=False) for i, seed in enumerate(seeds)
+                RequestState(self._view, resolved, seed, f"instance {i}", is_framed=False)
+                for i, seed in enumerate(seeds)
             ]
             for request in requests:
                 request.draw(modality, shape)
@@ -365,7 +366,9 @@ class Engine:
                     "with transfusion_pytorch.serving.AsyncEngine"
                 )
             if not may_nest:
-                raise RuntimeError("this engine is in a step, from inside of which only submit and cancel may be called")
+                raise RuntimeError(
+                    "this engine is in a step, from inside of which only submit and cancel may be called"
+                )
             with torch.no_grad():
                 yield
             return

@@ -90,7 +90,7 @@ class DrawingProgress(_Comparable):
     """`step` of `num_steps` intervals of the solver are done, and the flow stands at `time`.
 
     `latents` are channel-last, in the scale of the network, as noisy as that time says. `estimate` is where they land
-    if they keep their velocity. While nobody takes its events, a request keeps the latest of each modality only.
+    if they keep their velocity. While nobody takes its events, a request keeps the latest 16 of these.
     """
 
     type: int

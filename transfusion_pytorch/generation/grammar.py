@@ -1,8 +1,8 @@
 """What may be written next, so that every modality has a shape that can be drawn.
 
-Text is free. After `meta` come digits and commas that spell a shape of the right number of axes and of at most `most`
-latents, then the som marker of a modality that has that many axes. An untrained model can neither crash the sampler
-nor ask for more memory than it was given.
+Text is free. After `meta` come digits and commas that spell a shape of the right number of axes that is not too large,
+then the som marker of a modality that has that many axes. An untrained model can neither crash the sampler nor ask for
+more memory than it was given.
 
 An opening is what has been written since `meta`: `"4,"`; it is None in text.
 """
@@ -10,7 +10,7 @@ An opening is what has been written since `meta`: `"4,"`; it is None in text.
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -19,21 +19,46 @@ from torch import Tensor
 from transfusion_pytorch.sequence.samples import Shape
 from transfusion_pytorch.sequence.vocabulary import ALPHABET, Vocabulary, format_shape, parse_shape
 
+MARKERS = 4  # of a sample with one modality: sos, meta, som, eom
+
+
+class MostLatents(NamedTuple):
+    """How many latents a written shape may have: `count` of them, or those that fit into `max_length` tokens together
+    with all markers and the characters of the shape itself, where `per_token` latents make a token.
+    """
+
+    count: int | None
+    max_length: int = 0
+    per_token: float = 1.0
+
+    def allows(self, shape: str) -> bool:
+        latents = prod(map(int, shape.split(","))) if shape else 1
+        if self.count is not None:
+            return latents <= self.count
+        return latents <= self.per_token * (self.max_length - MARKERS - len(shape)) or latents == 1
+
 
 class Grammar:
     """Which ids may follow an opening, or text.
 
-    `axes` are the numbers of axes that each modality can have, none for one that must not be written; `fixed_shape` is
-    the only shape to be written, if given.
+    `axes` are the numbers of axes that each modality can have, none for one that must not be written; `most` says how
+    large a written shape may be (a number is that of its latents); `fixed_shape` is the only shape to be written, if
+    given.
     What may be written can always be finished: after every allowed id another one is allowed, and som comes in the end.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, axes: Sequence[Collection[int]], *, most: int, fixed_shape: Shape | None = None
+        self,
+        vocabulary: Vocabulary,
+        axes: Sequence[Collection[int]],
+        *,
+        most: int | MostLatents,
+        fixed_shape: Shape | None = None,
     ):
-        self.vocabulary, self.axes, self.most = vocabulary, axes, most
+        self.vocabulary, self.axes = vocabulary, axes
+        self.most = MostLatents(most) if isinstance(most, int) else most
         self.fixed = None if fixed_shape is None else format_shape(fixed_shape)
-        self.most_axes = max((count for counts in axes for count in counts), default=0)
+        self.counts = sorted({count for counts in axes for count in counts})
         self._masks: dict[Any, Tensor] = {}
 
     def allowed(self, opening: str | None) -> Bool[Tensor, " v"]:
@@ -79,14 +104,19 @@ class Grammar:
         if self.fixed is not None:
             return self.fixed.startswith(text)
         sizes = text.split(",")
-        if len(sizes) > self.most_axes or any(size.startswith("0") for size in sizes) or "" in sizes[:-1]:
+        if any(size.startswith("0") for size in sizes) or "" in sizes[:-1]:
             return False
-        return prod(int(size) for size in sizes if size) <= self.most
+        return any(self.most.allows(_completed(sizes, count)) for count in self.counts if count >= len(sizes))
+
+
+def _completed(sizes: Sequence[str], count: int) -> str:
+    """The smallest shape of so many axes that begins with these: `["3", ""]` is `"3,1"`."""
+    return ",".join([*(size or "1" for size in sizes), *["1"] * (count - len(sizes))])
 
 
 @lru_cache(maxsize=64)
 def shared_grammar(
-    vocabulary: Vocabulary, axes: tuple[frozenset[int], ...], most: int, fixed_shape: Shape | None
+    vocabulary: Vocabulary, axes: tuple[frozenset[int], ...], most: MostLatents, fixed_shape: Shape | None
 ) -> Grammar:
     """One for all requests that have the same, so that rows of a batch share their masks."""
     return Grammar(vocabulary, axes, most=most, fixed_shape=fixed_shape)

@@ -11,9 +11,7 @@ import torch
 Item = TypeVar("Item")
 
 
-def run_halving(
-    items: Sequence[Item], run: Callable[[Sequence[Item]], None]
-) -> list[tuple[Item, Exception]]:
+def run_halving(items: Sequence[Item], run: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
     """Runs all items together; if that fails, each half by itself, and so on, so that only those fail whose fault it
     is. Returns them, and why.
 

@@ -232,7 +232,9 @@ def negative_prompts_of(given: Any, count: int) -> list[Tensor | None]:
     """A negative prompt for each of `count` requests. Raises `ValueError` or `TypeError` for anything else."""
     every = list(given) if isinstance(given, (list, tuple)) else [given] * count
     if len(every) != count:
-        raise ValueError(f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all")
+        raise ValueError(
+            f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all"
+        )
     for ids in every:
         if ids is not None and not (isinstance(ids, Tensor) and is_integer(ids) and ids.numel()):
             came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__

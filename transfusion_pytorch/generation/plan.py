@@ -16,12 +16,11 @@ from torch import Tensor
 
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import shift_times
+from transfusion_pytorch.generation.grammar import MostLatents
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.sequence.checks import check_int, check_shape, check_type
 from transfusion_pytorch.sequence.hashing import normal
 from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, is_sequence, parse_part
-
-ROOM_FOR_MARKERS = 4  # sos, meta, som, eom
 
 
 class TextPart(NamedTuple):
@@ -119,16 +118,13 @@ def shape_of(model: Any, fixed: Shape | None, modality: int, shape: Shape | None
     return shape
 
 
-def most_latents(options: SamplingOptions, model: Any) -> int:
+def most_latents(options: SamplingOptions, model: Any) -> MostLatents:
     """How many latents a shape that the model writes may have: by default those that fit into `max_length` from the
     start. Behind a U-Net half there are fewer tokens than latents.
     """
-    if options.max_modality_tokens is not None:
-        return options.max_modality_tokens
-    room = max(1, options.max_length - ROOM_FOR_MARKERS)
     known = [io for io in model.modalities if io.spec.default_shape and io.supports(io.spec.default_shape)]
     ratios = [prod(io.spec.default_shape) / prod(io.token_shape(io.spec.default_shape)) for io in known]
-    return int(room * max([1.0, *ratios]))
+    return MostLatents(options.max_modality_tokens, options.max_length, max([1.0, *ratios]))
 
 
 # plans

@@ -6,7 +6,7 @@ v vocabulary, n ids.
 from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from math import nan, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,6 +36,9 @@ from transfusion_pytorch.generation.plan import (
 from transfusion_pytorch.generation.runner import Branch, Model
 from transfusion_pytorch.sequence.prompts import Prompt, without_text
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_ids, as_text, mark, merge_texts
+from transfusion_pytorch.sequence.vocabulary import format_shape
+
+MOST_PROGRESS = 16  # events of a request that wait to be taken
 
 
 class Phase(Enum):
@@ -174,11 +177,9 @@ class RequestState:
             self.seen = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
         for piece in mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces:
             self._append(piece)
-        if prompt.opening and self.plan.parts:
-            raise ValueError(f"{self.plan.name}: {self.where} opens a modality at its end already")
         self.is_too_long = self.length + len(prompt.opening) > self.options.max_length
         self.events.clear()  # a prompt is no news
-        if prompt.opening:
+        if prompt.opening and not self.plan.parts:  # a plan says itself what comes there
             self._open(prompt.opening)
         else:
             self._follow_plan()
@@ -210,14 +211,15 @@ class RequestState:
             self._check_length()
 
     def report_progress(self) -> None:
-        """Reports how far its denoising has come, in place of an earlier report that nobody has taken."""
+        """Reports how far its denoising has come. Of reports that nobody takes the latest are kept."""
         it = self.denoising
         if not self.is_observed or it is None:
             return
         latents, estimate = (it.unflatten(flat).clone() for flat in (it.x, it.estimate()))
         num_steps, time = len(it.times) - 1, it.times[it.step]
-        if self.events and isinstance(self.events[-1], DrawingProgress):
-            self.events.pop()
+        waiting = [event for event in self.events if isinstance(event, DrawingProgress)]
+        if len(waiting) == MOST_PROGRESS:
+            self.events.remove(waiting[0])
         self.events.append(DrawingProgress(it.type, it.step, num_steps, time, latents, estimate, self._show))
 
     def finish_denoising(self) -> None:
@@ -338,7 +340,7 @@ class RequestState:
         if fixed is not None:
             return fixed
         shape = io.spec.parse_shape(written)
-        if shape is not None and prod(shape) <= self.grammar.most and io.supports(shape):
+        if shape is not None and self.grammar.most.allows(format_shape(shape)) and io.supports(shape):
             return shape
         return shape_of(self.model, None, modality, None) if self.model.fallback_to_default_shape_if_invalid else None
 

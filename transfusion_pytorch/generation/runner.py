@@ -335,13 +335,13 @@ class CachedRunner:
         order = sorted(range(len(branches)), key=keys.__getitem__)
         samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
         stream = self.model.pack_stream(samples, past).to(self.model.device)
-        spans = _inverse(order)
-        index = _index(spans, self.model.device)
+        locations = _inverse(order)
+        index = _index(locations, self.model.device)
         if not has_history:
-            return SpanStream(stream, {}, spans, index)
+            return SpanStream(stream, {}, locations, index)
         rows = [branches[i].row for i in order]
         view = self.cache.view(rows, stream.layout)
-        return SpanStream(stream, {}, spans, index, view, rows, self.cache.stamp(rows))
+        return SpanStream(stream, {}, locations, index, view, rows, self.cache.stamp(rows))
 
     def is_current(self, laid: SpanStream) -> bool:
         """Whether a layout can be used again."""

@@ -116,10 +116,11 @@ class DecodeAttention(NamedTuple):
     cache: DecodeView
 
     def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
-        if len(self.cache.runs) == 1:
-            return self._attend(self.cache.runs[0], q, k, v, layer, softcap)
         runs = self.cache.runs
-        return torch.cat([self._attend(run, *(x[run.tokens] for x in (q, k, v)), layer, softcap) for run in runs])
+        if len(runs) == 1:
+            return self._attend(runs[0], q, k, v, layer, softcap)
+        outs = [self._attend(run, q[run.tokens], k[run.tokens], v[run.tokens], layer, softcap) for run in runs]
+        return torch.cat(outs)
 
     def _attend(self, run: Any, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None) -> Tensor:
         keys, values = run.update(layer, k, v)
@@ -226,7 +227,10 @@ def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, soft
         part, length = q[:, :, queries], queries.stop - queries.start
         if groups > 1:
             if is_causal:
-                mask, is_causal = torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril()[None, None], False
+                mask, is_causal = (
+                    torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril()[None, None],
+                    False,
+                )
             mask = None if mask is None else mask.repeat(1, 1, groups, 1)
             part = rearrange(part, "g (k r) t e -> g k (r t) e", r=groups)
         out = attend_masked(

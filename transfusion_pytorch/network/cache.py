@@ -68,8 +68,8 @@ class CacheBlock:
         index = torch.tensor([one, other], device=self.keys[0].device)
         for tensor in self.tensors():
             tensor[index, :, :most] = tensor[index.flip(0), :, :most]
-        for columns in (self.rows, self.written):
-            columns[one], columns[other] = columns[other], columns[one]
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+        self.written[one], self.written[other] = self.written[other], self.written[one]
         self.rows[one].index, self.rows[other].index = one, other
         self.version = next(_VERSIONS)
 

@@ -181,9 +181,7 @@ class Transformer(nn.Module):
 
     def create_cache(self, *, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache."""
-        return KVCache(
-            layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype
-        )
+        return KVCache(layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype)
 
 
 def as_trunk(transformer: Any) -> Any:

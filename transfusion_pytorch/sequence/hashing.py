@@ -21,9 +21,7 @@ def mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return x
 
 
-def uniform(
-    seeds: Int[Tensor, "..."], counters: Int[Tensor, "..."], device: torch.device
-) -> Float[Tensor, "..."]:
+def uniform(seeds: Int[Tensor, "..."], counters: Int[Tensor, "..."], device: torch.device) -> Float[Tensor, "..."]:
     """Numbers in [0, 1) with 53 random bits (24 where there is no double precision). Seeds and counters broadcast."""
     start = mix(seeds.to(device) + GOLDEN)
     bits = mix(start + (counters.to(device) + 1) * GOLDEN)
