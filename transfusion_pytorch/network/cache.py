@@ -328,7 +328,8 @@ class DecodeRun(NamedTuple):
         return self._update(self.block.keys[layer], k), self._update(self.block.values[layer], v)
 
     def _update(self, stored: Tensor, new: Tensor) -> Tensor:
-        stored.view(-1, stored.shape[-1]).index_copy_(0, self.slots, new.reshape(-1, stored.shape[-1]))
+        new = new.reshape(-1, stored.shape[-1]).to(stored.dtype)
+        stored.view(-1, stored.shape[-1]).index_copy_(0, self.slots, new)
         return stored[: self.count, :, : self.num_keys]
 
 
