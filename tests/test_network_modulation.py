@@ -9,6 +9,7 @@ from network_streams import perturb, stream
 
 from transfusion_pytorch.network.attend import (
     CachedAttention,
+    DecodeAttention,
     DenseAttention,
     FlexAttention,
     RaggedAttention,
@@ -127,4 +128,6 @@ def test_plans_are_types():
     assert isinstance(plan_attention(layout), RaggedAttention)
     assert isinstance(plan_attention(layout, kind="flex"), FlexAttention)
     assert isinstance(plan_attention(layout, kind="dense"), DenseAttention)
-    assert isinstance(plan_attention(layout, cache.view([0], layout), kind="flex"), CachedAttention)
+    row = cache.acquire()
+    assert isinstance(plan_attention(layout, cache.view([row], layout), kind="flex"), CachedAttention)
+    assert isinstance(plan_attention(layout, cache.decode_view([row]), kind="flex"), DecodeAttention)
