@@ -22,19 +22,35 @@ from generation_models import (
 
 from transfusion_pytorch.generation.events import Ended, EndReason
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.text import (
-    NO_CHOICE,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize,
-    sample_tokens,
-)
+from transfusion_pytorch.generation import sampler
+from transfusion_pytorch.generation.sampler import NO_CHOICE, SamplingColumns, log_probabilities, penalize
+from transfusion_pytorch.sequence.hashing import uniform as hashed
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float64]
 EVERYTHING = SamplingOptions(text_min_p=0.0)
 FREE = dict(GREEDY, max_length=20, modality_steps=1, text_temperature=1.0, text_min_p=0.0)
+
+
+def sample_tokens(logits, allowed, rows, uniform, seen=None) -> list[int]:
+    """An id for each row of logits, as `sampler.sample_tokens` chooses it from the options of each."""
+    columns = SamplingColumns.of(
+        rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32)
+    )
+    numbers = torch.tensor(uniform, dtype=torch.float64)
+    return sampler.sample_tokens(logits, allowed, columns, numbers, seen).tolist()
+
+
+def keep_top_k(logits, k):
+    return sampler.keep_top_k(logits, k, int(k.max()))
+
+
+def keep_top_p(logits, p):
+    return sampler.keep_top_p(logits, p)
+
+
+def keep_min_p(logits, min_p):
+    return sampler.keep_min_p(logits, min_p.log())
 
 
 # the definitions, one row of floats at a time
@@ -487,14 +503,14 @@ def test_a_stop_id_that_never_comes_changes_nothing():
 
 
 class Watch:
-    """Notes what it is given and changes nothing."""
+    """Notes what it is given and changes nothing but the logits, which are a copy."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.ids = [], []
 
     def __call__(self, ids, logits):
         self.calls.append((ids.tolist(), tuple(logits.shape), logits.is_floating_point()))
-        ids.zero_()
+        self.ids.append(ids)
         made = logits.clone()
         logits.fill_(NAN)
         return made
@@ -512,6 +528,15 @@ def test_processors_see_all_ids_and_one_row_of_logits():
     written = [i for i, token in enumerate(ids) if i >= len(given) and token not in model.eom_ids]
     assert [call[0] for call in watch.calls] == [ids[:i] for i in written]
     assert {call[1:] for call in watch.calls} == {((model.vocabulary.num_logits,), True)}
+    assert [kept.tolist() for kept in watch.ids] == [call[0] for call in watch.calls], "they may be kept"
+
+
+def test_ids_for_processors_are_not_copied_for_every_token():
+    """Constant time per token: they are views of one buffer, which doubles."""
+    watch = Watch()
+    build(push=dict(meta=-9.0, eos=-9.0)).sample(logits_processors=[watch], **GREEDY | dict(max_length=300))
+    assert len(watch.ids) == 299
+    assert len({ids.data_ptr() for ids in watch.ids}) == 4  # for 64, 130, 262 and 526
 
 
 def test_processors_of_text_alone_see_the_text():
@@ -669,12 +694,15 @@ def test_logits_keep_their_precision_beside_a_request_with_processors(monkeypatc
 
 
 def naive_written(model, ids: list[int], seq_len: int, options: SamplingOptions, generator) -> list[int]:
-    """One whole forward pass and one random number for each token."""
+    """One whole forward pass for each token, and one random number: that of the seed of the request and of how many
+    were written.
+    """
+    seed, given = torch.randint(2**62, (1,), generator=generator), len(ids)
     while len(ids) < seq_len:
         with torch.no_grad():
             logits = model(torch.tensor([ids]), return_loss=False)[0, -1].tolist()
         shares = naive_distribution(logits, range(model.vocabulary.num_text), options, set(ids))
-        uniform, token = float(torch.rand((), generator=generator, dtype=torch.float64)), 0
+        uniform, token = float(hashed(seed, torch.tensor(len(ids) - given), torch.device("cpu"))), 0
         while sum(shares[: token + 1]) <= uniform:
             token += 1
         ids = [*ids, token]
