@@ -11,6 +11,7 @@ from generation_models import (
     LINE,
     assert_same,
     build,
+    drawn,
     grammar_of,
     latents,
     noise,
@@ -443,6 +444,16 @@ def test_repetition_penalty_is_that_of_one_forward_pass(penalty, cache_kv):
     assert not all(without)
 
 
+def test_what_a_shape_is_spelled_with_is_not_penalised():
+    """Also where the same ids may follow every character, so that a step begins where the last one ended."""
+    model = build(dim_latent=3, modality_num_dim=1, push=dict(eos=-99.0))
+    model.to_logits.push[model.char_tokenizer("12")] = torch.tensor([10.0, 6.0], dtype=torch.float64)
+    model.to_logits.push[model.meta_id] = 20.0
+    options = GREEDY | dict(max_length=400, max_modality_tokens=200, modality_steps=1, text_repetition_penalty=4.0)
+    sample = model.sample(text(1), **options)
+    assert [tuple(x.shape) for _, x in drawn(sample)] == [(111, 3)] * 3
+
+
 def naive_penalised(model, ids: list[int], seq_len: int, penalty: float) -> list[int]:
     """Greedy text, one whole forward pass for each token."""
     while len(ids) < seq_len:
@@ -720,6 +731,22 @@ def test_text_alone_is_that_of_a_naive_sampler(options):
         for ids, generator in zip(prompt.tolist(), seeded(3), strict=True)
     ]
     assert written.tolist() == expected
+
+
+def test_random_numbers_do_not_run_out():
+    """They are made for many steps at once; a request that stays for longer, and one that enters beside it, go on."""
+    model, options = build(num_text_tokens=9), replace(EVERYTHING, text_temperature=3.0)
+    written = model.generate_text_only(torch.tensor([[3]]), 140, temperature=3.0, min_p=0.0, generator=seeded(1))
+    assert written[0].tolist() == naive_written(model, [3], 140, options, seeded(1)[0])[1:]
+    engine, free = build(push=dict(meta=-9.0, eos=-9.0)).create_engine(), FREE | dict(text_temperature=3.0)
+    long = engine.submit(text(1), generator=seeded(1)[0], **free | dict(max_length=150))
+    for _ in range(60):
+        engine.step()
+    short = engine.submit(text(2), generator=seeded(2)[1], **free | dict(max_length=80))
+    engine.run()
+    for request, prompt, seed, length in ((long, text(1), 0, 150), (short, text(2), 1, 80)):
+        alone = engine.sample_many([prompt], generator=seeded(2)[seed], **free | dict(max_length=length))
+        assert_same(request.result(), alone[0], tolerance=0)
 
 
 def test_log_of_a_share_is_a_logit():

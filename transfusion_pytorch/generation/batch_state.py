@@ -28,7 +28,7 @@ class BatchState:
     - `token`: the id to be read next; `position`: its rotary position
     - `allowed`: the ids that may come next, `(1, v)` where they are the same for all rows; `masks` are those of the
       requests when it was made
-    - `columns`: the options of text; `seen`: ids to be penalised
+    - `columns`: the options of text; `seen`: ids to be penalised, of the first `num_text`: markers never are
     - `numbers`: random numbers of the next steps, of which `step` were used
     """
 
@@ -42,6 +42,7 @@ class BatchState:
     columns: SamplingColumns
     numbers: Float[Tensor, "r steps"]
     seen: Bool[Tensor, "r v"] | None
+    num_text: int
     no_times: Float[Tensor, " none"]
     step: int = 0
 
@@ -70,6 +71,7 @@ class BatchState:
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
             numbers=uniform(seeds[:, None], counters[:, None] + steps, device),
             seen=seen,
+            num_text=requests[0].vocabulary.num_text,
             no_times=torch.empty(0, device=device, dtype=dtype),
         )
 
@@ -89,7 +91,8 @@ class BatchState:
         self.position = self.position + 1
         self.step += 1
         if self.seen is not None:
-            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # a row without a choice ends
+            last = tokens.clamp(min=0)[:, None]  # a row without a choice ends
+            self.seen.scatter_(1, last, self.seen.gather(1, last) | (last < self.num_text))
 
     def holds(self) -> bool:
         """Whether all of its requests go on writing, and may write the same ids."""
