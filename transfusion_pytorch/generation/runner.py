@@ -111,8 +111,9 @@ class Branch:
         self._advance(taken, length, positions, hidden)
 
     def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
-        """The single id that was pending is read."""
+        """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
         [token], self.ids = self.ids, []
+        self.prefix_key = None
         self._advance([token], 1, 1, hidden)
 
     def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:
@@ -207,6 +208,8 @@ class CachedRunner:
         """Reads what is pending: at most so many tokens in all, if given, but always something."""
         readers, followers, claimed = [], [], set()
         for branch in branches:
+            if not branch.is_pending:  # an earlier attempt failed behind it
+                continue
             if not branch.past.length and branch.prefix_key is None:
                 branch.prefix_key = fingerprint(branch.pending)
             key = branch.prefix_key
@@ -217,10 +220,6 @@ class CachedRunner:
                 claimed |= set() if key is None else {key}
         for group in self._groups(readers, most):
             self._read(group)
-        for branch in readers:
-            if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
-                self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
-                branch.prefix_key = None
         self._copy_prefixes(followers)
 
     def _copy_prefixes(self, branches: Sequence[Branch]) -> None:
@@ -280,6 +279,9 @@ class CachedRunner:
             branches, samples, stream.lengths, output.hidden[stream.last], strict=True
         ):
             branch.mark_read(taken, length, hidden)
+            if branch.prefix_key is not None and not branch.is_pending:
+                self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, hidden)
+                branch.prefix_key = None
 
     def _open(self, branch: Branch, length: int) -> None:
         """Gives a branch its row, if it has none yet."""
