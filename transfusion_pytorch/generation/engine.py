@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -463,9 +464,11 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished, together with what all others have: each modality once."""
+        """Decodes what a request has finished, together with what up to `max_batch` others have: each modality once."""
         if request.undecoded():
-            self._decode([request, *(it for it in self._requests if it is not request and it.is_observed)])
+            ready = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
+            others = islice((it for it in ready if it.undecoded()), self.limits.max_batch)
+            self._decode([request, *others])
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
@@ -483,6 +486,7 @@ class Engine:
                 [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
                 if request.error is None:
                     request.end(EndReason.ERROR, released(error))
+                    self.scheduler.cancel([request])  # frees its rows
 
 
 def _raise_first_error(requests: Sequence[RequestState]) -> None:

@@ -224,8 +224,9 @@ class Scheduler:
     # modalities
 
     def _denoise(self) -> None:
-        """One interval for every request that denoises and whose branches are read."""
-        requests = [it for it in self.active if it.phase is Phase.DENOISING and not it.to_prefill]
+        """One interval for every request that denoises, whose branches are read, and that nobody has just cancelled."""
+        denoising = [it for it in self.active if it.phase is Phase.DENOISING and not it.is_cancelled]
+        requests = [it for it in denoising if not it.to_prefill]
         if not requests:
             return
         made = {it: it.denoising for it in requests if it.denoising is not None}
