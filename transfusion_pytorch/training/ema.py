@@ -9,6 +9,8 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from transfusion_pytorch.evaluating import weights_changed
+
 SAMPLING_METHODS = (
     "sample",
     "sample_one",
@@ -18,6 +20,22 @@ SAMPLING_METHODS = (
     "generate_text_only",
     "generate_modality_only",
 )
+
+
+class WatchedEMA(EMA):
+    """Says when weights have changed: it moves them by `.data`, whose changes torch does not count."""
+
+    def update_moving_average(self, ma_model: nn.Module, *args: Any, **options: Any) -> None:
+        super().update_moving_average(ma_model, *args, **options)
+        weights_changed(ma_model)
+
+    def copy_params_from_model_to_ema(self) -> None:
+        super().copy_params_from_model_to_ema()
+        weights_changed(self.ema_model)
+
+    def copy_params_from_ema_to_model(self) -> None:
+        super().copy_params_from_ema_to_model()
+        weights_changed(self.model)
 
 
 def create_ema(
@@ -42,7 +60,7 @@ def create_ema(
     average = copy.deepcopy(model, {id(module): module for module in frozen.values()})
     options = dict(include_online_model=False) | options
     ignored = {f"{name}." for name in frozen} | set(options.pop("ignore_startswith_names", ()))
-    ema = EMA(
+    ema = WatchedEMA(
         model,
         ema_model=average,
         beta=beta,
