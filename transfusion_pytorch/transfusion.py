@@ -22,7 +22,7 @@ from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
-from transfusion_pytorch.network.cache import CacheView, DecodeView
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk

@@ -179,8 +179,10 @@ class Denoiser:
 
         flat = torch.cat([it.x.flatten() for it in denoisings])
         after = single_step((denoisings[0].options.odeint_kwargs or {})["method"], derivative, flat)
-        for denoising, part in zip(denoisings, after.split(sizes), strict=True):
-            denoising.x = part.view_as(denoising.x).clone()  # and nothing of the others, nor of earlier steps
+        # copies hold nothing of the others, nor of earlier steps; all are there before any denoising moves
+        moved = [part.view_as(it.x).clone() for part, it in zip(after.split(sizes), denoisings, strict=True)]
+        for denoising, x in zip(denoisings, moved, strict=True):
+            denoising.x = x
             denoising.step += 1
 
     def _solve_alone(self, denoisings: Sequence[Denoising]) -> None:
@@ -219,7 +221,7 @@ class Denoiser:
         """The stream of these branches, made once for as long as they stay the same and where they are."""
         key = tuple((branch, branch.past, it.type, it.shape) for branch, it in zip(branches, owners, strict=True))
         laid = self._laid.pop(key, None)
-        if laid is None or not self.runner.is_current(laid):
+        if laid is None or not self.runner.is_current(laid.rows, laid.stamp):
             pieces = [Modality(it.type, it.latents()) for it in owners]
             laid = self.runner.lay_out(branches, pieces)
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])

@@ -271,7 +271,7 @@ class CachedRunner:
         branches, samples = [branch for branch, _ in group], [taken for _, taken in group]
         stream = self.model.pack_stream(samples, [branch.past for branch in branches]).to(self.model.device)
         rows = [branch.row for branch in branches]
-        view = self.cache.view(rows, stream.layout)
+        view = self._view(rows, stream)
         latents = self.model.latents_by_type(samples)
         output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
@@ -280,6 +280,12 @@ class CachedRunner:
             branches, samples, stream.lengths, output.hidden[stream.last], strict=True
         ):
             branch.mark_read(taken, length, hidden)
+
+    def _view(self, rows: Sequence[Any], stream: TokenStream) -> Any:
+        has_spans, num_latents = len(stream.spans) > 0, sum(map(prod, stream.spans.token_shapes))
+        return self.model.transformer.cache_view(
+            self.cache, rows, stream.layout, has_text=num_latents < len(stream.token), has_spans=has_spans
+        )
 
     def _open(self, branch: Branch, length: int) -> None:
         """Gives a branch its row, if it has none yet."""
@@ -293,25 +299,24 @@ class CachedRunner:
 
     # decode
 
-    def arrange(self, branches: Sequence[Branch]) -> list[int]:
-        """Moves the rows of these branches together, with room for one token more. Returns their order."""
-        rows = [branch.row for branch in branches]
+    def batch_state(self, requests: Sequence[Any]) -> BatchState:
+        """The state of a decode step for these requests. Their rows are moved together, with room for one token more."""
+        rows = [request.branch.row for request in requests]
         self.cache.reserve(rows, [1] * len(rows))
         self.cache.gather(rows)
-        return sorted(range(len(rows)), key=lambda i: _place(branches[i]))
+        ordered = sorted(requests, key=lambda request: _place(request.branch))
+        rows = [request.branch.row for request in ordered]
+        positions = [request.branch.past.position for request in ordered]
+        stamp, view = self.cache.stamp(rows), self.model.transformer.decode_view(self.cache, rows, positions)
+        return BatchState.of(ordered, stamp=stamp, view=view, device=self.model.device, dtype=self.model.dtype)
 
-    def has_moved(self, state: BatchState) -> bool:
-        """Whether a state has to be made anew before its next step: a row was moved, or has to be because it is full."""
-        rows = [branch.row for branch in state.branches]
-        return state.stamp != self.cache.stamp(rows) or any(row.length == row.block.capacity for row in rows)
-
-    def stamp(self, branches: Sequence[Branch]) -> Hashable:
-        return self.cache.stamp([branch.row for branch in branches])
+    def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
+        """Whether none of these rows has moved since the stamp was made."""
+        return stamp == self.cache.stamp(rows)
 
     def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
         """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
-        view = self.cache.decode_view([branch.row for branch in state.branches])
-        return self.model.forward_stream(state.stream(), {}, state.no_times, view).hidden
+        return self.model.forward_stream(state.stream(), {}, state.no_times, state.view).hidden
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
@@ -340,12 +345,8 @@ class CachedRunner:
         if not has_history:
             return SpanStream(stream, {}, locations, index)
         rows = [branches[i].row for i in order]
-        view = self.cache.view(rows, stream.layout)
+        view = self._view(rows, stream)
         return SpanStream(stream, {}, locations, index, view, rows, self.cache.stamp(rows))
-
-    def is_current(self, laid: SpanStream) -> bool:
-        """Whether a layout can be used again."""
-        return laid.view is None or laid.stamp == self.cache.stamp(laid.rows)
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
         """The velocity of each span laid out, flat `(k, c)`, at its own time."""
@@ -386,14 +387,11 @@ class UncachedRunner:
         self.tokens_read += sum(stream.lengths)
         return stream.lengths, output.hidden[stream.last]
 
-    def arrange(self, branches: Sequence[Branch]) -> list[int]:
-        return list(range(len(branches)))
+    def batch_state(self, requests: Sequence[Any]) -> BatchState:
+        return BatchState.of(requests, device=self.model.device, dtype=self.model.dtype)
 
-    def has_moved(self, state: BatchState) -> bool:
-        return False
-
-    def stamp(self, branches: Sequence[Branch]) -> Hashable:
-        return None
+    def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
+        return True
 
     def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
         return self._read(state.branches)[1]
@@ -408,9 +406,6 @@ class UncachedRunner:
         owners = stream.spans.sample.tolist()
         last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
         return SpanStream(stream, self.model.latents_by_type(samples), last, _index(last, self.model.device))
-
-    def is_current(self, laid: SpanStream) -> bool:
-        return True
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
         return _evaluate(self.model, laid, x_t, times)

@@ -155,7 +155,7 @@ class Scheduler:
 
     def _choose_first(self, requests: Sequence[RequestState]) -> None:
         hidden = torch.stack([request.branch.hidden for request in requests if request.branch.hidden is not None])
-        state = BatchState.of(requests, stamp=None, device=self.model.device, dtype=hidden.dtype)
+        state = BatchState.of(requests, device=self.model.device, dtype=hidden.dtype)
         chosen, log_p = self._choose(state, hidden)
         self._accept(state, chosen, log_p)
 
@@ -171,19 +171,17 @@ class Scheduler:
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
         """The state of the step before, as long as it holds."""
         state, self._state = self._state, None
-        if state is not None and set(state.requests) == set(requests) and not state.is_used_up:
-            if not self.runner.has_moved(state):
+        if state is not None and not state.is_used_up and set(state.requests) == set(requests):
+            rows = [branch.row for branch in state.branches]
+            if self.runner.is_current(rows, state.stamp):
                 return state
-        order = self.runner.arrange([request.branch for request in requests])
-        ordered = [requests[i] for i in order]
-        stamp = self.runner.stamp([request.branch for request in ordered])
-        return BatchState.of(ordered, stamp=stamp, device=self.model.device, dtype=self.model.dtype)
+        return self.runner.batch_state(requests)
 
     def _choose(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> tuple[list[int], list[float] | None]:
         """The next id of every row, with its log-probability where any row wants that."""
         logits = self.model.logits(hidden)
         processed = self._processed(logits, state.requests)
-        tokens = sample_tokens(processed, state.allowed, state.columns, state.uniform, state.seen)
+        tokens = sample_tokens(processed, state.forbidden, state.columns, state.uniform, state.seen)
         wants = any(request.log_probabilities is not None for request in state.requests)
         log_p = log_probabilities(logits, tokens).tolist() if wants else None
         chosen = tokens.tolist()  # the one copy back to the host
