@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import random
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from generation_faults import CATALOG, shared_model
 from generation_models import (
     GREEDY,
     IMAGE,
@@ -453,6 +455,57 @@ def test_a_thread_without_requests_sleeps(monkeypatch):
 
     before, after = asyncio.run(main())
     assert 0 < before == after
+
+
+# any clients at once
+
+
+async def restless_client(engine, behaviour: str, index: int):
+    """Its sample, or None if it did not wait for one."""
+    recipe = CATALOG[index]
+    if behaviour == "fails":
+        with pytest.raises(ZeroDivisionError):
+            await engine.sample(text(1), logits_processors=[fail(ZeroDivisionError(), at=3)], max_length=9)
+    elif behaviour == "waits":
+        return await engine.sample(recipe.prompt, **recipe.arguments())
+    elif behaviour == "reads":
+        return (await collect(engine.stream(recipe.prompt, **recipe.arguments())))[-1].sample
+    elif behaviour == "reads slowly":
+        stream = engine.stream(recipe.prompt, **recipe.arguments())
+        events = [await anext(stream)]
+        await asyncio.sleep(0.02)
+        return (await collect(stream, events))[-1].sample
+    elif behaviour == "forgets":
+        async for _ in engine.stream(recipe.prompt, **recipe.arguments()):
+            break
+    else:
+        task = asyncio.create_task(engine.sample(recipe.prompt, **ENDLESS))
+        await asyncio.sleep(0.001 * (index % 5))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    return None
+
+
+def test_clients_of_all_kinds_in_several_event_loops_do_not_disturb_each_other():
+    model, alone = shared_model()
+    inner = model.create_engine(max_batch=6)
+    engine = AsyncEngine(inner)
+
+    async def crowd(seed: int) -> None:
+        chance = random.Random(seed)
+        kinds = ["fails", "waits", "reads", "reads slowly", "forgets", "is cancelled"]
+        clients = [(chance.choice(kinds), chance.randrange(len(CATALOG))) for _ in range(20)]
+        samples = await asyncio.gather(*(restless_client(engine, *client) for client in clients))
+        for sample, (behaviour, index) in zip(samples, clients, strict=True):
+            assert (sample is None) == (behaviour in ("fails", "forgets", "is cancelled"))
+            if sample is not None:
+                assert_same(sample, alone[index].sample)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda seed: asyncio.run(crowd(seed)), range(3)))
+    asyncio.run(engine.aclose())
+    assert_no_row_is_lost(inner)
 
 
 # errors
