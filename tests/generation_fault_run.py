@@ -38,7 +38,7 @@ MAX_BATCH = 16
 SLACK = 24  # objects more or less: masks of a grammar, shapes that were met for the first time
 MOST_ESCAPES = 8  # errors in a row out of `step` that make an engine count as broken
 SETTLING = range(16, 24)  # requests of the catalog that write and draw in all ways
-ENOUGH = 50  # requests, for the cache of an engine to be as large as it will be
+ENOUGH = 40  # requests, for the cache of an engine to be as large as it will be
 
 
 @dataclass
@@ -137,10 +137,12 @@ class Run:
             if not self._serve_part(engine, part):
                 self._calm_down()
                 return
+            if len(plan) < ENOUGH:
+                continue
             self._settle(engine)
             counts.append(live_objects())
             sizes.append(engine.stats.cache_bytes)
-        if len(plan) >= ENOUGH:
+        if counts:
             self._compare("an engine", *counts)
             if sizes[1] > 2 * sizes[0]:
                 self.report.grown.append(f"the cache of an engine, from {sizes[0]} to {sizes[1]} bytes")
@@ -220,9 +222,11 @@ class Run:
             self.flaky = self.random.choice([self.modules.down, self.modules.up])
             self.flaky.flaky = self.random.choice(ERRORS)(message)
             return
-        error, grows = self.random.choice(OUT_OF_MEMORY)(message), kind == "no memory for growth"
-        after = self.random.randrange(4) if grows else self.random.randrange(500)
-        self.moment = OutOfMemory(error, names=GROWS if grows else ALLOCATES, after=after)
+        names, most = (GROWS, 4) if kind == "no memory for growth" else (ALLOCATES, 500)
+        if names is ALLOCATES and self.random.random() < 0.7:  # or only what a step does most of would fail
+            names, most = {self.random.choice(sorted(ALLOCATES))}, 8
+        error = self.random.choice(OUT_OF_MEMORY)(message)
+        self.moment = OutOfMemory(error, names=names, after=self.random.randrange(most))
 
     def _step(self, engine: Engine) -> bool:
         """One step of the engine; whether nothing came out of it."""

@@ -325,12 +325,14 @@ OF_A_CLIENT = ["cancelled", "cancelled at once", "disconnected", "disconnected b
 KINDS = [*OF_A_REQUEST, *OF_A_MOMENT, *OF_A_CLIENT]
 
 GROWS = {"zeros", "new_zeros", "empty", "new_empty", "full", "new_full", "empty_like", "zeros_like"}
-ALLOCATES = GROWS | {"cat", "stack", "tensor", "clone", "to", "linear", "matmul", "softmax", "index_select", "arange"}
-ALLOCATES |= {"scaled_dot_product_attention", "new_tensor", "ones", "where", "masked_fill", "__getitem__", "add", "mul"}
+ALLOCATES = GROWS | {"cat", "stack", "tensor", "clone", "to", "linear", "matmul", "add", "mul", "ones", "arange", "sin"}
+ALLOCATES |= {"scaled_dot_product_attention", "where", "masked_fill", "max", "softmax", "cumsum", "sort", "topk"}
+ALLOCATES |= {"searchsorted", "rand", "randn", "index_select", "index_copy", "embedding", "repeat_interleave"}
+ALLOCATES |= {"__getitem__"}
 
 
 class OutOfMemory(TorchFunctionMode):
-    """While this is entered, one allocation of torch fails: the one after the next `after`."""
+    """While this is entered, one call of torch fails: of those of the functions `names`, the one after `after`."""
 
     def __init__(self, error: Exception, *, names: set[str], after: int):
         super().__init__()

@@ -7,6 +7,9 @@ import torch
 from generation_fault_run import run_faults
 from generation_faults import COMMON, KINDS, OF_A_MOMENT, OF_A_REQUEST, Injected, Modules, fragile_model
 
+from transfusion_pytorch.generation.engine import Engine, Request
+from transfusion_pytorch.generation.events import Ended
+
 
 def check(report) -> None:
     print(report)
@@ -20,14 +23,58 @@ def test_without_faults_nothing_is_found():
     assert len(report.reasons) >= 3
 
 
+def without_end(new_events):
+    return lambda request: [event for event in new_events(request) if not isinstance(event, Ended)]
+
+
+def shifted(result):
+    """Latents that are off by little."""
+    return lambda request: [(part[0], part[1] + 1e-6) if isinstance(part, tuple) else part for part in result(request)]
+
+
+def failing(step):
+    calls = iter(range(10**6))
+
+    def step_or_fail(engine):
+        step(engine)
+        if next(calls) % 20 == 7:
+            raise KeyError
+
+    return step_or_fail
+
+
+def leaking(submit):
+    kept = []
+    return lambda *args, **options: kept.append((torch.zeros(1), torch.zeros(1))) or submit(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("found", "owner", "method", "spoil"),
+    [
+        ("lost", Request, "new_events", without_end),
+        ("wrong", Request, "result", shifted),
+        ("escaped", Engine, "step", failing),
+        ("unnoticed", Request, "cancel", lambda cancel: lambda request: None),
+        ("grown", Engine, "submit", leaking),
+    ],
+)
+def test_an_engine_that_is_at_fault_is_found_out(monkeypatch, found, owner, method, spoil):
+    run_faults(requests=1, faults=0)  # what every request becomes alone is known before
+    monkeypatch.setattr(owner, method, spoil(getattr(owner, method)))
+    report = run_faults(["cancelled at once"], requests=60, faults=10, per_engine=60)
+    assert getattr(report, found), report
+    assert [name for name in report.LISTS if getattr(report, name)] == [found]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_kind_of_fault(kind):
     """Memory is needed for growth when an engine is young, so there are many of them."""
-    report = run_faults([kind], requests=48, faults=16, per_engine=8 if kind == "no memory for growth" else 48)
+    requests, faults = (96, 48) if kind in OF_A_MOMENT else (48, 16)
+    report = run_faults([kind], requests=requests, faults=faults, per_engine=8 if "growth" in kind else 48)
     check(report)
-    assert report.planned == {kind: 16}
+    assert report.planned == {kind: faults}
     if kind in OF_A_REQUEST:
-        assert report.reasons["refused" if kind == "encoder raises" else "error"] == 16
+        assert report.reasons["refused" if kind == "encoder raises" else "error"] == faults
     assert (report.struck > 0) == (kind in OF_A_MOMENT)
 
 
@@ -38,7 +85,7 @@ def test_faults_of_all_kinds(seed):
     assert set(report.planned) == set(KINDS)
 
 
-@pytest.mark.parametrize("kind", ["module refuses a prompt", "module refuses a drawing", "processor raises"])
+@pytest.mark.parametrize("kind", ["module refuses a prompt", "module refuses a drawing"])
 def test_an_error_keeps_no_activations(kind):
     """The traceback of an error holds the frames that it came through, and those the tensors that they worked on."""
     model = fragile_model()
