@@ -587,6 +587,20 @@ def test_one_client_reads_a_stream():
     asyncio.run(main())
 
 
+def test_a_stream_that_was_closed_tells_nothing_more():
+    """Neither events that lie there, nor an error."""
+
+    async def main():
+        async with AsyncEngine(build(push=WRITES), max_batch=1) as engine:
+            wrong = dict(logits_processors=[fail(ZeroDivisionError(), at=5)])
+            stream = engine.stream(text(1), **SHORT | wrong)
+            await engine.sample(text(2), **SHORT)  # which has its turn when the other is done
+            await stream.aclose()
+            return await collect(stream)
+
+    assert asyncio.run(main()) == []
+
+
 def test_an_engine_that_exists_has_its_options():
     with pytest.raises(TypeError, match="exists already cannot be set: max_batch"):
         AsyncEngine(build().create_engine(), max_batch=3)

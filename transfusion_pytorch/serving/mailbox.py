@@ -58,7 +58,7 @@ class Mailbox:
             await waiter
         error, self._error = self._error, None
         try:
-            if error is not None:
+            if error is not None and not self.is_abandoned:
                 raise error
         finally:
             del error  # its traceback holds this frame, which must not hold the error
