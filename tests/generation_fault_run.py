@@ -169,6 +169,8 @@ class Run:
                 state = "an engine that is broken" if escapes else "an engine that comes to no end"
                 self.report.lost += [f"{client.name}: in {state}" for client in self.clients]
                 self.report.lost += [f"not served by {state}"] * len(waiting)
+                for client in self.clients:
+                    self._forget_mark(client.number)
                 self.clients = []
                 return False
         return True
