@@ -21,6 +21,7 @@ ALLOWED = {
     "modalities": ["sequence", "flow", "network", "saving.components"],
     "generation": ["sequence", "flow", "evaluating"],
     "display": ["generation.events", "generation.progress"],
+    "serving": ["generation.engine", "generation.events", "generation.methods"],
     "data": ["sequence", "modalities", "saving"],
     "training": ["sequence", "flow", "network", "modalities.latents", "evaluating", "saving", "data"],
     "batching": ["sequence", "modalities"],
