@@ -204,7 +204,7 @@ def failure(loader):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_fails_says_which_it_was(workers):
     message, cause = failure(StepLoader(DataPlan(Failing(3), batch_size=1), together, num_workers=workers))
-    assert re.search(r"source 'data', index (\d) \(folder/\1.png\) could not be loaded: OSError: cut off", message)
+    assert re.search(r"source 'data', index (\d) \(folder/\1.png\): could not be loaded: OSError: cut off", message)
     assert workers or cause is OSError
 
 

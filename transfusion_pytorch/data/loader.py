@@ -155,7 +155,7 @@ class _MicroBatches(Dataset):
                 except (SkipSample, SampleError) as reason:
                     if isinstance(reason, SampleError) and not self.skips_errors:
                         raise
-                    skipped.append(Skipped(reference, str(reason)))
+                    skipped.append(Skipped.because(reference, reason))
             return _Loaded(self.collate(samples, kept) if samples else None, skipped)
 
 
