@@ -134,7 +134,7 @@ def test_a_step_is_split_into_nearly_equal_pieces():
 
 
 def test_a_plan_moves_on_with_what_was_handed_out_not_with_what_was_prefetched():
-    loader = StepLoader(plan_of("packs"), together, num_workers=2, persistent_workers=True)
+    loader = StepLoader(plan_of("packs"), together, num_workers=2)
     whole = list(StepLoader(plan_of("packs"), together))
     for i, step in enumerate(loader):
         assert loader.plan.state() == step.state

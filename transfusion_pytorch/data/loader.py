@@ -57,7 +57,6 @@ class StepLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int | None = None,
-        persistent_workers: bool = False,
         skips_errors: bool = False,
     ):
         check_share(rank, num_processes, accumulation, plan.batch_size)
@@ -72,7 +71,6 @@ class StepLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
-            persistent_workers=persistent_workers,
             generator=torch.Generator(),  # the loader would draw from torch's own otherwise
         )
 
