@@ -199,7 +199,7 @@ class Transfusion(
         - `counts`: what the sums are divided by instead of the batch's own, for gradient accumulation; see
           `count_targets`
         - `reduction`: `"mean"`; `"none"` for a `LossBreakdown` with a row for each sample, divided by its own counts:
-          its weight cancels unless it is 0; `"span"` for the flow loss of each span alone (`SpanLosses`)
+          its weight cancels unless it is 0; `"span"` for the flow loss of each span (`SpanLosses`)
 
         Times and noise:
 
