@@ -13,7 +13,7 @@ from transfusion_pytorch import Transfusion, train_bpe
 from transfusion_pytorch.__main__ import main
 from transfusion_pytorch.commands.errors import one_line, run_command
 from transfusion_pytorch.commands.pictures import PictureModel, save_picture
-from transfusion_pytorch.commands.printing import printable
+from transfusion_pytorch.commands.printing import without_controls
 from transfusion_pytorch.data import BucketedSize, FixedSize, ImageReader, NativeSize
 from transfusion_pytorch.data.loading import SampleError
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
@@ -130,7 +130,7 @@ def test_what_a_model_writes_does_not_command_the_terminal(saved, tmp_path, caps
     printed, kept = capsys.readouterr().out, (tmp_path / "out" / "samples.txt").read_text()
     assert CONTROL_CHARACTERS.search(kept)
     assert not CONTROL_CHARACTERS.search(printed)
-    assert printable("a\x1b[2Jb\tc\nd") == "a\ufffd[2Jb\tc\nd"
+    assert without_controls("a\x1b[2Jb\tc\nd") == "a\ufffd[2Jb\tc\nd"
 
 
 def test_every_prompt_is_drawn_and_the_seed_decides(saved, tmp_path, capsys):

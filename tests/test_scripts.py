@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from transfusion_pytorch import TrainConfig
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
 from transfusion_pytorch.examples.pictures import load_picture
@@ -46,6 +47,16 @@ def percentage(pattern: str, output: str) -> float:
 def test_help_names_the_common_options(script):
     output = run(script, "--help")
     assert all(option in output for option in ("--steps", "--seed", "--device", "--results"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_are_read_from_the_device_every_few_steps_only(script):
+    module = load(script)
+    recipes = getattr(module, "RECIPES", {}).values()
+    configs = [value for recipe in recipes for value in recipe if isinstance(value, TrainConfig)]
+    configs += [module.DEFAULTS] if hasattr(module, "DEFAULTS") else []
+    assert configs
+    assert min(config.log_every for config in configs) >= 10
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_trainer import CONFIG, StopAt, assert_equal_states, trainer, weights
+from test_training_trainer import CONFIG, StopAt, assert_equal_states, samples, trainer, weights
 from tiny import awake, ragged_batch, tiny
 
 from transfusion_pytorch import ModelCard, Transfusion
@@ -60,7 +60,7 @@ def test_the_adapter_of_the_average_is_saved(tmp_path, base, options):
 
 
 def test_without_an_average_the_last_weights_are_saved(tmp_path, base):
-    run = trainer(tmp_path / "run", replace(AVERAGED, ema_beta=None), model=adapted(base))
+    run = trainer(tmp_path / "run", replace(AVERAGED, ema_beta=None), model=adapted(base), validation=samples(3))
     run.fit()
     run.save_pretrained(tmp_path / "adapter")
     assert torch.equal(loss_of(loaded(base, tmp_path / "adapter")), loss_of(run.model))
