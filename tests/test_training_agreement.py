@@ -9,16 +9,16 @@ from transfusion_pytorch.data.loading import Skipped
 from transfusion_pytorch.data.order import SampleReference
 from transfusion_pytorch.training.agreement import StepAgreement
 from transfusion_pytorch.training.collate import Packed
+from transfusion_pytorch.training.launch import Launch
 
 SKIPPED = Skipped(SampleReference(3, "web", 7, 0), "broken")
 
 
-class Others:
-    """A launch of two processes, of which the other has sent this."""
-
-    device = torch.device("cpu")
+class Others(Launch):
+    """Two processes, of which the other has sent this; one if there is nothing."""
 
     def __init__(self, sent=None):
+        self.device = torch.device("cpu")
         self.size, self.sent, self.received = 1 if sent is None else 2, sent, []
 
     def sum(self, values):
