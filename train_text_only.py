@@ -12,6 +12,7 @@ import torch
 
 from transfusion_pytorch import ModelCard, TrainConfig, Trainer, Transfusion
 from transfusion_pytorch.commands.errors import run_command
+from transfusion_pytorch.commands.printing import without_controls
 from transfusion_pytorch.data.text import TextWindows
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import load_text
@@ -27,7 +28,7 @@ VALIDATION_WINDOWS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="any file; .gz and .zip are unpacked")
+    parser.add_argument("--data", type=run.existing_path, help="any file; .gz and .zip are unpacked")
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="bytes in a window (default: %(default)s)")
@@ -72,7 +73,7 @@ def main() -> None:
         curves = {name: [(step, value / math.log(2)) for step, value in curve] for name, curve in names.items()}
         save_curves(place.folder / "losses.png", curves, y_label="bits per byte")
         (place.folder / "sample.txt").write_bytes(args.prompt.encode() + bytes(written.tolist()))
-        print(args.prompt + bytes(written.tolist()).decode(errors="replace"))
+        trainer.say(args.prompt + without_controls(bytes(written.tolist()).decode(errors="replace")))
     trainer.say(f"validation: {bits:.3f} bits per byte")
     trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 

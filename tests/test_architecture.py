@@ -28,7 +28,7 @@ ALLOWED = {
     "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
-ALLOWED["commands"] = ["data", "modalities", "saving", "training.trainer", "transfusion"]
+ALLOWED["commands"] = ["data", "modalities", "saving", "display.lines", "training.trainer", "transfusion"]
 ALLOWED["__main__"] = ["commands"]
 ALLOWED["__init__"] = list(ALLOWED)
 

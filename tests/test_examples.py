@@ -153,15 +153,23 @@ def test_idx_files_that_do_not_belong_together_are_refused(tmp_path, replaced, m
         load_images("fashion", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["fashion", "mnist"])
-def test_missing_file_falls_back_with_one_warning(tmp_path, name):
+def test_a_missing_file_of_the_usual_folder_falls_back_with_one_warning(tmp_path, monkeypatch):
     plant_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.warns(UserWarning, match=f"{name} could not be loaded .*no t10k-labels-idx1-ubyte") as caught:
-        loaded = load_images(name, tmp_path)
+    monkeypatch.setattr(data_module, "FASHION_FOLDER", str(tmp_path))
+    with pytest.warns(UserWarning, match="fashion could not be loaded .*no t10k-labels-idx1-ubyte") as caught:
+        loaded = load_images("fashion")
     assert len(caught) == 1
     assert loaded.name == "digits"
-    assert f"because {name} could not be loaded" in loaded.source
+    assert "because fashion could not be loaded" in loaded.source
+
+
+@pytest.mark.parametrize("name", ["fashion", "mnist"])
+def test_a_folder_that_was_asked_for_is_never_replaced(tmp_path, name):
+    plant_idx(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="no t10k-labels-idx1-ubyte"):
+        load_images(name, tmp_path)
 
 
 def test_download_is_read(monkeypatch):

@@ -500,9 +500,10 @@ def test_one_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_the_probe_of_a_killed_process_is_removed(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "rmdir", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        Checkpoints(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            Checkpoints(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     Checkpoints(tmp_path).save(1, part(1))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
