@@ -206,7 +206,7 @@ class CachedRunner:
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
         """Reads what is pending: at most so many tokens in all, if given, but always something."""
         readers, followers, claimed = [], [], set()
-        for branch in branches:
+        for branch in [branch for branch in branches if branch.is_pending]:  # others were read before a failure
             if not branch.past.length and branch.prefix_key is None:
                 branch.prefix_key = fingerprint(branch.pending)
             key = branch.prefix_key
@@ -217,11 +217,15 @@ class CachedRunner:
                 claimed |= set() if key is None else {key}
         for group in self._groups(readers, most):
             self._read(group)
-        for branch in readers:
-            if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
-                self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
-                branch.prefix_key = None
+            for branch, _ in group:
+                self._keep_prefix(branch)
         self._copy_prefixes(followers)
+
+    def _keep_prefix(self, branch: Branch) -> None:
+        """What a branch begins with can be copied, once it is read to its end."""
+        if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
+            self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
+            branch.prefix_key = None
 
     def _copy_prefixes(self, branches: Sequence[Branch]) -> None:
         by_key: dict[Hashable, list[Branch]] = {}
@@ -374,6 +378,7 @@ class UncachedRunner:
         branch.rewind()
 
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
+        branches = [branch for branch in branches if branch.is_pending]
         pending = [branch.pending for branch in branches]
         lengths, last = self._read(branches)
         for branch, taken, length, hidden in zip(branches, pending, lengths, last, strict=True):

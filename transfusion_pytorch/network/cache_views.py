@@ -142,9 +142,12 @@ class DecodeView:
             assert [row.index for row in members] == list(range(len(members))), "rows to decode are gathered first"
             longest = max(row.length for row in members)
             num_keys = block.capacity if is_fixed else KEYS_AT_ONCE * (longest // KEYS_AT_ONCE + 1)
+            num_keys = min(num_keys, block.capacity)
             tokens = slice(start, start + len(members))
-            self.runs.append(_decode_run(cache, block, members, tokens, min(num_keys, block.capacity)))
-            self.num_steps = min(self.num_steps, min(num_keys, block.capacity) - longest)
+            self.runs.append(_decode_run(cache, block, members, tokens, num_keys))
+            for row in members:  # all that later steps may write
+                block.written[row.index] = max(block.written[row.index], num_keys)
+            self.num_steps = min(self.num_steps, num_keys - longest)
             start = tokens.stop
 
     @property

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.generation.engine import Engine, EngineStats, Sample
-from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, Event
-from transfusion_pytorch.generation.methods import SamplingMethods
+from transfusion_pytorch.generation.engine import Engine, EngineStats
+from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, Event, Sample
+from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.serving.engine_thread import EngineClosed, EngineThread
 from transfusion_pytorch.serving.mailbox import Mailbox, raisable
 
