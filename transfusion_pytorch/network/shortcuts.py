@@ -12,6 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 _PLAIN = ContextVar("plain_formulas", default=False)
 
 
@@ -41,9 +43,8 @@ def uses_cpu_kernels(x: Tensor) -> bool:
 
 def is_untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module is one of these types itself, and nobody waits for its call: then it may be left uncalled."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    watched = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-    return type(module) in types and not watched and not nn.modules.module._has_any_global_hook()
+    watched = "forward" in vars(module) or any(getattr(module, name) for name in HOOKS)
+    return type(module) in types and not watched and not any(getattr(nn.modules.module, f"_global{it}") for it in HOOKS)
 
 
 def is_plain(weight: Tensor) -> bool:
