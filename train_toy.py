@@ -81,10 +81,10 @@ def main() -> None:
     if not trainer.is_main:
         return
     report_losses(place.folder)
-    print("a sample, part by part:")
+    trainer.say("a sample, part by part:")
     print_modality_sample(samples[0])
     save_pictures(place.folder / "samples.png", samples, asked.tolist())
-    print(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 
 
 def report_losses(folder) -> None:

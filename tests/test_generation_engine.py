@@ -26,11 +26,11 @@ from generation_models import (
 )
 from torch import nn
 
+from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.generation import context
 from transfusion_pytorch.generation.engine import EngineStats
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, TextToken
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.progress import SampleProgress
 from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.network.cache import KVCache
 from transfusion_pytorch.sequence.stream import Past, pack_ids

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.generation.context import CachedContext
 from transfusion_pytorch.generation.events import Ended, EndReason, Event
@@ -22,7 +23,6 @@ from transfusion_pytorch.generation.options import (
     takes_sampling_options,
     with_own_generator,
 )
-from transfusion_pytorch.generation.progress import SampleProgress
 from transfusion_pytorch.generation.prompts import bare_and_opened, parse_prompt
 from transfusion_pytorch.generation.rules import Rules
 from transfusion_pytorch.generation.scheduler import Scheduler

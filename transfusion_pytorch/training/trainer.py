@@ -10,6 +10,7 @@ import torch
 
 from transfusion_pytorch.data.loader import LoadedStep, StepLoader
 from transfusion_pytorch.data.order import seed_of
+from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
@@ -121,7 +122,7 @@ class Trainer:
     def say(self, message: str) -> None:
         """Prints on the main process."""
         if self.is_main:
-            print(message, flush=True)
+            print_text(message, flush=True)
 
     def fit(self, *, resume: bool | str | Path = False) -> Fitted:
         """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.

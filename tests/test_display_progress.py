@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from transfusion_pytorch.generation.progress import SampleProgress, load_tqdm
+from transfusion_pytorch.display.progress import SampleProgress, load_tqdm
 
 tqdm = pytest.importorskip("tqdm")
 
