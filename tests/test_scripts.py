@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tarfile
+from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -96,13 +98,28 @@ def test_a_folder_becomes_a_model_that_can_be_used_and_gone_on_with(tmp_path):
     assert len(list((tmp_path / "results").iterdir())) == 1
 
 
-def call(monkeypatch, *arguments: object) -> None:
-    """Runs the script for captioned images in this process, which saves the seconds of a start."""
-    spec = importlib.util.spec_from_file_location("captioned_script", ROOT / CAPTIONED)
+def call(monkeypatch, *arguments: object, script: str = CAPTIONED) -> None:
+    """Runs a script in this process, which saves the seconds of a start."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [CAPTIONED, *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     run_command(module.main)
+
+
+@pytest.mark.parametrize("prompt", ["", "né€ "])
+def test_text_goes_on_from_any_prompt_on_any_terminal(tmp_path, monkeypatch, prompt):
+    (tmp_path / "text").write_text("a line of text\n" * 400)
+    sizes = ("--dim", 48, "--depth", 1, "--length", 16, "--steps", 1, "--write", 5)
+    screen = TextIOWrapper(BytesIO(), encoding="ascii")
+    with redirect_stdout(screen):
+        options = ("--data", tmp_path / "text", "--results", tmp_path / "results", "--prompt", prompt)
+        call(monkeypatch, *options, *sizes, script="train_text_only.py")
+    (written,) = (file.read_bytes() for file in tmp_path.glob("results/text-*/sample.txt"))
+    assert written.startswith(prompt.encode())
+    assert len(written) == len(prompt.encode()) + 5
+    screen.flush()
+    assert prompt.replace("é", "?").replace("€", "?").encode() in screen.buffer.getvalue()
 
 
 @pytest.mark.parametrize("options", [("--unet", "--sizes", "bucketed"), ("--grey", "--patch", 4, "--held-out", 0)])
