@@ -294,9 +294,9 @@ class Samples(Callback):
             return {}
         file = trainer.folder / f"step-{trainer.step:06}.png"
         save_grid(file, as_one_size(drawn), self.prompts, columns=7, smallest=96)
-        print(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
+        trainer.say(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
         for (kind, _, captions), text in zip(self.shown, said, strict=True):
-            print(f"  an image of {captions[0]!r} ({kind}) is called {text!r}", flush=True)
+            trainer.say(f"  an image of {captions[0]!r} ({kind}) is called {text!r}")
         return {"drawings": load_picture(file)}
 
 

@@ -24,6 +24,7 @@ DEFAULTS = TrainConfig(
     ema_beta=None, validate_every=200, sample_every=0,
 )  # fmt: skip
 VALIDATION_WINDOWS = 64
+START_OF_LINE = b"\n"  # what the sample goes on from where there is no prompt: windows of a text have no first byte
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="bytes in a window (default: %(default)s)")
-    parser.add_argument("--prompt", default="The ", help="what the sample at the end starts with")
+    parser.add_argument("--prompt", default="The ", help="what the sample at the end starts with, or nothing: ''")
     parser.add_argument("--write", type=int, default=400, help="bytes to write at the end (default: %(default)s)")
     run.add_common_arguments(parser, DEFAULTS)
     args = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
         return
     trainer.say(f"trained for {time.monotonic() - started:.0f} s")
 
-    prompt = torch.tensor([list(args.prompt.encode())])
+    prompt = torch.tensor([list(args.prompt.encode() or START_OF_LINE)])
     written = trainer.average.generate_text_only(prompt, prompt.shape[1] + args.write, temperature=0.8)[0]
     bits = fitted.figures["text"] / math.log(2)
     card = ModelCard(training_data=text.source, steps=trainer.step, figures={"bits per byte": bits})

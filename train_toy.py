@@ -82,9 +82,9 @@ def main() -> None:
         return
     report_losses(place.folder)
     if drawings.samples:
-        print("a sample, part by part:")
+        trainer.say("a sample, part by part:")
         print_modality_sample(drawings.samples[0])
-    print(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 
 
 class Drawings(Callback):

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import tarfile
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +134,21 @@ def error_of(monkeypatch, capsys, script: str, *arguments: object) -> str:
         call(monkeypatch, *arguments, script=script)
     assert exit_.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("prompt", ["", "né€ "])
+def test_text_goes_on_from_any_prompt_on_any_terminal(tmp_path, monkeypatch, prompt):
+    (tmp_path / "text").write_text("a line of text\n" * 400)
+    sizes = ("--dim", 48, "--depth", 1, "--length", 16, "--steps", 1, "--write", 5)
+    screen = TextIOWrapper(BytesIO(), encoding="ascii")
+    with redirect_stdout(screen):
+        options = ("--data", tmp_path / "text", "--results", tmp_path / "results", "--prompt", prompt)
+        call(monkeypatch, *options, *sizes, script="train_text_only.py")
+    (written,) = (file.read_bytes() for file in tmp_path.glob("results/text-*/sample.txt"))
+    assert written.startswith(prompt.encode())
+    assert len(written) == len(prompt.encode()) + 5
+    screen.flush()
+    assert prompt.replace("é", "?").replace("€", "?").encode() in screen.buffer.getvalue()
 
 
 @pytest.mark.parametrize("options", [("--unet", "--sizes", "bucketed"), ("--grey", "--patch", 4, "--held-out", 0)])

@@ -189,6 +189,7 @@ class Training:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # of SequentialLR's own
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # the same, in torch 2.6
 @pytest.mark.parametrize("make_scheduler", [warm_up, by_lambda, in_steps, one_cycle])
 @pytest.mark.parametrize("make_optimizer", [adamw, fused_adamw, sgd, muon])
 def test_training_goes_on_as_if_it_had_never_stopped(tmp_path, make_optimizer, make_scheduler):

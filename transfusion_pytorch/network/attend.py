@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +76,8 @@ class FlexAttention(NamedTuple):
     def _block_mask(self) -> BlockMask:
         n, blocks = len(self.intervals.end), self.intervals.blocks
         assert blocks is not None
-        tables: dict[str, Any] = {name: table[None, None] for name, table in blocks._asdict().items()}
-        return BlockMask(seq_lengths=(n, n), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod(), **tables)
+        tables = [table[None, None] for table in blocks]
+        return BlockMask((n, n), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod())
 
 
 class DenseAttention(NamedTuple):

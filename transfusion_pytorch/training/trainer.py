@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from transfusion_pytorch.data.loader import LoadedStep, StepLoader
+from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.saving.adapters import inner_model, is_adapted, save_adapter
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
@@ -111,7 +112,7 @@ class Trainer:
     def say(self, message: str) -> None:
         """Prints on the main process."""
         if self.is_main:
-            print(message, flush=True)
+            print_text(message, flush=True)
 
     def fit(self, *, resume: bool | str | Path = False) -> Fitted:
         """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.
