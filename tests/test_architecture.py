@@ -42,7 +42,15 @@ ALLOWED = {
     "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
-ALLOWED["commands"] = ["display.terminal", "display.lines", "data", "modalities", "saving", "training.trainer", "transfusion"]
+ALLOWED["commands"] = [
+    "display.terminal",
+    "display.lines",
+    "data",
+    "modalities",
+    "saving",
+    "training.trainer",
+    "transfusion",
+]
 ALLOWED["__main__"] = ["commands"]
 ALLOWED["__init__"] = list(ALLOWED)
 

@@ -27,8 +27,8 @@ class BatchState:
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
     - `view`: what attention sees of the cache, if there is one
     - `token`: the id to be read next; `position`: its rotary position
-    - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids that
-      may, of each request when it was made
+    - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
+      that may, of each request when it was made
     - `columns`: the options of text; `seen`: ids to be penalised
     - `numbers`: random numbers of the next steps, of which `step` were used
     """

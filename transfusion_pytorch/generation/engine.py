@@ -421,8 +421,8 @@ class Engine:
             needed = self.scheduler.cache_tokens(request)
             if most is not None and needed > most:
                 raise ValueError(
-                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask for "
-                    "a smaller max_length, or for less guidance"
+                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
+                    "for a smaller max_length, or for less guidance"
                 )
 
     def _check_generators(self, generators: Any) -> None:

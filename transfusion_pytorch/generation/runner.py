@@ -1,4 +1,4 @@
-"""Forward passes for sampling: prefill, decode step, velocities of spans; with a KV cache or by reading everything again.
+"""Forward passes for sampling: prefill, decode step, velocities of spans. With a KV cache, or everything read again.
 
 r branches, k latents of a span, c their channels, d model.
 """
@@ -124,7 +124,8 @@ class Branch:
         """All that was read, as pieces."""
         pieces: list[Piece] = []
         for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
-            pieces += as_text(list(group)) if is_id else group  # type: ignore[arg-type]
+            members: list[Any] = list(group)
+            pieces += as_text(members) if is_id else members
         return pieces
 
     def rewind(self) -> None:
@@ -304,7 +305,7 @@ class CachedRunner:
     # decode
 
     def batch_state(self, requests: Sequence[Any]) -> BatchState:
-        """The state of a decode step for these requests. Their rows are moved together, with room for one token more."""
+        """The state of a decode step for these requests. Their rows are moved together, with room for one token."""
         rows = [request.branch.row for request in requests]
         self.cache.reserve(rows, [1] * len(rows))
         self.cache.gather(rows)
