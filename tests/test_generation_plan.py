@@ -172,16 +172,19 @@ def test_a_text_of_a_plan_is_neither_ended_nor_interrupted_by_what_does_not_belo
     assert walk(model, sample, 2, [("text", 5), LINE, "text"]) == (6, 1, True)
 
 
-@pytest.mark.parametrize("stop", range(4))
-def test_a_stop_id_ends_a_plan_early(model, stop):
-    plan = [LINE, ("text", 12), IMAGE, ("text", 12)]
+@pytest.mark.parametrize(("stop", "in_text"), [(1, 0), (2, 0), (0, 1), (3, 1)])
+def test_a_stop_id_ends_a_plan_early(stop, in_text):
+    """In the first text of the plan, or in the second."""
+    plan = [LINE, ("text", 2), IMAGE, ("text", 12)]
     silent = planner(push=dict(meta=-9.0, eos=-9.0))
     whole = slots_of(silent, silent.sample(text(1), plan=plan, **asked()))
-    at = 2 + len(silent.vocabulary.opening(LINE, (2,))) + 2 + 1
-    if stop in whole[at:]:
-        [(sample, reason)] = submitted(silent, [(text(1), plan)], stop_ids=[stop])
-        assert slots_of(silent, sample) == whole[: at + whole[at:].index(stop) + 1]
-        assert reason is EndReason.STOP
+    first = 2 + len(silent.vocabulary.opening(LINE, (2,))) + 2 + 1
+    second = first + 2 + len(silent.vocabulary.opening(IMAGE, (2, 1))) + 2 + 1
+    end = first + whole[first:].index(stop) + 1
+    assert (end > second) == in_text
+    [(sample, reason)] = submitted(silent, [(text(1), plan)], stop_ids=[stop])
+    assert slots_of(silent, sample) == whole[:end]
+    assert reason is EndReason.STOP
 
 
 LONG = ["text", (IMAGE, (2, 3)), ("text", 4), VECTOR, (LINE, (5,)), "text"]

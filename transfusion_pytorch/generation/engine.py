@@ -20,7 +20,6 @@ from torch import Tensor
 from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.evaluating import evaluation_view, watch_weights
 from transfusion_pytorch.generation.events import Ended, EndReason, Event, Sample
-from transfusion_pytorch.generation.isolation import released, run_halving
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
     SamplingOptions,
@@ -423,8 +422,8 @@ class Engine:
             needed = self.scheduler.cache_tokens(request)
             if most is not None and needed > most:
                 raise ValueError(
-                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask for "
-                    "a smaller max_length, or for less guidance"
+                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
+                    "for a smaller max_length, or for less guidance"
                 )
 
     def _check_generators(self, generators: Any) -> None:
@@ -482,10 +481,10 @@ class Engine:
                 for (request, number, _), (_, shown) in zip(some, parts, strict=True):
                     request.shown[number] = shown
 
-            for (request, number, piece), error in run_halving(members, decode):
+            for (request, number, piece), error in self.scheduler.halving.run(members, decode):
                 [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
                 if request.error is None:
-                    request.end(EndReason.ERROR, released(error))
+                    request.end(EndReason.ERROR, error)
                     self.scheduler.cancel([request])  # frees its rows
 
 
