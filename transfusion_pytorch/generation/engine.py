@@ -19,7 +19,7 @@ from torch import Tensor
 from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.evaluating import evaluation_view, watch_weights
 from transfusion_pytorch.generation.events import Ended, EndReason, Event, Sample
-from transfusion_pytorch.generation.isolation import released, run_halving
+from transfusion_pytorch.generation.isolation import run_halving
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
     SamplingOptions,
@@ -482,7 +482,7 @@ class Engine:
             for (request, number, piece), error in run_halving(members, decode):
                 [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
                 if request.error is None:
-                    request.end(EndReason.ERROR, released(error))
+                    request.end(EndReason.ERROR, error)
 
 
 def _raise_first_error(requests: Sequence[RequestState]) -> None:

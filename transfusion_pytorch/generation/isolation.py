@@ -31,14 +31,28 @@ def run_halving(items: Sequence[Item], run: Callable[[Sequence[Item]], None]) ->
     return [*run_halving(items[:half], run), *run_halving(items[half:], run)]
 
 
+class OriginalTraceback(Exception):
+    """Where an error was raised, as text: frames would keep their tensors alive, and those of whoever called them."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
 def released(error: Exception) -> Exception:
-    """The same error, whose traceback shows where it was raised but no longer holds the tensors of those frames."""
+    """The same error without the frames of its traceback, which becomes text in its cause (see `OriginalTraceback`)."""
+    if isinstance(error.__cause__, OriginalTraceback):  # raised for the second time
+        error.__cause__ = None
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     seen: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in seen:
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__
+    chain: list[BaseException | None] = [error]
+    while chain:
+        each = chain.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            chain += [each.__cause__, each.__context__]
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
+    error.__context__, error.__cause__ = None, OriginalTraceback(text)
     return error
 
 
