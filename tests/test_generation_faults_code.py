@@ -197,7 +197,7 @@ def test_a_stored_error_keeps_no_tensor(monkeypatch, place):
     assert [x for x in alive if x.untyped_storage().data_ptr() not in own] == []
     assert held_by(ended.error) == []
     assert "raise " in str(ended.error.__cause__), "where it was raised is still told"
-    assert 'KeyError: \'lost\'' in str(ended.error.__cause__)
+    assert "KeyError: 'lost'" in str(ended.error.__cause__)
 
 
 def held_by(start) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion_pytorch.flow.guidance import guided, guided_twice, rescaled
 from transfusion_pytorch.flow.path import estimate_clean, interpolate
 from transfusion_pytorch.flow.solver import integrate, is_single_step, single_step
-from transfusion_pytorch.generation.isolation import run_halving
+from transfusion_pytorch.generation.isolation import Isolation
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import times_of
 from transfusion_pytorch.generation.runner import Branch, Model, Runner, SpanStream
@@ -131,8 +131,8 @@ class Denoiser:
     (latents, those of unconditional branches included) are evaluated in one forward pass.
     """
 
-    def __init__(self, model: Model, runner: Runner, *, most_tokens: int):
-        self.model, self.runner, self.most_tokens = model, runner, most_tokens
+    def __init__(self, model: Model, runner: Runner, isolation: Isolation, *, most_tokens: int):
+        self.model, self.runner, self.isolation, self.most_tokens = model, runner, isolation, most_tokens
         self.evaluations = 0
         self._laid: dict[tuple, SpanStream] = {}
 
@@ -145,9 +145,9 @@ class Denoiser:
             members = list(group)
             if is_single_step(members[0].options.odeint_kwargs or {}):
                 for part in self._parts(members):
-                    failed += run_halving(part, self._step_together)
+                    failed += self.isolation.run(part, self._step_together)
             else:
-                failed += [failure for each in members for failure in run_halving([each], self._solve_alone)]
+                failed += [failure for each in members for failure in self.isolation.run([each], self._solve_alone)]
         return failed
 
     def reset(self) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.evaluating import evaluation_view, watch_weights
 from transfusion_pytorch.generation.events import Ended, EndReason, Event, Sample
-from transfusion_pytorch.generation.isolation import run_halving
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
     SamplingOptions,
@@ -463,9 +462,12 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished, together with what all others have: each modality once."""
-        if request.undecoded():
-            self._decode([request, *(it for it in self._requests if it is not request and it.is_observed)])
+        """Decodes what a request has finished and somebody may see now, together with the same of all others: each
+        modality once.
+        """
+        shown = [it for it in {request, *self._requests} if it.is_observed or it.is_done]
+        if request in shown and request.undecoded():
+            self._decode(shown)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
@@ -479,7 +481,7 @@ class Engine:
                 for (request, number, _), (_, shown) in zip(some, parts, strict=True):
                     request.shown[number] = shown
 
-            for (request, number, piece), error in run_halving(members, decode):
+            for (request, number, piece), error in self.scheduler.isolation.run(members, decode):
                 [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
                 if request.error is None:
                     request.end(EndReason.ERROR, error)

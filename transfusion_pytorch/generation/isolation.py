@@ -11,24 +11,43 @@ import torch
 Item = TypeVar("Item")
 
 
-def run_halving(items: Sequence[Item], run: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
-    """Runs all items together; if that fails, each half by itself, and so on, so that only those fail whose fault it
-    is. Returns them, and why.
+class Isolation:
+    """Runs many items together, and finds out which of them fail.
 
-    The failed run is let go before the next begins, with all of its activations. Where memory was short, a warning says
-    once that less was run at a time.
+    Where memory is short, it says so once in its life.
     """
-    try:
-        run(items)
-        return []
-    except Exception as error:
-        failure = released(error)
-    if len(items) == 1:
-        return [(items[0], failure)]
-    if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
-        _say_memory_is_short(len(items), failure)
-    half = len(items) // 2
-    return [*run_halving(items[:half], run), *run_halving(items[half:], run)]
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def run(self, items: Sequence[Item], run: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
+        """Runs all items together; if that fails, each half by itself, and so on, so that only those fail whose fault
+        it is. Returns them, and why.
+
+        The failed run is let go before the next begins, with all of its activations.
+        """
+        try:
+            run(items)
+            return []
+        except Exception as error:
+            failure = released(error)
+        if len(items) == 1:
+            return [(items[0], failure)]
+        if _is_out_of_memory(failure):
+            self._say_memory_is_short(len(items), failure)
+        half = len(items) // 2
+        return [*self.run(items[:half], run), *self.run(items[half:], run)]
+
+    def _say_memory_is_short(self, count: int, error: Exception) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        with suppress(UserWarning):  # which is an error where warnings are, and would end the step in its middle
+            warnings.warn(
+                f"a forward pass over {count} requests did not fit into memory ({error}); it is run in halves. A "
+                "smaller max_batch would need less",
+                stacklevel=4,
+            )
 
 
 class OriginalTraceback(Exception):
@@ -56,10 +75,6 @@ def released(error: Exception) -> Exception:
     return error
 
 
-def _say_memory_is_short(count: int, error: Exception) -> None:
-    with suppress(UserWarning):  # which is an error where warnings are, and would end the step in its middle
-        warnings.warn(
-            f"a forward pass over {count} requests did not fit into memory ({error}); it is run in halves. A smaller "
-            "max_batch would need less",
-            stacklevel=4,
-        )
+def _is_out_of_memory(error: Exception) -> bool:
+    """On any device; for a CPU torch has no type of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

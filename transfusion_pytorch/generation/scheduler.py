@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion_pytorch.generation.batch_state import BatchState
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.isolation import released, run_halving
+from transfusion_pytorch.generation.isolation import Isolation, released
 from transfusion_pytorch.generation.request import Phase, RequestState
 from transfusion_pytorch.generation.runner import Branch, Model, create_runner
 from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, sample_tokens
@@ -48,7 +48,8 @@ class Scheduler:
     def __init__(self, model: Model, limits: Limits, *, cache_kv: bool):
         self.model, self.limits = model, limits
         self.runner = create_runner(model, cache_kv=cache_kv)
-        self.denoiser = Denoiser(model, self.runner, most_tokens=limits.max_denoising_tokens)
+        self.isolation = Isolation()
+        self.denoiser = Denoiser(model, self.runner, self.isolation, most_tokens=limits.max_denoising_tokens)
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
         self.steps = self.tokens_written = self.modalities = 0
@@ -137,7 +138,7 @@ class Scheduler:
             return
         others_go_on = any(not request.to_prefill for request in self.active)
         most = self.limits.max_prefill_tokens if others_go_on else None
-        for branch, error in run_halving(list(owners), lambda branches: self.runner.prefill(branches, most)):
+        for branch, error in self.isolation.run(list(owners), lambda branches: self.runner.prefill(branches, most)):
             owners[branch].end(EndReason.ERROR, error)
 
     # text
@@ -150,7 +151,7 @@ class Scheduler:
             ([it for it in writing if it.branch.is_pending], self._decode),
         ):
             if requests:
-                for request, error in run_halving(requests, choose):
+                for request, error in self.isolation.run(requests, choose):
                     request.end(EndReason.ERROR, error)
 
     def _choose_first(self, requests: Sequence[RequestState]) -> None:
