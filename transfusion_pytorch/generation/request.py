@@ -139,14 +139,24 @@ class RequestState:
 
     @property
     def most_tokens(self) -> list[int]:
-        """How long each of its branches may become."""
-        planned = [part for part in self.plan.parts if isinstance(part, ModalityPart)]
-        drawn = sum(self._num_tokens(part.type, part.shape) + 2 for part in planned)
-        openings = sum(len(self.vocabulary.opening(part.type, part.shape)) for part in planned)
-        under_way = 0 if self.denoising is None else len(self.denoising.x) + 1
-        length = max(self.options.max_length, self.length + under_way + drawn + openings)
-        guides = (self.options.cfg_scale != 1) + (self.options.modality_cfg_scale != 1)
-        return [length] * (1 + guides)
+        """How long each of its branches may become: what the model writes stops at `max_length`, a plan does not."""
+        options, parts = self.options, list(self.plan.parts[self.part :])
+        most = self.length - self.part_length  # where the text under way began
+        if self.denoising is not None:
+            most += self._num_tokens(self.denoising.type, self.denoising.shape) + 1
+            parts = parts[isinstance(self._planned, ModalityPart) :]
+        for part in parts:
+            if isinstance(part, ModalityPart):
+                opening = len(self.vocabulary.opening(part.type, part.shape))
+                most += opening + self._num_tokens(part.type, part.shape) + 1
+            else:
+                room = options.max_length if part.most is None else most + part.most
+                most = max(most, min(options.max_length, room))
+        most = max(most, self.length)
+        most = max(most, options.max_length) if self.plan.free else most + 1
+        guides = 2 if options.modality_cfg_scale != 1 else int(options.cfg_scale != 1)
+        negative = 0 if options.negative_prompt is None else len(options.negative_prompt)
+        return [most, *[most + negative] * guides]
 
     @property
     def allowed(self) -> Bool[Tensor, " v"]:
