@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest Python that pyproject.toml allows, for `make test-oldest`.
+OLDEST_PYTHON ?= python3.10
 # Extra arguments of a script: make toy ARGS="--steps 50"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all typecheck lint format toy mnist fashion captioned text bench bench-peer gpu wheel clean
+.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text bench bench-peer gpu wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make the environment and install the tested versions into it
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +22,11 @@ test: ## the fast tests
 
 test-all: ## the slow tests too
 	$(BIN)/python -m pytest -m ""
+
+test-oldest: ## the fast tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	$(OLDEST_PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[test,adapters]" tensorboard
+	build/oldest/bin/python -m pytest
 
 typecheck: ## the fast tests with every shape checked at run time
 	TYPECHECK=1 $(BIN)/python -m pytest

@@ -137,8 +137,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=raw)
-    parser.add_argument("--data", type=Path, nargs="+", help="folder of images with captions, or WebDataset tars")
-    parser.add_argument("--dataset", choices=EMBEDDED, default="digits", help="without --data (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=run.existing_path, nargs="+", help="a folder of images with captions, or WebDataset tars"
+    )
+    parser.add_argument("--dataset", choices=EMBEDDED, help="without --data (default: digits)")
     parser.add_argument(
         "--size", type=run.positive_int, help="side of the images in pixels, or of a square of their area"
     )
@@ -164,6 +166,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not all(prompt.strip() for prompt in arguments.prompt):
         parser.error("a --prompt is empty")
+    if arguments.data and arguments.dataset:
+        parser.error("give --data or --dataset, not both")
+    arguments.dataset = arguments.dataset or "digits"
     return arguments
 
 
@@ -200,17 +205,25 @@ def load_data(arguments: argparse.Namespace, recipe: Recipe) -> Captioned:
     mode = "L" if arguments.grey or not arguments.data else "RGB"
     options: dict[str, Any] = dict(images=ImageReader(sizing_of(arguments, recipe), mode=mode), prob_describe=0.5)
     if arguments.data:
-        paths = arguments.data
-        if len(paths) == 1 and paths[0].suffix != ".tar":
-            pairs: ImageCaptionPairs = CaptionedImages(paths[0], **options)
-        else:
-            pairs = WebDatasetTars(paths, **options)
-        return Captioned(*hold_out(pairs, round(arguments.held_out * len(pairs))), ", ".join(map(str, paths)))
+        pairs, source = open_pairs(arguments.data, **options), ", ".join(map(str, arguments.data))
+        return Captioned(*hold_out(pairs, round(arguments.held_out * len(pairs))), source)
     labelled = IMAGE_LOADERS[arguments.dataset](None)
     captions = [sentences(name, TEMPLATES[labelled.name]) for name in class_words(labelled)]
     train = LabelledCaptions(labelled.train, captions, augments=True, **options)
     held_out = LabelledCaptions(labelled.test, captions, augments=False, **options)
     return Captioned(train, held_out, labelled.source, labelled)
+
+
+def open_pairs(paths: list[Path], **options: Any) -> ImageCaptionPairs:
+    """One folder, or any number of tars. Raises `ValueError` for anything else."""
+    folders = [path for path in paths if path.is_dir()]
+    if not folders:
+        return WebDatasetTars(paths, **options)
+    if len(paths) > 1:
+        raise ValueError(
+            f"--data takes one folder, or tars; got {', '.join(map(str, paths))}. Put several folders into one"
+        )
+    return CaptionedImages(folders[0], **options)
 
 
 def load_text(bpe_size: int | None, data: Captioned, folder: Path, launch: Launch) -> TextCodec:
@@ -281,10 +294,10 @@ class Samples(Callback):
             return {}
         file = trainer.folder / f"step-{trainer.step:06}.png"
         save_grid(file, as_one_size(drawn), self.prompts, columns=7, smallest=96)
-        print(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
+        trainer.say(f"step {trainer.step:,}: drew {len(drawn)} captions, {file}")
         for (kind, _, captions), text in zip(self.shown, said, strict=True):
-            print(f"  an image of {captions[0]!r} ({kind}) is called {text!r}", flush=True)
-        return {"samples": load_picture(file)}
+            trainer.say(f"  an image of {captions[0]!r} ({kind}) is called {text!r}")
+        return {"drawings": load_picture(file)}
 
 
 def score(trainer: Trainer, samples: Samples, data: Captioned, *, per_class: int) -> dict[str, str]:

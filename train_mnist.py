@@ -20,7 +20,7 @@ from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, LabelledImages, load_images
 from transfusion_pytorch.examples.judge import recognised, train_judge
 from transfusion_pytorch.examples.pairs import TASKS, LabelImagePairs
-from transfusion_pytorch.examples.pictures import save_curves, save_grid
+from transfusion_pytorch.examples.pictures import load_picture, save_curves, save_grid
 from transfusion_pytorch.training.config import config_from_arguments
 
 
@@ -85,7 +85,7 @@ class Artist(NamedTuple):
 
 
 class Grids(Callback):
-    """Every class twice, as a picture in the run's folder."""
+    """Every class twice, as a picture in the run's folder and for the tracker."""
 
     def __init__(self, artist: Artist, class_names: list[str]):
         self.artist, self.class_names = artist, class_names
@@ -93,15 +93,16 @@ class Grids(Callback):
     def on_sample(self, trainer):
         labels = torch.arange(len(self.class_names)).repeat(2)
         images = self.artist.draw(trainer.average, labels)
-        if trainer.is_main:
-            names = [self.class_names[label] for label in labels]
-            save_grid(trainer.folder / f"step-{trainer.step:05}.png", images, names)
+        if not trainer.is_main:
+            return {}
+        names = [self.class_names[label] for label in labels]
+        return {"drawings": load_picture(save_grid(trainer.folder / f"step-{trainer.step:05}.png", images, names))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=tuple(IMAGE_LOADERS), default="digits")
-    parser.add_argument("--data", help="folder of idx files, for mnist and fashion")
+    parser.add_argument("--data", type=run.existing_path, help="folder of idx files, for mnist and fashion")
     parser.add_argument("--task", choices=tuple(TASKS), default="both")
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the drawings (default: %(default)s)")
     parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
@@ -150,7 +151,7 @@ def main() -> None:
     trainer.save_pretrained(place.folder / "model", card=card)
     if trainer.is_main:
         curves = run.read_metrics(place.folder)
-        save_curves(place.folder / "losses.png", {name: curves[name] for name in ("text", "flow_0")})
+        save_curves(place.folder / "losses.png", {name: curves[name] for name in ("text", "flow_0") if name in curves})
     trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from transfusion_pytorch import ModelCard, TrainConfig, Trainer, Transfusion
 from transfusion_pytorch.commands.errors import run_command
+from transfusion_pytorch.commands.printing import without_controls
 from transfusion_pytorch.data.text import TextWindows
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import load_text
@@ -23,15 +24,16 @@ DEFAULTS = TrainConfig(
     ema_beta=None, validate_every=200, sample_every=0,
 )  # fmt: skip
 VALIDATION_WINDOWS = 64
+START_OF_LINE = b"\n"  # what the sample goes on from where there is no prompt: windows of a text have no first byte
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="any file; .gz and .zip are unpacked")
+    parser.add_argument("--data", type=run.existing_path, help="any file; .gz and .zip are unpacked")
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="bytes in a window (default: %(default)s)")
-    parser.add_argument("--prompt", default="The ", help="what the sample at the end starts with")
+    parser.add_argument("--prompt", default="The ", help="what the sample at the end starts with, or nothing: ''")
     parser.add_argument("--write", type=int, default=400, help="bytes to write at the end (default: %(default)s)")
     run.add_common_arguments(parser, DEFAULTS)
     args = parser.parse_args()
@@ -61,7 +63,7 @@ def main() -> None:
         return
     trainer.say(f"trained for {time.monotonic() - started:.0f} s")
 
-    prompt = torch.tensor([list(args.prompt.encode())])
+    prompt = torch.tensor([list(args.prompt.encode() or START_OF_LINE)])
     written = trainer.average.generate_text_only(prompt, prompt.shape[1] + args.write, temperature=0.8)[0]
     bits = fitted.figures["text"] / math.log(2)
     card = ModelCard(training_data=text.source, steps=trainer.step, figures={"bits per byte": bits})
@@ -72,7 +74,7 @@ def main() -> None:
         curves = {name: [(step, value / math.log(2)) for step, value in curve] for name, curve in names.items()}
         save_curves(place.folder / "losses.png", curves, y_label="bits per byte")
         (place.folder / "sample.txt").write_bytes(args.prompt.encode() + bytes(written.tolist()))
-        print(args.prompt + bytes(written.tolist()).decode(errors="replace"))
+        trainer.say(args.prompt + without_controls(bytes(written.tolist()).decode(errors="replace")))
     trainer.say(f"validation: {bits:.3f} bits per byte")
     trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 

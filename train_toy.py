@@ -8,15 +8,16 @@ downloaded and no data is read.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from transfusion_pytorch import TrainConfig, Trainer, Transfusion, print_modality_sample
+from transfusion_pytorch import Callback, TrainConfig, Trainer, Transfusion, print_modality_sample
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import run
-from transfusion_pytorch.examples.pictures import save_curves, save_grid
+from transfusion_pytorch.examples.pictures import load_picture, save_curves, save_grid
 from transfusion_pytorch.training.config import config_from_arguments
 
 PICTURE, VECTOR = 0, 1
@@ -25,7 +26,7 @@ WIDTHS = (8, 10, 12)
 NAMES = {"text": "text", "flow_0": "flow of pictures", "flow_1": "flow of vectors"}
 DEFAULTS = TrainConfig(
     steps=600, learning_rate=2e-3, beta2=0.999, weight_decay=0.0, schedule="constant", warmup=0, cooldown=0.0,
-    ema_beta=None, log_every=1, details_every=0, sample_every=0,
+    ema_beta=None, details_every=0, sample_every=0,
 )  # fmt: skip
 
 
@@ -69,22 +70,34 @@ def main() -> None:
     config = config_from_arguments(args, DEFAULTS)
     place = run.open_run(args, "toy", device=config.device)
     run.seed_everything(config.seed)
-    trainer = Trainer(build_model(), Bars(), config, folder=place.folder)
+    drawings = Drawings()
+    trainer = Trainer(build_model(), Bars(), config, folder=place.folder, callbacks=[drawings])
     trainer.say("data: pictures of bars, made as they are needed: no download")
     started = time.monotonic()
     if trainer.fit(resume=place.resume).was_stopped:
         return
 
-    asked = torch.arange(1, MOST_BARS + 1).repeat(2)
-    samples = trainer.average.sample_many(list(asked), max_length=256)
     trainer.save_pretrained(place.folder / "model")
     if not trainer.is_main:
         return
     report_losses(place.folder)
-    print("a sample, part by part:")
-    print_modality_sample(samples[0])
-    save_pictures(place.folder / "samples.png", samples, asked.tolist())
-    print(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+    if drawings.samples:
+        trainer.say("a sample, part by part:")
+        print_modality_sample(drawings.samples[0])
+    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+
+
+class Drawings(Callback):
+    """Every number of bars twice, after the last step: a picture in the run's folder and for the tracker."""
+
+    def __init__(self):
+        self.samples = []
+
+    def on_sample(self, trainer):
+        asked = torch.arange(1, MOST_BARS + 1).repeat(2)
+        self.samples = trainer.average.sample_many(list(asked), max_length=256)
+        file = save_pictures(trainer.folder / "samples.png", self.samples, asked.tolist()) if trainer.is_main else None
+        return {} if file is None else {"drawings": load_picture(file)}
 
 
 def report_losses(folder) -> None:
@@ -99,17 +112,17 @@ def report_losses(folder) -> None:
         print(f"{name}: {first:.3f} over the first tenth of the steps, {last:.3f} over the last")
 
 
-def save_pictures(path, samples: list, asked: list[int]) -> None:
-    """The first picture of each sample that has one, on a common size."""
+def save_pictures(path: Path, samples: list, asked: list[int]) -> Path | None:
+    """The first picture of each sample that has one, on a common size. Returns the file, if there is any."""
     pictures = [next((part[1] for part in filter(is_picture, sample)), None) for sample in samples]
     drawn = [(picture, f"{count} bars") for picture, count in zip(pictures, asked, strict=True) if picture is not None]
     if not drawn:
-        return
+        return None
     height, width = (max(picture.shape[axis] for picture, _ in drawn) for axis in (0, 1))
     padded = torch.full((len(drawn), 1, height, width), -1.0)
     for image, (picture, _) in zip(padded, drawn, strict=True):
         image[0, : picture.shape[0], : picture.shape[1]] = picture[..., 0]
-    save_grid(path, padded, [name for _, name in drawn], columns=MOST_BARS)
+    return save_grid(path, padded, [name for _, name in drawn], columns=MOST_BARS)
 
 
 def is_picture(part) -> bool:

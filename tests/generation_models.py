@@ -41,8 +41,15 @@ class Lively(nn.Linear):
         return torch.sin(40 * super().forward(x)) + self.push
 
 
-def build(*, seed: int = 0, push: dict[str, float] | None = None, transformer: dict | None = None, **options):
-    """A tiny model in float64 whose every parameter is perturbed, so that nothing is zero by initialisation.
+def build(
+    *,
+    seed: int = 0,
+    push: dict[str, float] | None = None,
+    transformer: dict | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options,
+):
+    """A tiny model whose every parameter is perturbed, so that nothing is zero by initialisation.
 
     `push` moves the logits of `meta`, `eos` and others, which lie between -1 and 1.
     """
@@ -57,7 +64,7 @@ def build(*, seed: int = 0, push: dict[str, float] | None = None, transformer: d
         for name, value in (dict(meta=0.6, eos=-0.2) | (push or {})).items():
             ids = getattr(model.vocabulary, name)
             model.to_logits.push[list(ids) if isinstance(ids, tuple) else ids] = value
-    return model.double().eval()
+    return model.to(dtype).eval()
 
 
 def noise(rows: int = 64, channels: int = 3, seed: int = 1) -> Tensor:

@@ -13,8 +13,10 @@ from transfusion_pytorch import Transfusion, train_bpe
 from transfusion_pytorch.__main__ import main
 from transfusion_pytorch.commands.errors import one_line, run_command
 from transfusion_pytorch.commands.pictures import PictureModel, save_picture
+from transfusion_pytorch.commands.printing import without_controls
 from transfusion_pytorch.data import BucketedSize, FixedSize, ImageReader, NativeSize
 from transfusion_pytorch.data.loading import SampleError
+from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 
 TRUNK = dict(dim=16, depth=1, heads=1, dim_head=16)
@@ -121,6 +123,14 @@ def test_pictures_are_written_to_the_last_level(tmp_path):
 
 
 # the command
+
+
+def test_what_a_model_writes_does_not_command_the_terminal(saved, tmp_path, capsys):
+    sample(saved, "--num", 8, "--out", tmp_path / "out")
+    printed, kept = capsys.readouterr().out, (tmp_path / "out" / "samples.txt").read_text()
+    assert CONTROL_CHARACTERS.search(kept)
+    assert not CONTROL_CHARACTERS.search(printed)
+    assert without_controls("a\x1b[2Jb\tc\nd") == "a\ufffd[2Jb\tc\nd"
 
 
 def test_every_prompt_is_drawn_and_the_seed_decides(saved, tmp_path, capsys):

@@ -301,7 +301,7 @@ def hub_dataset():
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         image=datasets.Image(),
-        text=datasets.List(datasets.Value("string")),
+        text=datasets.Sequence(datasets.Value("string")),
         label=datasets.ClassLabel(names=["cat", "dog"]),
     )
     return datasets.Dataset.from_dict(rows(), features=features)

@@ -134,7 +134,7 @@ def test_a_step_is_split_into_nearly_equal_pieces():
 
 
 def test_a_plan_moves_on_with_what_was_handed_out_not_with_what_was_prefetched():
-    loader = StepLoader(plan_of("packs"), together, num_workers=2, persistent_workers=True)
+    loader = StepLoader(plan_of("packs"), together, num_workers=2)
     whole = list(StepLoader(plan_of("packs"), together))
     for i, step in enumerate(loader):
         assert loader.plan.state() == step.state
@@ -204,7 +204,7 @@ def failure(loader):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_fails_says_which_it_was(workers):
     message, cause = failure(StepLoader(DataPlan(Failing(3), batch_size=1), together, num_workers=workers))
-    assert re.search(r"source 'data', index (\d) \(folder/\1.png\) could not be loaded: OSError: cut off", message)
+    assert re.search(r"source 'data', index (\d) \(folder/\1.png\): could not be loaded: OSError: cut off", message)
     assert workers or cause is OSError
 
 

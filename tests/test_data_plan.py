@@ -464,10 +464,10 @@ def test_measuring_needs_a_packer():
 
 def test_a_sample_that_cannot_be_measured():
     packer = tiny().packer()
-    with pytest.raises(SampleError, match=r"source 'data', index 0 could not be loaded: OSError: gone") as caught:
+    with pytest.raises(SampleError, match=r"source 'data', index 0: could not be loaded: OSError: gone") as caught:
         next(iter(DataPlan(Unmeasured([OSError("gone")]), token_budget=64, packer=packer)))
     assert isinstance(caught.value.__cause__, OSError)
-    with pytest.raises(SampleError, match=r"source 'data', index 0 could not be measured: TypeError.*complex"):
+    with pytest.raises(SampleError, match=r"source 'data', index 0: could not be measured: TypeError.*complex"):
         next(iter(DataPlan(Unmeasured([[torch.ones(2, dtype=torch.complex64)]]), token_budget=64, packer=packer)))
     data = Unmeasured([[tensor([1])], SkipSample("broken")])
     (step,) = DataPlan(data, token_budget=64, packer=packer, epochs=1)

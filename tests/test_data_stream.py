@@ -201,7 +201,7 @@ def test_a_stream_that_cannot_go_on_says_so():
     def fail(number, generator):
         raise OSError("gone")
 
-    with pytest.raises(SampleError, match=r"source 'stream', index \d+ could not be prepared: OSError: gone"):
+    with pytest.raises(SampleError, match=r"source 'stream', index \d+: could not be prepared: OSError: gone"):
         next(iter(StreamLoader(Stream(), together, prepare=fail, batch_size=2)))
 
 

@@ -21,7 +21,7 @@ from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import load_images, load_text, read_idx
 from transfusion_pytorch.examples.judge import Judge, accuracy, augment, recognised, train_judge
 from transfusion_pytorch.examples.pairs import LabelImagePairs
-from transfusion_pytorch.examples.pictures import points, save_curves, save_grid, smooth
+from transfusion_pytorch.examples.pictures import COLOURS, points, save_curves, save_grid, smooth
 from transfusion_pytorch.training.config import TrainConfig, config_from_arguments
 
 Image = pytest.importorskip("PIL.Image")
@@ -153,15 +153,23 @@ def test_idx_files_that_do_not_belong_together_are_refused(tmp_path, replaced, m
         load_images("fashion", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["fashion", "mnist"])
-def test_missing_file_falls_back_with_one_warning(tmp_path, name):
+def test_a_missing_file_of_the_usual_folder_falls_back_with_one_warning(tmp_path, monkeypatch):
     plant_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.warns(UserWarning, match=f"{name} could not be loaded .*no t10k-labels-idx1-ubyte") as caught:
-        loaded = load_images(name, tmp_path)
+    monkeypatch.setattr(data_module, "FASHION_FOLDER", str(tmp_path))
+    with pytest.warns(UserWarning, match="fashion could not be loaded .*no t10k-labels-idx1-ubyte") as caught:
+        loaded = load_images("fashion")
     assert len(caught) == 1
     assert loaded.name == "digits"
-    assert f"because {name} could not be loaded" in loaded.source
+    assert "because fashion could not be loaded" in loaded.source
+
+
+@pytest.mark.parametrize("name", ["fashion", "mnist"])
+def test_a_folder_that_was_asked_for_is_never_replaced(tmp_path, name):
+    plant_idx(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="no t10k-labels-idx1-ubyte"):
+        load_images(name, tmp_path)
 
 
 def test_download_is_read(monkeypatch):
@@ -416,6 +424,27 @@ def test_curves_are_drawn(tmp_path, curves, log):
     with Image.open(file) as opened:
         assert opened.format == "PNG"
         assert opened.size == (960, 540)
+    shown = [bool(points(series)[1]) for series in curves.values()]
+    assert [len(inked(file, colour)) > 20 for colour in COLOURS] == shown + [False] * (len(COLOURS) - len(shown))
+
+
+def inked(file: Path, colour: str) -> numpy.ndarray:
+    """Row and column of every pixel of exactly this colour."""
+    wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    with Image.open(file) as opened:
+        return numpy.argwhere((numpy.asarray(opened.convert("RGB")) == wanted).all(axis=-1))
+
+
+@pytest.mark.parametrize(("log", "height"), [(False, 0.909), (True, 0.5)])
+def test_a_curve_goes_where_its_numbers_do(tmp_path, log, height):
+    """From 1 down to 1/100: half-way it is at 1/10, 91% of the way down, or 50% on a scale of powers."""
+    series = [(step, 10 ** (-step / 15)) for step in range(31)]
+    rows, columns = inked(save_curves(tmp_path / "curve.png", {"falls": series}, log=log), COLOURS[0]).T
+    left, right = columns.min(), columns.max()
+    lowest = numpy.array([rows[columns == column].max() for column in range(left, right + 1) if column in columns])
+    assert (numpy.diff(lowest) > -5).all()  # what a marker stands out
+    middle = rows[abs(columns - (left + right) / 2) < 3].mean()
+    assert (middle - rows.min()) / (rows.max() - rows.min()) == pytest.approx(height, abs=0.04)
 
 
 def test_curves_have_their_own_positions():

@@ -26,10 +26,11 @@ def naive(model, ids, seq_len):
     return ids
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("cache_kv", [True, False])
 @pytest.mark.parametrize("transformer", [dict(), dict(kv_heads=1, use_value_residual=True, num_residual_streams=2)])
-def test_greedy_text_is_that_of_the_naive_loop(transformer, cache_kv):
-    model, prompt = build(num_text_tokens=9, transformer=transformer), torch.randint(0, 9, (3, 4))
+def test_greedy_text_is_that_of_the_naive_loop(transformer, cache_kv, dtype):
+    model, prompt = build(num_text_tokens=9, transformer=transformer, dtype=dtype), torch.randint(0, 9, (3, 4))
     written = model.generate_text_only(prompt, 24, temperature=0.0, cache_kv=cache_kv)
     assert torch.equal(torch.cat([prompt, written], dim=1), naive(model, prompt, 24))
     assert len(written.unique()) > 4
@@ -52,7 +53,7 @@ def test_text_alone_has_no_markers():
 
 def flow_alone(model, modality, shape, steps, **solver):
     """Solves the flow of one instance, which is a whole sample by itself."""
-    start = noise()[: torch.Size(shape).numel(), : model.modalities[modality].spec.dim_latent]
+    start = noise()[: torch.Size(shape).numel(), : model.modalities[modality].spec.dim_latent].to(model.dtype)
 
     def velocity(t, x):
         sample = [[Modality(modality, x.reshape(*shape, x.shape[-1]))]]
@@ -66,8 +67,9 @@ def flow_alone(model, modality, shape, steps, **solver):
 
 @pytest.mark.parametrize(("modality", "shape"), [(VECTOR, ()), (LINE, (4,)), (IMAGE, (2, 3)), (VIDEO, (1, 2, 2))])
 @pytest.mark.parametrize("method", ["midpoint", "rk4", "explicit_adams"])
-def test_modality_alone_solves_its_flow(modality, shape, method):
-    model = build()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 3e-4)])
+def test_modality_alone_solves_its_flow(modality, shape, method, dtype, tolerance):
+    model = build(dtype=dtype)
     solver = dict(
         modality_type=modality, fixed_modality_shape=shape, modality_steps=3, odeint_kwargs=dict(method=method)
     )
@@ -75,7 +77,8 @@ def test_modality_alone_solves_its_flow(modality, shape, method):
     expected = flow_alone(model, modality, shape, 3, method=method)
     assert got.shape == (2, *shape, expected.shape[-1])
     for instance in got:
-        torch.testing.assert_close(instance.reshape(expected.shape), expected, atol=1e-9, rtol=0)
+        assert instance.dtype == dtype
+        torch.testing.assert_close(instance.reshape(expected.shape), expected, atol=tolerance, rtol=0)
 
 
 def test_modalities_of_a_batch_do_not_see_each_other(monkeypatch):

@@ -45,6 +45,7 @@ PROMPTS = [
     [latents(VIDEO, 1, 2, 1), latents(VECTOR), text(2)],
 ]
 SEEDED = dict(modality_steps=2, max_modality_tokens=4, max_length=30, cfg_scale=2.0)
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 WRITES = dict(meta=-9.0, eos=-9.0)  # pushed so, a model writes text and nothing else
 HUGE = 1e300 * torch.ones(8, 3, dtype=torch.float64)  # noise whose square is infinite: latents become NaN
 
@@ -60,9 +61,10 @@ def alone(model, prompt, **options):
 # continuous batching
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("cache_kv", "sizes"), [(True, (1, 2, 3, 100)), (False, (2,))])
-def test_samples_are_the_same_in_batches_of_any_size(cache_kv, sizes):
-    model, seeds = build(seed=4), range(len(PROMPTS))
+def test_samples_are_the_same_in_batches_of_any_size(cache_kv, sizes, dtype):
+    model, seeds = build(seed=4, dtype=dtype), range(len(PROMPTS))
     one_by_one = [
         model.sample(prompt, generator=generators(seed), **SEEDED) for prompt, seed in zip(PROMPTS, seeds, strict=True)
     ]
@@ -71,7 +73,7 @@ def test_samples_are_the_same_in_batches_of_any_size(cache_kv, sizes):
     for most in sizes:
         samples = model.sample_many(PROMPTS, max_batch=most, cache_kv=cache_kv, generator=generators(*seeds), **SEEDED)
         for sample, single in zip(samples, one_by_one, strict=True):
-            assert_same(sample, single)
+            assert_same(sample, single, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 100])
@@ -153,9 +155,10 @@ def fresh_options(options):
     return options_with(**options | (dict(generator=generators(3)) if "generator" in options else {}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("most", [2, 10])
-def test_requests_that_come_while_others_run_become_what_they_are_alone(most):
-    model = build(seed=3)
+def test_requests_that_come_while_others_run_become_what_they_are_alone(most, dtype):
+    model = build(seed=3, dtype=dtype)
     engine, requests = model.create_engine(max_batch=most), []
     for i, (prompt, options) in enumerate(REQUESTS):
         requests.append(engine.submit(prompt, **fresh_options(options)))
@@ -164,7 +167,7 @@ def test_requests_that_come_while_others_run_become_what_they_are_alone(most):
     assert not engine.is_idle
     engine.run()
     for request, (prompt, options) in zip(requests, REQUESTS, strict=True):
-        assert_same(request.result(), alone(model, prompt, **fresh_options(options)))
+        assert_same(request.result(), alone(model, prompt, **fresh_options(options)), TOLERANCES[dtype])
     assert_no_row_is_lost(engine)
 
 

@@ -52,7 +52,7 @@ def test_another_thread_is_refused_while_a_step_is_made(name):
         running = pool.submit(engine.run)
         try:
             assert gate.is_inside.wait(30)
-            with pytest.raises(RuntimeError, match="in use by another thread.*one thread at a time.*AsyncEngine"):
+            with pytest.raises(RuntimeError, match=r"in use by another thread.*one thread at a time.*AsyncEngine"):
                 CALLS[name](engine, other)
         finally:
             gate.may_go.set()

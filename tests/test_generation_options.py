@@ -23,6 +23,7 @@ from generation_models import (
     noise_of,
     number_of,
     seed_of,
+    script,
     shapes_of,
     slots_of,
     text,
@@ -31,6 +32,7 @@ from generation_models import (
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.generation.options import SamplingOptions
 
+GREEDILY = dict(text_temperature=0.0)
 NAN, INFINITY = float("nan"), float("inf")
 NUMBERS = [("1", TypeError), (True, TypeError), ([1.0], TypeError), (1j, TypeError), (NAN, ValueError)]
 NUMBERS += [
@@ -94,37 +96,80 @@ REFUSED = {
     "return_unprocessed_modalities": [("yes", TypeError), (1, TypeError), NONE],
 }
 
-# at the very edges of what is refused
+# values at the very edges of what is refused, and options that say the same in another way
 TAKEN = {
-    "max_length": [4, np.int64(9)],
-    "stop_ids": [[], (0,), {1, 2}, frozenset([3])],
-    "logits_processors": [[], (), [lambda ids, logits: logits]],
-    "text_repetition_penalty": [1e-3, 1, 1e3, Fraction(6, 5)],
-    "text_top_k": [None, 1, np.int32(3), 10**6],
-    "text_top_p": [1e-9, 1, np.float32(0.5), Fraction(1, 3)],
-    "text_min_p": [0, 1, 0.5],
-    "text_temperature": [0, 1e-12, 1e6, np.float64(2)],
-    "log_probabilities": [True, False],
-    "force_modality_at_start": [None, (VECTOR, ()), (LINE, (2,)), [LINE, [2]]],
-    "plan": [None, ["text"], ("text", (VECTOR, ()))],
-    "allowed_modalities": [None, (), [0, 1], range(2)],
-    "fixed_modality_shape": [None, (), (2,), [1, 1], (np.int64(1), 1, 1)],
-    "max_modality_tokens": [None, 1, np.int64(3)],
-    "modality_steps": [1, np.int64(2)],
-    "time_shift": [1e-3, 1, 3.0, Fraction(3, 2)],
-    "odeint_kwargs": [None, dict(method="euler")],
-    "cfg_scale": [None, 0, 1, -2.0, np.float32(3)],
-    "modality_cfg_scale": [0, 1, 2.5],
-    "cfg_interval": [(0, 1), [0.5, 0.5], (np.float32(0.25), 1)],
-    "cfg_rescale": [0, 1, 0.7],
-    "negative_prompt": [None, text(1), torch.tensor(2), text(0, 3).int(), [text(1)], (text(2),), [None]],
-    "init_modality_noise": [None, noise(), noise().float()],
-    "init_modality": [None, torch.ones(2), latents(LINE, 2)],
-    "strength": [1, 1.0],
-    "modality_mask": [None],
-    "generator": [None, torch.Generator(), [torch.Generator()], (torch.Generator(),)],
-    "return_unprocessed_modalities": [True, False],
+    "max_length": [(4, dict(max_length=np.int32(4))), (np.int64(9), dict(max_length=9))],
+    "stop_ids": [
+        ([], {}),
+        ((0,), dict(stop_ids=[0])),
+        ({1, 2}, dict(stop_ids=[2, 1])),
+        (frozenset([3]), dict(stop_ids=[3])),
+    ],
+    "logits_processors": [
+        *[(value, {}) for value in ([], (), [lambda ids, logits: logits])],
+        ((script(2, 2, given=2),), dict(logits_processors=[script(2, 2, given=2)])),
+    ],
+    "text_repetition_penalty": [
+        *[(value, dict(text_repetition_penalty=np.float64(value))) for value in (1e-3, 1e3)],
+        *[(1, {}), (Fraction(6, 5), dict(text_repetition_penalty=1.2))],
+    ],
+    "text_top_k": [(None, {}), (1, GREEDILY), (np.int32(3), dict(text_top_k=3)), (10**6, {})],
+    "text_top_p": [
+        (1e-9, GREEDILY),
+        (1, {}),
+        (np.float32(0.5), dict(text_top_p=0.5)),
+        (Fraction(1, 2), dict(text_top_p=0.5)),
+    ],
+    "text_min_p": [(0, dict(text_min_p=0.0)), (1, GREEDILY), (0.5, dict(text_min_p=Fraction(1, 2)))],
+    "text_temperature": [
+        *[(0, dict(text_top_k=1)), (1e-12, GREEDILY)],
+        *[(1e6, dict(text_temperature=10**6)), (np.float64(2), dict(text_temperature=2))],
+    ],
+    "log_probabilities": [(True, {}), (False, {})],
+    "force_modality_at_start": [
+        *[(None, {}), ((VECTOR, ()), dict(force_modality_at_start=[VECTOR, []]))],
+        *[(value, dict(force_modality_at_start=(LINE, (np.int64(2),)))) for value in ((LINE, (2,)), [LINE, [2]])],
+    ],
+    "plan": [(None, {}), (["text"], dict(plan=("text",))), (("text", (VECTOR, ())), dict(plan=["text", (VECTOR, [])]))],
+    "allowed_modalities": [(None, {}), ((), dict(allowed_modalities=[])), (range(2), dict(allowed_modalities=[1, 0]))],
+    "fixed_modality_shape": [
+        *[(None, {}), ((), dict(fixed_modality_shape=[])), ((2,), dict(fixed_modality_shape=[2]))],
+        *[([1, 1], dict(fixed_modality_shape=(1, 1))), ((np.int64(1), 1, 1), dict(fixed_modality_shape=(1, 1, 1)))],
+    ],
+    "max_modality_tokens": [(None, dict(max_modality_tokens=None)), (1, dict(max_modality_tokens=np.int64(1))), (np.int64(3), dict(max_modality_tokens=3))],
+    "modality_steps": [(1, dict(modality_steps=np.int64(1))), (np.int64(2), {})],
+    "time_shift": [
+        *[(1e-3, dict(time_shift=np.float64(1e-3))), (1, {}), (3.0, dict(time_shift=3))],
+        (Fraction(3, 2), dict(time_shift=1.5)),
+    ],
+    "odeint_kwargs": [(None, {}), (dict(method="euler"), dict(odeint_kwargs=dict(method="euler", atol=0.1)))],
+    "cfg_scale": [
+        *[(None, {}), (0, dict(cfg_scale=0.0)), (1, dict(cfg_scale=1.0))],
+        *[(-2.0, dict(cfg_scale=-2)), (np.float32(3), {})],
+    ],
+    "modality_cfg_scale": [(0, dict(modality_cfg_scale=0.0)), (1, {}), (2.5, dict(modality_cfg_scale=Fraction(5, 2)))],
+    "cfg_interval": [
+        *[((0, 1), {}), ([0.5, 0.5], dict(cfg_interval=(0.5, 0.5)))],
+        ((np.float32(0.25), 1), dict(cfg_interval=(0.25, 1.0))),
+    ],
+    "cfg_rescale": [(0, {}), (1, dict(cfg_rescale=1.0)), (0.7, dict(cfg_rescale=np.float64(0.7)))],
+    "negative_prompt": [
+        *[(None, {}), ([None], {}), (torch.tensor(2), dict(negative_prompt=text(2)))],
+        *[(value, dict(negative_prompt=text(0, 3))) for value in (text(0, 3).int(), [text(0, 3)], (text(0, 3),))],
+    ],
+    "init_modality_noise": [
+        *[(None, {}), (noise(), dict(init_modality_noise=noise().clone()))],
+        (noise().float(), dict(init_modality_noise=noise().float().double())),
+    ],
+    "init_modality": [(None, {}), (torch.ones(2), dict(init_modality=(VECTOR, torch.ones(2).double())))],
+    "strength": [(1, {}), (1.0, {})],
+    "modality_mask": [(None, {})],
+    "generator": [(torch.Generator(), dict(generator=it)) for it in ([torch.Generator()], (torch.Generator(),))],
+    "return_unprocessed_modalities": [(True, {}), (False, {})],
 }
+DRAWING = {"modality_steps", "time_shift", "odeint_kwargs", "init_modality_noise", "return_unprocessed_modalities"}
+DRAWING |= {"cfg_scale", "modality_cfg_scale", "cfg_interval", "cfg_rescale"}
+WITHOUT_EFFECT = {"strength", "modality_mask", "log_probabilities", "return_unprocessed_modalities"}  # of the values that are tried here
 NAMES = [field.name for field in fields(SamplingOptions)]
 
 
@@ -158,31 +203,35 @@ def test_a_wrong_value_is_refused_by_name(idle, name, i):
         next(idle.sample_stream(text(1), **{name: value}))
 
 
-def plain(value):
-    """The same as Python spells it."""
-    if isinstance(value, (Fraction, np.floating)):
-        return float(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, (list, tuple, set, frozenset, range)):
-        return type(value)(map(plain, value)) if not isinstance(value, range) else list(value)
-    return value
+def sample_with(model, name: str, **options) -> list:
+    """A sample in which the option of this name matters."""
+    options = (
+        dict(generator=torch.Generator().manual_seed(3), max_length=40, modality_steps=2, max_modality_tokens=4)
+        | options
+    )
+    if name in DRAWING:
+        options["force_modality_at_start"] = (LINE, (2,))
+    return model.sample([text(1), latents(VECTOR), text(2)] if name in DRAWING else text(1), **options)
+
+
+def are_same(sample: list, other: list) -> bool:
+    return shapes_of(sample) == shapes_of(other) and all(
+        torch.allclose(part[1], same[1], rtol=0, atol=1e-9)
+        for part, same in zip(drawn(sample), drawn(other), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("name", "i"), cases(TAKEN))
+def test_a_value_does_what_it_says(model, name, i):
+    value, same = TAKEN[name][i]
+    assert_same(sample_with(model, name, **{name: value}), sample_with(model, name, **same))
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_right_value_is_taken(model, name):
-    """However it is spelled, it means what its plain form means."""
-    options = dict(max_length=24, modality_steps=1, max_modality_tokens=2, cfg_scale=2.0)
-    engine = model.create_engine()
-    spelled = [options | dict(generator=seeded(3)) | {name: value} for value in TAKEN[name]]
-    requests = [engine.submit(text(1), **given) for given in spelled]
-    engine.run()
-    for request, given in zip(requests, spelled, strict=True):
-        sample = request.result()
-        assert slots_of(model, sample)[:2] == [4, 1]
-        if name != "generator":
-            again = {option: plain(value) for option, value in given.items()} | dict(generator=seeded(3))
-            assert_same(model.sample(text(1), cache_kv=False, **again), sample)
+def test_every_option_has_an_effect(model, name):
+    plain = sample_with(model, name)
+    changed = [not are_same(sample_with(model, name, **{name: value}), plain) for value, _ in TAKEN[name]]
+    assert any(changed) == (name not in WITHOUT_EFFECT)
 
 
 @pytest.mark.parametrize(

@@ -172,21 +172,19 @@ def test_a_text_of_a_plan_is_neither_ended_nor_interrupted_by_what_does_not_belo
     assert walk(model, sample, 2, [("text", 5), LINE, "text"]) == (6, 1, True)
 
 
-@pytest.mark.parametrize("stop", range(4))
-def test_a_stop_id_ends_a_plan_early(stop):
-    plan = [LINE, ("text", 12), IMAGE, ("text", 12)]
+@pytest.mark.parametrize(("stop", "in_text"), [(1, 0), (2, 0), (0, 1), (3, 1)])
+def test_a_stop_id_ends_a_plan_early(stop, in_text):
+    """In the first text of the plan, or in the second."""
+    plan = [LINE, ("text", 2), IMAGE, ("text", 12)]
     silent = planner(push=dict(meta=-9.0, eos=-9.0))
-    whole = slots_of(silent, silent.sample(text(1), plan=plan, logits_processors=[in_turn], **asked()))
-    at = 2 + len(silent.vocabulary.opening(LINE, (2,))) + 2 + 1
-    assert stop in whole[at:]
-    [(sample, reason)] = submitted(silent, [(text(1), plan)], stop_ids=[stop], logits_processors=[in_turn])
-    assert slots_of(silent, sample) == whole[: at + whole[at:].index(stop) + 1]
+    whole = slots_of(silent, silent.sample(text(1), plan=plan, **asked()))
+    first = 2 + len(silent.vocabulary.opening(LINE, (2,))) + 2 + 1
+    second = first + 2 + len(silent.vocabulary.opening(IMAGE, (2, 1))) + 2 + 1
+    end = first + whole[first:].index(stop) + 1
+    assert (end > second) == in_text
+    [(sample, reason)] = submitted(silent, [(text(1), plan)], stop_ids=[stop])
+    assert slots_of(silent, sample) == whole[:end]
     assert reason is EndReason.STOP
-
-
-def in_turn(ids, logits):
-    """Writes every id of text in its turn."""
-    return logits.index_fill(0, (ids[-1:] + len(ids)) % 4, 9.0)
 
 
 LONG = ["text", (IMAGE, (2, 3)), ("text", 4), VECTOR, (LINE, (5,)), "text"]
@@ -196,7 +194,7 @@ LONG = ["text", (IMAGE, (2, 3)), ("text", 4), VECTOR, (LINE, (5,)), "text"]
 @pytest.mark.parametrize("plan", [LONG, LONG[1:5], [*LONG[:3]], LONG[1:2], ["text"]])
 @pytest.mark.filterwarnings("ignore:prompt 0 has")
 def test_beyond_its_length_a_plan_has_its_modalities_and_no_text(model, prompt, plan):
-    """Up to there it is what a longer one is; behind it every modality of the plan stands, with no id of text between."""
+    """Up to there it is what a longer one is; behind it stands every modality of the plan, without text between."""
     bare = text(1) if isinstance(prompt, torch.Tensor) else prompt  # a plan takes the place of an opening
     [(whole, _)] = submitted(model, [(prompt, plan)])
     slots, planned = slots_of(model, whole), [part for part in plan if not is_text(part)]

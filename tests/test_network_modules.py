@@ -43,6 +43,16 @@ def test_a_hook_on_any_module_is_called():
     torch.testing.assert_close(hooked, run(make()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_a_hook_on_all_modules_is_called(kind):
+    model, called = make(), set()
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    with register(lambda module, *_: called.add(module)):
+        hooked = run(model)
+    assert {module for module in model.modules() if isinstance(module, Linear)} <= called
+    torch.testing.assert_close(hooked, run(make()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [Linear, RMSNorm])
 def test_a_parametrised_weight_is_used(kind):
     """Here twice the weight that is stored."""

@@ -5,12 +5,19 @@ import re
 import subprocess
 import sys
 import tarfile
+from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+from transfusion_pytorch import TrainConfig
 from transfusion_pytorch.commands.errors import run_command
+from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
+from transfusion_pytorch.examples.pictures import load_picture
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
@@ -41,6 +48,16 @@ def percentage(pattern: str, output: str) -> float:
 def test_help_names_the_common_options(script):
     output = run(script, "--help")
     assert all(option in output for option in ("--steps", "--seed", "--device", "--results"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_are_read_from_the_device_every_few_steps_only(script):
+    module = load(script)
+    recipes = getattr(module, "RECIPES", {}).values()
+    configs = [value for recipe in recipes for value in recipe if isinstance(value, TrainConfig)]
+    configs += [module.DEFAULTS] if hasattr(module, "DEFAULTS") else []
+    assert configs
+    assert min(config.log_every for config in configs) >= 10
 
 
 @pytest.mark.slow
@@ -96,13 +113,42 @@ def test_a_folder_becomes_a_model_that_can_be_used_and_gone_on_with(tmp_path):
     assert len(list((tmp_path / "results").iterdir())) == 1
 
 
-def call(monkeypatch, *arguments: object) -> None:
-    """Runs the script for captioned images in this process, which saves the seconds of a start."""
-    spec = importlib.util.spec_from_file_location("captioned_script", ROOT / CAPTIONED)
+def load(script: str):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(script).stem}", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [CAPTIONED, *map(str, arguments)])
+    return module
+
+
+def call(monkeypatch, *arguments: object, script: str = CAPTIONED) -> None:
+    """Runs a script in this process, which saves the seconds of a start."""
+    module = load(script)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     run_command(module.main)
+
+
+def error_of(monkeypatch, capsys, script: str, *arguments: object) -> str:
+    """The last line of what a script says to a mistake."""
+    with pytest.raises(SystemExit) as exit_:
+        call(monkeypatch, *arguments, script=script)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("prompt", ["", "né€ "])
+def test_text_goes_on_from_any_prompt_on_any_terminal(tmp_path, monkeypatch, prompt):
+    (tmp_path / "text").write_text("a line of text\n" * 400)
+    sizes = ("--dim", 48, "--depth", 1, "--length", 16, "--steps", 1, "--write", 5)
+    screen = TextIOWrapper(BytesIO(), encoding="ascii")
+    with redirect_stdout(screen):
+        options = ("--data", tmp_path / "text", "--results", tmp_path / "results", "--prompt", prompt)
+        call(monkeypatch, *options, *sizes, script="train_text_only.py")
+    (written,) = (file.read_bytes() for file in tmp_path.glob("results/text-*/sample.txt"))
+    assert written.startswith(prompt.encode())
+    assert len(written) == len(prompt.encode()) + 5
+    screen.flush()
+    assert prompt.replace("é", "?").replace("€", "?").encode() in screen.buffer.getvalue()
 
 
 @pytest.mark.parametrize("options", [("--unet", "--sizes", "bucketed"), ("--grey", "--patch", 4, "--held-out", 0)])
@@ -166,10 +212,96 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, m
     (tmp_path / "file").write_text("")
     pictures_with_captions(tmp_path / "good", count=3)
     given = [str(option).format(tmp=tmp_path) for option in options]
-    with pytest.raises(SystemExit) as exit_:
-        call(monkeypatch, "--steps", 1, "--results", tmp_path / "results", *given)
-    assert exit_.value.code == 2
-    assert message.format(tmp=tmp_path) in capsys.readouterr().err.splitlines()[-1]
+    told = error_of(monkeypatch, capsys, CAPTIONED, "--steps", 1, "--results", tmp_path / "results", *given)
+    assert message.format(tmp=tmp_path) in told
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (
+            CAPTIONED,
+            ("--data", "{tmp}/one", "{tmp}/two"),
+            "error: --data takes one folder, or tars; got {tmp}/one, {tmp}/two",
+        ),
+        (CAPTIONED, ("--data", "{tmp}/a.tar", "{tmp}/two"), "error: --data takes one folder, or tars; got {tmp}/a.tar"),
+        (CAPTIONED, ("--data", "{tmp}/none"), "error: argument --data: there is no file or folder '{tmp}/none'"),
+        (CAPTIONED, ("--data", "{tmp}/one", "{tmp}/none"), "there is no file or folder '{tmp}/none'"),
+        (CAPTIONED, ("--data", ""), "error: argument --data: there is no file or folder ''"),
+        (CAPTIONED, ("--data", "{tmp}/one/00.png"), "error: {tmp}/one/00.png is no uncompressed tar"),
+        (CAPTIONED, ("--data", "{tmp}/one", "--dataset", "fashion"), "error: give --data or --dataset, not both"),
+        ("train_mnist.py", ("--data", "{tmp}/none"), "error: argument --data: there is no file or folder '{tmp}/none'"),
+        ("train_mnist.py", ("--data", "{tmp}/one"), "error: digits are read from scikit-learn, not from a folder"),
+        ("train_mnist.py", ("--dataset", "mnist", "--data", "{tmp}/one"), "error: no train-images-idx3-ubyte"),
+        ("train_mnist.py", ("--dataset", "fashion", "--data", "{tmp}/one"), "error: no train-images-idx3-ubyte"),
+        ("train_mnist.py", ("--dataset", "fashion", "--data", ""), "there is no file or folder ''"),
+        ("train_mnist.py", ("--data", "{tmp}/one", "{tmp}/two"), "error: unrecognized arguments: {tmp}/two"),
+        ("train_text_only.py", ("--data", "{tmp}/none"), "there is no file or folder '{tmp}/none'"),
+        ("train_text_only.py", ("--data", ""), "there is no file or folder ''"),
+        ("train_text_only.py", ("--data", "{tmp}/one"), "error: {tmp}/one is a folder, not a text file"),
+        ("train_text_only.py", ("--data", "{tmp}/empty"), "error: too little text"),
+        ("train_toy.py", ("--data", "{tmp}/one"), "error: unrecognized arguments: --data {tmp}/one"),
+    ],
+)
+def test_data_that_are_not_there_are_an_error_and_never_other_data(
+    tmp_path, monkeypatch, capsys, script, options, message
+):
+    for name in ("one", "two"):
+        pictures_with_captions(tmp_path / name, count=2)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "one" / "00.png", "00.png")
+    (tmp_path / "empty").write_bytes(b"")
+    given = [option.format(tmp=tmp_path) for option in options]
+    told = error_of(monkeypatch, capsys, script, "--steps", 1, "--results", tmp_path / "results", *given)
+    assert message.format(tmp=tmp_path) in told
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_an_untrained_model_writes_does_not_command_the_terminal(tmp_path, monkeypatch, capsys):
+    options = ("--dim", 48, "--depth", 1, "--length", 16, "--write", 300, "--steps", 1, "--results", tmp_path)
+    call(monkeypatch, *options, script="train_text_only.py")
+    output = capsys.readouterr().out
+    assert "\ufffd" in output
+    assert not CONTROL_CHARACTERS.search(output)
+    assert CONTROL_CHARACTERS.search(next(tmp_path.glob("*/sample.txt")).read_text(errors="replace"))
+
+
+def test_a_tracker_gets_what_captions_draw(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = pictures_with_captions(tmp_path / "pictures", count=6)
+    options = ("--data", folder, *SHORT, "--steps", 2, "--sample-every", 1, "--tracker", "tensorboard")
+    call(monkeypatch, *options, "--results", tmp_path / "results")
+    (made,) = (tmp_path / "results").iterdir()
+    events = EventAccumulator(str(made / "transfusion" / made.name))
+    events.Reload()
+    sent = events.Images("samples/drawings")
+    assert [picture.step for picture in sent] == [1, 2]
+    with Image.open(made / "step-000002.png") as file, Image.open(BytesIO(sent[1].encoded_image_string)) as last:
+        assert last.tobytes() == file.convert("RGB").tobytes()
+
+
+def run_at(folder: Path, model: object = None) -> SimpleNamespace:
+    """As much of a trainer as a callback of the scripts asks for."""
+    return SimpleNamespace(average=model, is_main=True, folder=folder, step=3)
+
+
+def test_every_class_is_drawn_for_the_tracker(tmp_path):
+    script = load("train_mnist.py")
+    artist = SimpleNamespace(draw=lambda model, labels: torch.zeros(len(labels), 1, 8, 8))
+    drawn = script.Grids(artist, ["zero", "one"]).on_sample(run_at(tmp_path))["drawings"]
+    assert torch.equal(drawn, load_picture(tmp_path / "step-00003.png"))
+
+
+def test_bars_are_drawn_for_the_tracker(tmp_path):
+    script = load("train_toy.py")
+    drawn = [torch.tensor([0]), (script.PICTURE, torch.ones(8, 8, 1))]
+    callback = script.Drawings()
+    images = callback.on_sample(run_at(tmp_path, SimpleNamespace(sample_many=lambda asked, **options: [drawn] * 8)))
+    assert torch.equal(images["drawings"], load_picture(tmp_path / "samples.png"))
+    nothing = SimpleNamespace(sample_many=lambda asked, **options: [[torch.tensor([0])]] * 8)
+    assert callback.on_sample(run_at(tmp_path, nothing)) == {}
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def test_adding_reads_nothing_from_the_device():
     table = LossTable(2)
     m = dict(device="meta")
     index = torch.empty(3, dtype=torch.long, **m)
-    spans = SpanLosses(torch.empty(3, **m), index, torch.empty(3, **m), index, (None, None), ("a", None))
+    text = torch.empty(2, **m)
+    spans = SpanLosses(torch.empty(3, **m), index, torch.empty(3, **m), index, text, (None, None), ("a", None))
     table.add_spans(spans)
     table.add_spans(spans)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
@@ -80,6 +81,7 @@ def test_spans_are_counted_by_modality_quarter_and_source():
         modality=tensor([0, 0, 1, 0, 1]),
         time=tensor([0.0, 0.25, 0.3, 0.999, 1.0]),  # the last is a condition
         sample=tensor([0, 1, 1, 2, 2]),
+        text=torch.zeros(3),
         names=(None, None, None),
         sources=("web", None, "web"),
     )
@@ -112,6 +114,7 @@ def test_tables_of_several_processes_are_those_of_one():
             modality=torch.randint(2, (5,), generator=generator),
             time=torch.rand(5, generator=generator),
             sample=torch.randint(2, (5,), generator=generator),
+            text=torch.zeros(2),
             names=(None, None),
             sources=sources,
         )
@@ -130,8 +133,8 @@ def test_the_table_of_a_model_agrees_with_its_losses():
         spans = model(batch, reduction="span", generator=torch.Generator().manual_seed(1))
         rows = model(batch, reduction="none", generator=torch.Generator().manual_seed(1))
         mean = model(batch, return_breakdown=True, generator=torch.Generator().manual_seed(1))[1]
-    table.add_spans(spans)
-    table.add_text(rows, batch)
+    assert torch.equal(spans.text, rows.text)
+    table.add(spans, batch)
     read = means_of(table.read_sums())
     assert read["text"] == pytest.approx(mean.text.item(), rel=1e-5)
     for kind in range(2):

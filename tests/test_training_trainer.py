@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from tiny import CHANNELS, NUM_TEXT, tiny
 from torch import tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from transfusion_pytorch import Callback, Mixture, SampleError, TrainConfig, Trainer, TrainingError
+from transfusion_pytorch import Callback, Condition, Mixture, SampleError, TrainConfig, Trainer, TrainingError
 from transfusion_pytorch.data.order import seed_of
 
 CONFIG = TrainConfig(steps=12, batch_size=4, log_every=1, validate_every=4, save_every=5, details_every=6, device="cpu")
@@ -41,6 +42,8 @@ def fresh_model(**options):
 
 
 def trainer(folder, config=CONFIG, *, data=None, model=None, **options):
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     model = fresh_model() if model is None else model
     return Trainer(model, samples() if data is None else data, config, folder=folder, **options)
 
@@ -206,8 +209,11 @@ class Fragile(Poisoned):
 def test_a_sample_that_cannot_be_loaded_is_left_out_on_request(tmp_path, capfd, options):
     config = replace(CONFIG, on_bad_sample="skip", **options)
     assert trainer(tmp_path / "skip", config, data=Fragile()).fit().step == 12
-    assert "the disk is gone" in capfd.readouterr().err
-    with pytest.raises(SampleError, match=r"index 21 \(photo-21.png\).*the disk is gone"):
+    told = re.findall("left out: (.*)", capfd.readouterr().err)
+    assert set(told[:9]) == {"data[21]: photo-21.png: could not be loaded: OSError: the disk is gone"}
+    with pytest.raises(
+        SampleError, match=r"source 'data', index 21 \(photo-21.png\): could not be loaded.*the disk is gone"
+    ):
         trainer(tmp_path / "stop", replace(config, on_bad_sample="stop"), data=Fragile()).fit()
 
 
@@ -388,14 +394,16 @@ def test_a_gradient_that_explodes_is_left_out(tmp_path, capfd):
 
 
 def test_a_sample_that_cannot_be_packed_is_named(tmp_path):
-    with pytest.raises(SampleError, match=r"source 'data', index 21 \(data\[21\]\): .*(NaN|infinity|finite)"):
+    with pytest.raises(SampleError, match=r"^source 'data', index 21: .*(NaN|infinity|finite)"):
         trainer(tmp_path, data=Poisoned(torch.nan)).fit()
 
 
 def test_a_sample_that_cannot_be_packed_is_left_out_on_request(tmp_path, capfd):
     fitted = trainer(tmp_path, replace(CONFIG, on_bad_sample="skip"), data=Poisoned(torch.nan)).fit()
     assert fitted.step == 12
-    assert "left out: data[21]: source 'data', index 21" in capfd.readouterr().err
+    (told,) = re.findall("left out: (.*)", capfd.readouterr().err)
+    assert told.startswith("data[21]: sample 0")
+    assert told.count("21") == 1
 
 
 def test_validation_is_the_same_whenever_it_is_asked(tmp_path):
@@ -424,6 +432,51 @@ def test_metrics_tell_of_sources_and_times(tmp_path):
         "0.50-0.75",
         "0.75-1.00",
     }
+
+
+def test_losses_that_the_data_cannot_have_are_neither_printed_nor_written(tmp_path, capfd):
+    """A model has a modality even if it is only to write, and says nothing of it then."""
+    text = [[torch.arange(1 + i % 5)] for i in range(12)]
+    trainer(tmp_path / "text", data=text, validation=text[:3]).fit()
+    assert "flow" not in capfd.readouterr().err
+    columns = [name for name in rows(tmp_path / "text")[-1] if "/" not in name]
+    assert columns == ["step", "loss", "text", "gradient_norm", "learning_rate"]
+    pictures = [[torch.randn(2, 2, CHANNELS[0])]] * 8
+    trainer(tmp_path / "flow", data=pictures, model=fresh_model(num_text_tokens=0)).fit()
+    assert not {"flow_1", "velocity_0", "recon_0"} & set(rows(tmp_path / "flow")[-1])
+    read = [[Condition(torch.randn(2, 2, CHANNELS[0])), tensor([1])]] * 8
+    trainer(tmp_path / "read", data=read).fit()
+    assert "flow_0" not in rows(tmp_path / "read")[-1]
+
+
+def test_a_loss_is_the_mean_over_the_steps_that_have_it(tmp_path):
+    """Steps of text alone, then of both: the column comes with the first of them, and stays."""
+    text, both = [[tensor([1, 2])]] * 16, [[tensor([1]), torch.randn(2, 2, CHANNELS[0])]] * 16
+
+    class Losses(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step(self, trainer, losses):
+            self.seen.append({name: value.item() for name, value in losses.items()})
+
+    data, seen = Mixture({"data": text + both}, shuffle=False), Losses()
+    trainer(tmp_path, replace(CONFIG, steps=8, log_every=3, details_every=0), data=data, callbacks=[seen]).fit()
+    assert ["flow_0" in losses for losses in seen.seen] == [False] * 4 + [True] * 4
+    first, second, last = rows(tmp_path)
+    assert first["flow_0"] == ""
+    for row, steps in ((second, seen.seen[4:6]), (last, seen.seen[6:])):
+        mean = sum(losses["flow_0"] for losses in steps) / len(steps)
+        assert float(row["flow_0"]) == pytest.approx(mean, rel=1e-6)
+
+
+def test_details_take_one_forward_pass(tmp_path):
+    calls = []
+    model = fresh_model()
+    model.transformer.register_forward_hook(lambda module, *values: calls.append(module.training))
+    trainer(tmp_path, replace(CONFIG, steps=1, details_every=1), model=model).fit()
+    assert calls == [True, False]
+    assert {"details/text", "details/flow_0"} <= set(rows(tmp_path)[-1])
 
 
 def test_callbacks_see_the_run(tmp_path):

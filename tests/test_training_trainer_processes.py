@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,21 +11,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_training_trainer import CONFIG, assert_equal_states, fresh_model, rows, samples, trainer, weights
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import json, sys
+import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from dataclasses import replace
-from test_training_trainer import CONFIG, fresh_model, samples, trainer, weights
+from test_training_trainer import CONFIG, StopAt, fresh_model, samples, trainer, weights
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 count, resume, extra = options.pop("count", 40), options.pop("resume", False), options.pop("extra", None)
 config, model = replace(CONFIG, **options), fresh_model().double()
-run = trainer(folder, config, data=samples(count), model=model, validation=samples(7))
+class Exchanges(StopAt):
+    def on_start(self, trainer):
+        self.counted, exchange = 0, torch.distributed.all_reduce
+        def counting(*values, **options):
+            self.counted += 1
+            return exchange(*values, **options)
+        torch.distributed.all_reduce = counting
+
+    def on_step(self, trainer, losses):
+        if trainer.step == self.at:
+            print("exchanged", self.counted, flush=True)
+
+callbacks = [Exchanges(12)] if extra == "exchanges" else []
+if extra == "signal" and os.environ["RANK"] == "1":
+    callbacks = [StopAt(3, signal.SIGTERM)]
+if extra == "adapter":
+    import peft
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_qkv"]))
+run = trainer(folder, config, data=samples(count), model=model, validation=samples(7), callbacks=callbacks)
 if extra == "alone" and run.is_main:
     run.model.eval()
     run.model(samples(3))
@@ -35,6 +55,8 @@ if extra == "sample":
     run.average.sample(max_length=6 + 9 * run.launch.rank)  # all at once, each as long as it likes
 fitted = run.fit(resume=resume)
 print("fitted", run.launch.rank, run.launch.size, fitted.step, flush=True)
+if extra == "adapter":
+    run.save_pretrained(folder + "/adapter")
 """
 
 
@@ -152,3 +174,33 @@ def test_the_same_number_of_processes_goes_on_to_the_bit(tmp_path):
     launch(tmp_path / "cut", resume=True)
     for made, expected in zip(load_weights(tmp_path / "cut"), load_weights(tmp_path / "whole"), strict=True):
         assert_equal_states(made, expected)
+
+
+def test_a_step_takes_two_exchanges(tmp_path):
+    """One before it, of flags and counts, and one of losses; gradients travel in DDP."""
+    for accumulation in (1, 2):
+        options = dict(accumulation=accumulation, details_every=0, validate_every=0, save_every=0)
+        told = launch(tmp_path / str(accumulation), extra="exchanges", **options)
+        assert re.findall(r"exchanged (\d+)", told) == [str(12 * (1 + accumulation))] * 2
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(tmp_path):
+    told = launch(tmp_path / "run", extra="signal")
+    assert "fitted 0 2 4" in told  # one step later than the signal, which travels with the step that follows
+    assert "fitted 1 2 4" in told
+    launch(tmp_path / "run", resume=True)
+    launch(tmp_path / "whole")
+    for made, expected in zip(load_weights(tmp_path / "run"), load_weights(tmp_path / "whole"), strict=True):
+        assert_equal_states(made, expected)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_an_adapter_is_trained_and_saved_on_two_processes(tmp_path, fsdp):
+    """Equal to that of one process."""
+    pytest.importorskip("peft")
+    launch(tmp_path / "one", processes=1, extra="adapter")
+    launch(tmp_path / "two", fsdp=fsdp, extra="adapter")
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-7)

@@ -54,6 +54,7 @@ from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample
+from transfusion_pytorch.serving import AsyncEngine
 from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.config import TrainConfig
@@ -66,6 +67,7 @@ from transfusion_pytorch.transfusion import Transfusion
 __version__ = version("transfusion-pytorch")
 
 __all__ = [
+    "AsyncEngine",
     "Batch",
     "ByteText",
     "Callback",

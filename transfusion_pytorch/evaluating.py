@@ -109,8 +109,8 @@ def watch_weights(model: nn.Module, watcher: Watcher) -> None:
 def weights_changed(model: nn.Module) -> None:
     """Tells all who watch a model (engines that are alive) that its weights are others now.
 
-    `Trainer` and the EMA call it. In a training loop of your own it is needed only where an engine lives on from step to
-    step and the optimizer changes weights behind torch's back (`fused=True`).
+    `Trainer` and the EMA call it. In a training loop of your own it is needed only where an engine lives on from step
+    to step and the optimizer changes weights behind torch's back (`fused=True`).
     """
     for watcher in tuple(_WATCHERS.get(model, ())):
         watcher.weights_changed()

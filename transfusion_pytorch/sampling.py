@@ -96,7 +96,7 @@ class SamplingMethods:
 
     @checks_itself
     def create_engine(self, *, max_batch: int = MAX_BATCH, cache_kv: bool = True, **limits: Any) -> Engine:
-        """An engine that takes requests at any time, and keeps its cache between them. `limits` are those of `Engine`."""
+        """An engine that takes requests at any time, and keeps its cache between them. `limits`: see `Engine`."""
         return Engine(self, max_batch=max_batch, cache_kv=cache_kv, **limits)
 
     @checks_itself

@@ -22,7 +22,7 @@ from transfusion_pytorch.modalities.build import build_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
-from transfusion_pytorch.network.cache import CacheView, DecodeView
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk
@@ -199,7 +199,7 @@ class Transfusion(
         - `counts`: what the sums are divided by instead of the batch's own, for gradient accumulation; see
           `count_targets`
         - `reduction`: `"mean"`; `"none"` for a `LossBreakdown` with a row for each sample, divided by its own counts:
-          its weight cancels unless it is 0; `"span"` for the flow loss of each span alone (`SpanLosses`)
+          its weight cancels unless it is 0; `"span"` for the flow loss of each span (`SpanLosses`)
 
         Times and noise:
 
@@ -228,16 +228,8 @@ class Transfusion(
         if not return_loss:
             return self._all_logits(batch, self._times_of_spans(batch, times, times_fn), noise, generator)
         batch = self._settled(batch, times, times_fn, prob_uncond)
-        if self.training and batch.has_times and noise is not None:
-            torch.rand((), generator=generator)  # nothing else moves it, and the next batch is to drop other text
         latest = CLEAN if teacher is None else CLEAN - teacher.ahead
-        t = self._draw_times(batch, latest, generator)
-        noise = batch.noise if noise is None else noise
-        flow = add_noise(self._latents(batch, generator), batch.stream, t, noise=noise, generator=generator)
-
-        output = self.forward_stream(batch.stream, x_t_of(flow), t)
-        velocities = self.velocities(output, batch.stream, x_t_of(flow), t)
-        predictions = Predictions(output.hidden, velocities, flow, t)
+        predictions = self._predict(batch, noise, generator, latest=latest)
         losses = self.objective(
             self, batch, predictions, teacher=teacher, counts=counts, reduction=reduction, processes=self._processes()
         )
@@ -369,6 +361,17 @@ class Transfusion(
 
     def _token_shape(self, modality: int, shape: Shape) -> Shape:
         return self.modalities[modality].token_shape(shape)
+
+    def _predict(self, batch: Batch, noise: Any, generator: torch.Generator | None, *, latest: float) -> Predictions:
+        """Noises every latent at its time, which is drawn if need be, and predicts the velocities."""
+        if self.training and batch.has_times and noise is not None:
+            torch.rand((), generator=generator)  # nothing else moves it, and the next batch is to drop other text
+        t = self._draw_times(batch, latest, generator)
+        noise = batch.noise if noise is None else noise
+        flow = add_noise(self._latents(batch, generator), batch.stream, t, noise=noise, generator=generator)
+        output = self.forward_stream(batch.stream, x_t_of(flow), t)
+        velocities = self.velocities(output, batch.stream, x_t_of(flow), t)
+        return Predictions(output.hidden, velocities, flow, t)
 
     def _draw_times(self, batch: Batch, latest: float, generator: torch.Generator | None) -> Float[Tensor, " m"]:
         """The time of every span: settled already, or from the policy. Learned spans stand at `latest` at most."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from transfusion_pytorch.commands.pictures import Picture, PictureModel, save_picture
+from transfusion_pytorch.commands.printing import without_controls
+from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.transfusion import Transfusion
 
 EPILOG = """examples:
@@ -72,9 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
             save_picture(arguments.out / name, picture)
             text = f"{name}: {text}"
         lines.append(text)
-        print(text, flush=True)
+        print_text(without_controls(text), flush=True)
     (arguments.out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    print_text(f"written to {arguments.out}")
 
 
 def samples(model: PictureModel, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Picture | None]]:

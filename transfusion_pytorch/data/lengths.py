@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample, load_sample, name_of
+from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample, file_of, load_sample
 from transfusion_pytorch.data.mixture import Mixture
 from transfusion_pytorch.data.order import SampleReference, generator_of, generators_kept, sample_seed
 from transfusion_pytorch.sequence.packer import Packer
@@ -45,8 +45,8 @@ class Lengths:
         except (SkipSample, SampleError):
             raise
         except Exception as error:
-            where = f"source {reference.source!r}, {name_of(dataset, reference.index)}"
-            raise SampleError(f"{where} could not be measured: {type(error).__name__}: {error}") from error
+            problem = f"could not be measured: {type(error).__name__}: {error}"
+            raise SampleError.of(reference, problem, file=file_of(dataset, reference.index)) from error
 
     def _measure(self, dataset: Any, reference: SampleReference, key: tuple[str, int]) -> int:
         if self.packer is not None and hasattr(dataset, "outline"):

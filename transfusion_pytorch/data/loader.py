@@ -57,7 +57,6 @@ class StepLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int | None = None,
-        persistent_workers: bool = False,
         skips_errors: bool = False,
     ):
         check_share(rank, num_processes, accumulation, plan.batch_size)
@@ -72,7 +71,6 @@ class StepLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
-            persistent_workers=persistent_workers,
             generator=torch.Generator(),  # the loader would draw from torch's own otherwise
         )
 
@@ -155,7 +153,7 @@ class _MicroBatches(Dataset):
                 except (SkipSample, SampleError) as reason:
                     if isinstance(reason, SampleError) and not self.skips_errors:
                         raise
-                    skipped.append(Skipped(reference, str(reason)))
+                    skipped.append(Skipped.because(reference, reason))
             return _Loaded(self.collate(samples, kept) if samples else None, skipped)
 
 

@@ -18,14 +18,32 @@ class SkipSample(Exception):
 
 
 class SampleError(RuntimeError):
-    """A sample that could not be loaded or measured. Its message names the source, the index and the file."""
+    """A sample that could not be loaded or measured. Its message names the source, the index and the file.
+
+    `reason` is the same without source and index, for whoever names these too (`Skipped`).
+    """
+
+    def __init__(self, message: str, *, reason: str | None = None):
+        super().__init__(message)
+        self.reason = message if reason is None else reason
+
+    @classmethod
+    def of(cls, reference: SampleReference, problem: str, *, file: str | None = None) -> "SampleError":
+        """`source 'web', index 3 (a.png): problem`; `file` is what the dataset says of the sample."""
+        named = f" ({file})" if file else ""
+        message = f"source {reference.source!r}, index {reference.index}{named}: {problem}"
+        return cls(message, reason=f"{file}: {problem}" if file else problem)
 
 
 class Skipped(NamedTuple):
-    """A sample that was left out, and why."""
+    """A sample that was left out, and why: `reason` does not repeat its source and index."""
 
     reference: SampleReference
     reason: str
+
+    @classmethod
+    def because(cls, reference: SampleReference, error: SkipSample | SampleError) -> "Skipped":
+        return cls(reference, error.reason if isinstance(error, SampleError) else str(error))
 
 
 def leave_signals(worker: int) -> None:
@@ -53,9 +71,14 @@ def load_sample(datasets: Mapping[str, Any], reference: SampleReference, seed: i
     except SkipSample:
         raise
     except Exception as error:
-        where = f"source {reference.source!r}, {name_of(dataset, index)}"
-        raise SampleError(f"{where} could not be loaded: {type(error).__name__}: {error}") from error
-    return as_sample(loaded, name=f"{reference.source}[{index}]", source=reference.source)
+        problem = f"could not be loaded: {type(error).__name__}: {error}"
+        raise SampleError.of(reference, problem, file=file_of(dataset, index)) from error
+    return as_sample(loaded, name=default_name(reference.source, index), source=reference.source)
+
+
+def default_name(source: str, index: int) -> str:
+    """Of a sample that has none of its own: `web[3]`."""
+    return f"{source}[{index}]"
 
 
 def as_sample(loaded: Any, *, name: str | None = None, source: str | None = None) -> Sample:
@@ -71,8 +94,13 @@ def as_sample(loaded: Any, *, name: str | None = None, source: str | None = None
 
 def name_of(dataset: Any, index: int) -> str:
     """For errors: the index, and what the dataset says of it (its file)."""
-    described = f" ({dataset.describe(index)})" if hasattr(dataset, "describe") else ""
-    return f"index {index}{described}"
+    file = file_of(dataset, index)
+    return f"index {index}" + (f" ({file})" if file else "")
+
+
+def file_of(dataset: Any, index: int) -> str | None:
+    """What a dataset says of a sample, such as its file."""
+    return dataset.describe(index) if hasattr(dataset, "describe") else None
 
 
 def collate_fn(samples: list[Any]) -> list[list[Any] | Sample]:

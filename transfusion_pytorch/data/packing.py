@@ -71,7 +71,7 @@ def make_window(
         except (SkipSample, SampleError) as reason:
             if isinstance(reason, SampleError) and too_long == "error":
                 raise
-            skipped.append(Skipped(reference, str(reason)))
+            skipped.append(Skipped.because(reference, reason))
     packs, left = pack_window(sizes, deferred, budget=budget, seed=seed_of(seed, "window", start), is_last=is_last)
     return Window(tuple(tuple(map(by_position.__getitem__, pack)) for pack in packs), left, sizes, tuple(skipped))
 
@@ -101,6 +101,4 @@ def _checked(size: int, reference: SampleReference, budget: int, too_long: TooLo
     message = f"{size} tokens are more than the token budget of {budget}"
     if too_long == "skip":
         raise SkipSample(message)
-    raise SampleError(
-        f"source {reference.source!r}, index {reference.index}: {message}; raise it, or set too_long='skip'"
-    )
+    raise SampleError.of(reference, f"{message}; raise it, or set too_long='skip'")

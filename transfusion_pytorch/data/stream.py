@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from transfusion_pytorch.data.loader import Collate, LoadedStep, as_it_is, check_share, split_evenly
-from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample, leave_signals
+from transfusion_pytorch.data.loading import SampleError, Skipped, SkipSample, as_sample, default_name, leave_signals
 from transfusion_pytorch.data.order import (
     SampleReference,
     generator_of,
@@ -160,7 +160,7 @@ class StreamLoader:
                 except (SkipSample, SampleError) as reason:
                     if isinstance(reason, SampleError) and not self.skips_errors:
                         raise
-                    skipped.append(Skipped(item.reference, str(reason)))
+                    skipped.append(Skipped.because(item.reference, reason))
             return self.collate(samples, references) if samples else None
 
     def _prepared(self, item: "_Item") -> Sample:
@@ -169,12 +169,12 @@ class StreamLoader:
         try:
             seed_generators(own)
             made = content if self.prepare is None or item.is_prepared else self.prepare(content, generator_of(own))
-            return as_sample(made, name=f"{self.source}[{reference.index}]", source=self.source)
+            return as_sample(made, name=default_name(self.source, reference.index), source=self.source)
         except SkipSample:
             raise
         except Exception as error:
-            where = f"source {self.source!r}, index {reference.index}"
-            raise SampleError(f"{where} could not be prepared: {type(error).__name__}: {error}") from error
+            problem = f"could not be prepared: {type(error).__name__}: {error}"
+            raise SampleError.of(reference, problem) from error
 
     def _units(self, cursor: StreamCursor) -> Iterator["_Unit"]:
         """Packs, or single samples with a `batch_size`, each with the cursor behind it."""
@@ -209,8 +209,7 @@ class StreamLoader:
             try:
                 return packer.num_tokens(sample)
             except (ValueError, TypeError) as error:
-                where = f"source {self.source!r}, index {reference.index}"
-                raise SampleError(f"{where} could not be measured: {error}") from error
+                raise SampleError.of(reference, f"could not be measured: {error}") from error
 
         packer = self.packer
         with generators_kept():

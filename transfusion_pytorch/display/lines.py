@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from transfusion_pytorch.display.terminal import print_text
+
 # A terminal obeys them, and what has a lone surrogate cannot be sent to a browser.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -24,7 +26,7 @@ def print_modality_sample(sample: Any) -> None:
     Takes a list of parts as users write and get them, or a single part.
     """
     for line in describe_sample(sample):
-        print(line)
+        print_text(line)
 
 
 def describe_sample(sample: Any) -> list[str]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from transfusion_pytorch.display.lines import Part, check_count, decode, describe_part
+from transfusion_pytorch.display.growing import GrowingText
+from transfusion_pytorch.display.lines import Part, check_count, describe_part
 from transfusion_pytorch.display.progress import load_tqdm
+from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.display.view import DecodeText, PartWriter, Renderers, column, note
 from transfusion_pytorch.generation.events import (
     DrawingProgress,
@@ -24,7 +26,6 @@ from transfusion_pytorch.generation.events import (
 
 TEXT_INTERVAL = 0.1  # seconds between two updates of a notebook while text is written
 COMPLETE = (EndReason.EOS, EndReason.PLAN)  # any other end is told
-INCOMPLETE = "\ufffd"  # what a decoder of bytes makes of half a character
 
 
 def watch(
@@ -83,8 +84,8 @@ def not_an_event(event: Any) -> TypeError:
 class Notebook:
     """One output of a cell, written anew when something changes.
 
-    `blocks` and `lines` are the finished parts as HTML and as text, `ids` those of the text that is being written, and
-    `footer` the HTML of what is being drawn, or why the sample ended.
+    `blocks` and `lines` are the finished parts as HTML and as text, `text` decodes the one that is being written,
+    `written` is what it shows of that, and `footer` the HTML of what is being drawn, or why the sample ended.
     """
 
     def __init__(self, writer: PartWriter, every: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -94,13 +95,14 @@ class Notebook:
         self.updated = -TEXT_INTERVAL
         self.blocks: list[str] = []
         self.lines: list[str] = []
-        self.ids: list[int] = []
+        self.text = GrowingText(writer.decode_text)
+        self.written: list[str] = []
         self.footer = ""
 
     def show(self, event: Event) -> None:
         match event:
             case TextToken(id):
-                self.ids.append(id)
+                self.written.append(self.text.add(id))
                 if self.clock() - self.updated < TEXT_INTERVAL:
                     return  # the next update will have it
             case ModalityStarted(type, shape):
@@ -127,16 +129,16 @@ class Notebook:
         return self.writer.part(Part(event.type, event.preview().detach())) + progress
 
     def end_text(self) -> None:
-        if self.ids:
-            self.add(Part(None, torch.tensor(self.ids, device="cpu")))
-            self.ids = []
+        if self.text.ids:
+            self.add(Part(None, torch.tensor(self.text.ids, device="cpu")))
+            self.text, self.written = GrowingText(self.writer.decode_text), []
 
     def add(self, part: Part) -> None:
         self.blocks.append(self.writer.part(part))
         self.lines.append(describe_part(part))
 
     def update(self) -> None:
-        current = self.writer.text(torch.tensor(self.ids, device="cpu")) if self.ids else ""
+        current = self.writer.decoded("".join(self.written)) if self.text.ids else ""
         # Made here rather than by an object with _repr_html_, of which IPython would swallow the errors.
         data = {
             "text/html": column([*self.blocks, current, self.footer]),
@@ -150,7 +152,7 @@ class Notebook:
 
     def finish(self) -> None:
         """Shows text that waited for an update, if the events ran out before `Ended`."""
-        if self.ids:
+        if self.text.ids:
             self.end_text()
             self.update()
 
@@ -169,7 +171,7 @@ class Terminal:
     def show(self, event: Event) -> None:
         match event:
             case TextToken(id):
-                print(self.text.add(id), end="", flush=True)
+                print_text(self.text.add(id), end="", flush=True)
             case ModalityStarted(type, shape):
                 self.end_line()
                 label = f"modality {type} {tuple(shape)}"
@@ -180,11 +182,11 @@ class Terminal:
                 self.advance(event.step, event.num_steps)
             case ModalityDone(type, modality):
                 self.close_bar()
-                print(describe_part(Part(type, modality.detach())), flush=True)
+                print_text(describe_part(Part(type, modality.detach())), flush=True)
             case Ended(_, reason):
                 self.end_line()
                 if reason not in COMPLETE:
-                    print(f"ended: {reason.value}", flush=True)
+                    print_text(f"ended: {reason.value}", flush=True)
             case _:
                 raise not_an_event(event)
 
@@ -194,9 +196,8 @@ class Terminal:
             self.bar.update(step - self.bar.n)
 
     def end_line(self) -> None:
-        rest = self.text.end()
-        if rest is not None:
-            print(rest, flush=True)
+        if self.text.ids:
+            print_text(self.text.end(), flush=True)
 
     def finish(self) -> None:
         self.end_line()
@@ -204,34 +205,9 @@ class Terminal:
     def close(self) -> None:
         self.close_bar()
         if self.text.ids:
-            print(flush=True)  # an error is told on a line of its own
+            print_text(flush=True)  # an error is told on a line of its own
 
     def close_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-class GrowingText:
-    """Text that grows by ids, of which the whole is decoded: the meaning of an id may depend on those before it."""
-
-    def __init__(self, decode_text: DecodeText | None) -> None:
-        self.decode_text = decode_text
-        self.ids: list[int] = []
-        self.shown = 0  # characters
-
-    def add(self, id: int) -> str:
-        """What is new; half a character waits for its other half."""
-        self.ids.append(id)
-        text = decode(torch.tensor(self.ids, device="cpu"), self.decode_text)
-        return "" if text.endswith(INCOMPLETE) else self._new(text)
-
-    def end(self) -> str | None:
-        """What was not shown yet, None if there is no text at all; the next id starts another text."""
-        rest = self._new(decode(torch.tensor(self.ids, device="cpu"), self.decode_text)) if self.ids else None
-        self.ids, self.shown = [], 0
-        return rest
-
-    def _new(self, text: str) -> str:
-        new, self.shown = text[self.shown :], max(self.shown, len(text))
-        return new

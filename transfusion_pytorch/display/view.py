@@ -60,9 +60,10 @@ class PartWriter:
     def text(self, ids: Tensor) -> str:
         ids = ids.reshape(-1)
         ids = ids if self.num_text is None else ids[ids < self.num_text]
-        if not len(ids):
-            return ""
-        whole = decode(ids, self.decode_text)
+        return self.decoded(decode(ids, self.decode_text)) if len(ids) else ""
+
+    def decoded(self, whole: str) -> str:
+        """HTML of text that is decoded already."""
         shown = whole[: self.max_text]
         more = len(whole) - len(shown)
         rest = f'<span style="{NOTE}"> … {more:,} characters more</span>' if more else ""

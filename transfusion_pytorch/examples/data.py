@@ -63,14 +63,17 @@ class TextData(NamedTuple):
 def load_images(name: str, folder: str | Path | None = None) -> ImageData:
     """Loads `digits`, `fashion` or `mnist`; `folder` holds the four idx files of the latter two, gzipped or not.
 
-    Where a file is missing or a download fails, `digits` takes its place with a warning. Raises `ValueError` for
-    another name, and for a file that is there but corrupt.
+    Without a folder, where the usual one is missing or a download fails, `digits` takes its place with a warning.
+    Raises `ValueError` for another name and for a file that is there but corrupt, and `FileNotFoundError` for a
+    `folder` without one of the files.
     """
     if name not in IMAGE_LOADERS:
         raise ValueError(f"unknown images {name!r}, choose one of {', '.join(IMAGE_LOADERS)}")
     try:
         return IMAGE_LOADERS[name](folder)
     except OSError as error:  # of the file system, and of the network: `datasets` raises ConnectionError
+        if folder is not None:  # what was asked for is never replaced by something else
+            raise
         warnings.warn(f"{name} could not be loaded ({error}); using digits, 8x8, instead", stacklevel=2)
         fallback = load_digits(None)
         return fallback._replace(source=f"{fallback.source}, because {name} could not be loaded")
@@ -94,7 +97,7 @@ def load_digits(folder: str | Path | None) -> ImageData:
 
 
 def load_fashion(folder: str | Path | None) -> ImageData:
-    folder = Path(folder or FASHION_FOLDER)
+    folder = Path(FASHION_FOLDER if folder is None else folder)
     train, test = (load_idx_pair(folder, half, len(FASHION_CLASSES)) for half in ("train", "t10k"))
     return ImageData(train, test, FASHION_CLASSES, name="fashion", source=f"Fashion-MNIST from {folder}: no download")
 
@@ -171,7 +174,8 @@ def load_text(path: str | Path | None = None, *, minimum: int = 512) -> TextData
         parts = [standard_prose(), standard_source()]
         source = "English prose and Python source out of Python's own standard library: no download"
     elif not (path := Path(path)).is_file():
-        raise FileNotFoundError(f"no text file {path}; leave it out to use the text in Python's standard library")
+        found = f"{path} is a folder, not a text file" if path.is_dir() else f"no text file {path}"
+        raise FileNotFoundError(f"{found}; leave it out to use the text in Python's standard library")
     else:
         parts, source = [unpack(path)], f"the bytes of {path}, as asked for"
     train = b"".join(part[: len(part) * 9 // 10] for part in parts)

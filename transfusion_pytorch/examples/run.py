@@ -29,6 +29,16 @@ def positive_int(text: str) -> int:
     return number
 
 
+def existing_path(text: str) -> Path:
+    """An argument that must be a file or a folder that is there. An empty one is a variable of the shell that was not
+    set, and not the present folder.
+    """
+    path = Path(text)
+    if not text or not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no file or folder {text!r}")
+    return path
+
+
 def add_common_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     """Adds every option of a `TrainConfig`, with these defaults, `--results` and `--resume`."""
     parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own, fresh folder")

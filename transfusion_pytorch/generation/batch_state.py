@@ -25,9 +25,10 @@ class BatchState:
     write text, a decode step advances it on the device and nothing is uploaded.
 
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
+    - `view`: what attention sees of the cache, if there is one
     - `token`: the id to be read next; `position`: its rotary position
-    - `allowed`: the ids that may come next, `(1, v)` where they are the same for all rows; `masks` are those of the
-      requests when it was made
+    - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
+      that may, of each request when it was made
     - `columns`: the options of text; `seen`: ids to be penalised
     - `numbers`: random numbers of the next steps, of which `step` were used
     """
@@ -35,9 +36,10 @@ class BatchState:
     requests: list[Any]
     branches: list[Any]
     stamp: Hashable
+    view: Any
     token: Int[Tensor, " r"]
     position: Int[Tensor, " r"]
-    allowed: Bool[Tensor, "#r v"]
+    forbidden: Bool[Tensor, "#r v"]
     masks: list[Bool[Tensor, " v"]]
     columns: SamplingColumns
     numbers: Float[Tensor, "r steps"]
@@ -46,7 +48,15 @@ class BatchState:
     step: int = 0
 
     @classmethod
-    def of(cls, requests: Sequence[Any], *, stamp: Hashable, device: torch.device, dtype: torch.dtype) -> "BatchState":
+    def of(
+        cls,
+        requests: Sequence[Any],
+        *,
+        stamp: Hashable = None,
+        view: Any = None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "BatchState":
         """`requests` write text; `dtype` is that of the model's logits."""
         dtype = torch.promote_types(dtype, torch.float32)
         branches = [request.branch for request in requests]
@@ -63,20 +73,21 @@ class BatchState:
             requests=list(requests),
             branches=branches,
             stamp=stamp,
+            view=view,
             token=_to(torch.tensor([branch.ids[-1] if branch.ids else 0 for branch in branches], device="cpu"), device),
             position=_to(torch.tensor([branch.past.position for branch in branches], device="cpu"), device),
-            allowed=_to(masks[0][None] if same else torch.stack(masks), device),
+            forbidden=_to(~(masks[0][None] if same else torch.stack(masks)), device),
             masks=masks,
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
-            numbers=uniform(seeds[:, None], counters[:, None] + steps, device),
+            numbers=uniform(seeds[:, None], counters[:, None] + steps, device).clamp(max=1 - 1e-7),
             seen=seen,
             no_times=torch.empty(0, device=device, dtype=dtype),
         )
 
     @property
     def is_used_up(self) -> bool:
-        """Whether there are no random numbers for another step."""
-        return self.step == STEPS_OF_NUMBERS
+        """Whether it cannot serve another step: no random numbers are left, or the rows are full."""
+        return self.step == STEPS_OF_NUMBERS or (self.view is not None and not self.view.num_steps)
 
     @property
     def uniform(self) -> Float[Tensor, " r"]:
@@ -86,8 +97,10 @@ class BatchState:
     def advance(self, tokens: Int[Tensor, " r"]) -> None:
         """To the next step, in which these ids are read."""
         self.token = tokens
-        self.position = self.position + 1
+        self.position += 1
         self.step += 1
+        if self.view is not None:
+            self.view.advance()
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # a row without a choice ends
 

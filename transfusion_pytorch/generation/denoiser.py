@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion_pytorch.flow.guidance import guided, guided_twice, rescaled
 from transfusion_pytorch.flow.path import estimate_clean, interpolate
 from transfusion_pytorch.flow.solver import integrate, is_single_step, single_step
-from transfusion_pytorch.generation.isolation import Isolation
+from transfusion_pytorch.generation.isolation import Halving
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import times_of
 from transfusion_pytorch.generation.runner import Branch, Model, Runner, SpanStream
@@ -131,8 +131,8 @@ class Denoiser:
     (latents, those of unconditional branches included) are evaluated in one forward pass.
     """
 
-    def __init__(self, model: Model, runner: Runner, isolation: Isolation, *, most_tokens: int):
-        self.model, self.runner, self.isolation, self.most_tokens = model, runner, isolation, most_tokens
+    def __init__(self, model: Model, runner: Runner, halving: Halving, *, most_tokens: int):
+        self.model, self.runner, self.halving, self.most_tokens = model, runner, halving, most_tokens
         self.evaluations = 0
         self._laid: dict[tuple, SpanStream] = {}
 
@@ -145,9 +145,9 @@ class Denoiser:
             members = list(group)
             if is_single_step(members[0].options.odeint_kwargs or {}):
                 for part in self._parts(members):
-                    failed += self.isolation.run(part, self._step_together)
+                    failed += self.halving.run(part, self._step_together)
             else:
-                failed += [failure for each in members for failure in self.isolation.run([each], self._solve_alone)]
+                failed += [failure for each in members for failure in self.halving.run([each], self._solve_alone)]
         return failed
 
     def reset(self) -> None:
@@ -179,8 +179,10 @@ class Denoiser:
 
         flat = torch.cat([it.x.flatten() for it in denoisings])
         after = single_step((denoisings[0].options.odeint_kwargs or {})["method"], derivative, flat)
-        for denoising, part in zip(denoisings, after.split(sizes), strict=True):
-            denoising.x = part.view_as(denoising.x).clone()  # and nothing of the others, nor of earlier steps
+        # copies hold nothing of the others, nor of earlier steps; all are there before any denoising moves
+        moved = [part.view_as(it.x).clone() for part, it in zip(after.split(sizes), denoisings, strict=True)]
+        for denoising, x in zip(denoisings, moved, strict=True):
+            denoising.x = x
             denoising.step += 1
 
     def _solve_alone(self, denoisings: Sequence[Denoising]) -> None:
@@ -219,7 +221,7 @@ class Denoiser:
         """The stream of these branches, made once for as long as they stay the same and where they are."""
         key = tuple((branch, branch.past, it.type, it.shape) for branch, it in zip(branches, owners, strict=True))
         laid = self._laid.pop(key, None)
-        if laid is None or not self.runner.is_current(laid):
+        if laid is None or not self.runner.is_current(laid.rows, laid.stamp):
             pieces = [Modality(it.type, it.latents()) for it in owners]
             laid = self.runner.lay_out(branches, pieces)
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])

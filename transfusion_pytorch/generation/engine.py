@@ -421,8 +421,8 @@ class Engine:
             needed = self.scheduler.cache_tokens(request)
             if most is not None and needed > most:
                 raise ValueError(
-                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask for "
-                    "a smaller max_length, or for less guidance"
+                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
+                    "for a smaller max_length, or for less guidance"
                 )
 
     def _check_generators(self, generators: Any) -> None:
@@ -481,7 +481,7 @@ class Engine:
                 for (request, number, _), (_, shown) in zip(some, parts, strict=True):
                     request.shown[number] = shown
 
-            for (request, number, piece), error in self.scheduler.isolation.run(members, decode):
+            for (request, number, piece), error in self.scheduler.halving.run(members, decode):
                 [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
                 if request.error is None:
                     request.end(EndReason.ERROR, error)

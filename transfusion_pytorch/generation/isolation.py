@@ -1,5 +1,6 @@
 """Failures: what one request did wrong ends that one alone, and keeps no memory."""
 
+import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,43 +10,42 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+# an error that was raised before may have come through a coroutine, and to clear the frame of one is to close it
+SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-class Isolation:
-    """Runs many items together, and finds out which of them fail.
+class Halving:
+    """Runs items together; if that fails, each half by itself, and so on, so that only those fail whose fault it is.
 
-    Where memory is short, it says so once in its life.
+    A failed run is let go before the next begins, with all of its activations. Where memory was short, a warning says
+    once that less is run at a time.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
 
-    def run(self, items: Sequence[Item], run: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
-        """Runs all items together; if that fails, each half by itself, and so on, so that only those fail whose fault
-        it is. Returns them, and why.
-
-        The failed run is let go before the next begins, with all of its activations.
-        """
+    def run(self, items: Sequence[Item], together: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
+        """Returns the items that failed, and why."""
         try:
-            run(items)
+            together(items)
             return []
         except Exception as error:
             failure = released(error)
         if len(items) == 1:
             return [(items[0], failure)]
         if _is_out_of_memory(failure):
-            self._say_memory_is_short(len(items), failure)
+            self._warn(len(items), failure)
         half = len(items) // 2
-        return [*self.run(items[:half], run), *self.run(items[half:], run)]
+        return [*self.run(items[:half], together), *self.run(items[half:], together)]
 
-    def _say_memory_is_short(self, count: int, error: Exception) -> None:
+    def _warn(self, count: int, error: Exception) -> None:
         if self._has_warned:
             return
         self._has_warned = True
         with suppress(UserWarning):  # which is an error where warnings are, and would end the step in its middle
             warnings.warn(
-                f"a forward pass over {count} requests did not fit into memory ({error}); it is run in halves. A "
-                "smaller max_batch would need less",
+                f"memory is short: what was run for a batch of {count} did not fit ({error}), and is run in halves. A "
+                "smaller max_batch needs less",
                 stacklevel=4,
             )
 
@@ -66,15 +66,19 @@ def released(error: Exception) -> Exception:
     chain: list[BaseException | None] = [error]
     while chain:
         each = chain.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            chain += [each.__cause__, each.__context__]
-            traceback.clear_frames(each.__traceback__)
-            each.__traceback__ = None
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        chain += [each.__cause__, each.__context__]
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            if not frame.f_code.co_flags & SUSPENDABLE:
+                with suppress(RuntimeError):  # a frame that is still running, such as the caller's
+                    frame.clear()
+        each.__traceback__ = None
     error.__context__, error.__cause__ = None, OriginalTraceback(text)
     return error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """On any device; for a CPU torch has no type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -428,7 +428,7 @@ class RequestState:
             self.without_text.append(piece)
 
     def _ids_on(self, device: torch.device) -> Int[Tensor, " n"]:
-        """Its text and markers, without modalities: a view of a buffer that grows, so an id costs the same everywhere."""
+        """Its text and markers, without modalities: a view of a buffer that grows, so every id costs the same."""
         count, buffer = len(self._all_ids), self._ids_buffer
         if buffer is None or count > len(buffer) or buffer.device != device:
             buffer = self._ids_buffer = torch.zeros(max(64, 2 * count), dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""Forward passes for sampling: prefill, decode step, velocities of spans; with a KV cache or by reading everything again.
+"""Forward passes for sampling: prefill, decode step, velocities of spans. With a KV cache, or everything read again.
 
 r branches, k latents of a span, c their channels, d model.
 """
@@ -124,7 +124,8 @@ class Branch:
         """All that was read, as pieces."""
         pieces: list[Piece] = []
         for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
-            pieces += as_text(list(group)) if is_id else group  # type: ignore[arg-type]
+            members: list[Any] = list(group)
+            pieces += as_text(members) if is_id else members
         return pieces
 
     def rewind(self) -> None:
@@ -206,7 +207,7 @@ class CachedRunner:
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
         """Reads what is pending: at most so many tokens in all, if given, but always something."""
         readers, followers, claimed = [], [], set()
-        for branch in branches:
+        for branch in [branch for branch in branches if branch.is_pending]:  # others were read before a failure
             if not branch.past.length and branch.prefix_key is None:
                 branch.prefix_key = fingerprint(branch.pending)
             key = branch.prefix_key
@@ -217,11 +218,15 @@ class CachedRunner:
                 claimed |= set() if key is None else {key}
         for group in self._groups(readers, most):
             self._read(group)
-        for branch in readers:
-            if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
-                self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
-                branch.prefix_key = None
+            for branch, _ in group:
+                self._keep_prefix(branch)
         self._copy_prefixes(followers)
+
+    def _keep_prefix(self, branch: Branch) -> None:
+        """What a branch begins with can be copied, once it is read to its end."""
+        if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
+            self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
+            branch.prefix_key = None
 
     def _copy_prefixes(self, branches: Sequence[Branch]) -> None:
         by_key: dict[Hashable, list[Branch]] = {}
@@ -271,7 +276,7 @@ class CachedRunner:
         branches, samples = [branch for branch, _ in group], [taken for _, taken in group]
         stream = self.model.pack_stream(samples, [branch.past for branch in branches]).to(self.model.device)
         rows = [branch.row for branch in branches]
-        view = self.cache.view(rows, stream.layout)
+        view = self._view(rows, stream)
         latents = self.model.latents_by_type(samples)
         output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
         self.cache.commit(rows, stream.lengths)
@@ -280,6 +285,12 @@ class CachedRunner:
             branches, samples, stream.lengths, output.hidden[stream.last], strict=True
         ):
             branch.mark_read(taken, length, hidden)
+
+    def _view(self, rows: Sequence[Any], stream: TokenStream) -> Any:
+        has_spans, num_latents = len(stream.spans) > 0, sum(map(prod, stream.spans.token_shapes))
+        return self.model.transformer.cache_view(
+            self.cache, rows, stream.layout, has_text=num_latents < len(stream.token), has_spans=has_spans
+        )
 
     def _open(self, branch: Branch, length: int) -> None:
         """Gives a branch its row, if it has none yet."""
@@ -293,25 +304,24 @@ class CachedRunner:
 
     # decode
 
-    def arrange(self, branches: Sequence[Branch]) -> list[int]:
-        """Moves the rows of these branches together, with room for one token more. Returns their order."""
-        rows = [branch.row for branch in branches]
+    def batch_state(self, requests: Sequence[Any]) -> BatchState:
+        """The state of a decode step for these requests. Their rows are moved together, with room for one token."""
+        rows = [request.branch.row for request in requests]
         self.cache.reserve(rows, [1] * len(rows))
         self.cache.gather(rows)
-        return sorted(range(len(rows)), key=lambda i: _place(branches[i]))
+        ordered = sorted(requests, key=lambda request: _place(request.branch))
+        rows = [request.branch.row for request in ordered]
+        positions = [request.branch.past.position for request in ordered]
+        stamp, view = self.cache.stamp(rows), self.model.transformer.decode_view(self.cache, rows, positions)
+        return BatchState.of(ordered, stamp=stamp, view=view, device=self.model.device, dtype=self.model.dtype)
 
-    def has_moved(self, state: BatchState) -> bool:
-        """Whether a state has to be made anew before its next step: a row was moved, or has to be because it is full."""
-        rows = [branch.row for branch in state.branches]
-        return state.stamp != self.cache.stamp(rows) or any(row.length == row.block.capacity for row in rows)
-
-    def stamp(self, branches: Sequence[Branch]) -> Hashable:
-        return self.cache.stamp([branch.row for branch in branches])
+    def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
+        """Whether none of these rows has moved since the stamp was made."""
+        return stamp == self.cache.stamp(rows)
 
     def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
         """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
-        view = self.cache.decode_view([branch.row for branch in state.branches])
-        return self.model.forward_stream(state.stream(), {}, state.no_times, view).hidden
+        return self.model.forward_stream(state.stream(), {}, state.no_times, state.view).hidden
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
@@ -340,12 +350,8 @@ class CachedRunner:
         if not has_history:
             return SpanStream(stream, {}, locations, index)
         rows = [branches[i].row for i in order]
-        view = self.cache.view(rows, stream.layout)
+        view = self._view(rows, stream)
         return SpanStream(stream, {}, locations, index, view, rows, self.cache.stamp(rows))
-
-    def is_current(self, laid: SpanStream) -> bool:
-        """Whether a layout can be used again."""
-        return laid.view is None or laid.stamp == self.cache.stamp(laid.rows)
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
         """The velocity of each span laid out, flat `(k, c)`, at its own time."""
@@ -373,6 +379,7 @@ class UncachedRunner:
         branch.rewind()
 
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
+        branches = [branch for branch in branches if branch.is_pending]
         pending = [branch.pending for branch in branches]
         lengths, last = self._read(branches)
         for branch, taken, length, hidden in zip(branches, pending, lengths, last, strict=True):
@@ -386,14 +393,11 @@ class UncachedRunner:
         self.tokens_read += sum(stream.lengths)
         return stream.lengths, output.hidden[stream.last]
 
-    def arrange(self, branches: Sequence[Branch]) -> list[int]:
-        return list(range(len(branches)))
+    def batch_state(self, requests: Sequence[Any]) -> BatchState:
+        return BatchState.of(requests, device=self.model.device, dtype=self.model.dtype)
 
-    def has_moved(self, state: BatchState) -> bool:
-        return False
-
-    def stamp(self, branches: Sequence[Branch]) -> Hashable:
-        return None
+    def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
+        return True
 
     def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
         return self._read(state.branches)[1]
@@ -408,9 +412,6 @@ class UncachedRunner:
         owners = stream.spans.sample.tolist()
         last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
         return SpanStream(stream, self.model.latents_by_type(samples), last, _index(last, self.model.device))
-
-    def is_current(self, laid: SpanStream) -> bool:
-        return True
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
         return _evaluate(self.model, laid, x_t, times)

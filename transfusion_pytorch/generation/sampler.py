@@ -17,9 +17,12 @@ NO_CHOICE = -1
 
 
 class SamplingColumns(NamedTuple):
-    """The options of text as tensors, a number for each row. None for what no row asks for."""
+    """The options of text as tensors, a number for each row. None for what no row asks for. `is_warm`: all
+    temperatures are 1.
+    """
 
     temperature: Float[Tensor, "r 1"] | None
+    is_warm: bool
     is_greedy: Bool[Tensor, " r"] | None
     top_k: Int[Tensor, "r 1"] | None
     most_k: int
@@ -45,6 +48,7 @@ class SamplingColumns(NamedTuple):
         k = column([2**31 if k is None else k for k in ks], most > 0)
         return cls(
             temperature=column(temperatures, not all(greedy)),
+            is_warm=all(row.text_temperature == 1 for row in rows),
             is_greedy=torch.tensor(greedy, device="cpu").to(device, non_blocking=True) if any(greedy) else None,
             top_k=None if k is None else k.long(),
             most_k=most,
@@ -56,26 +60,27 @@ class SamplingColumns(NamedTuple):
         )
 
 
+@torch.inference_mode()
 def sample_tokens(
     logits: Shaped[Tensor, "r v"],
-    allowed: Bool[Tensor, "#r v"],
+    forbidden: Bool[Tensor, "#r v"],
     columns: SamplingColumns,
     uniform: Float[Tensor, " r"],
     seen: Bool[Tensor, "r v"] | None = None,
 ) -> Int[Tensor, " r"]:
-    """An id for each row among those `allowed`, or `NO_CHOICE` where its logits are not finite.
+    """An id for each row, none of those `forbidden`, or `NO_CHOICE` where its logits are not finite.
 
     `uniform` is a random number in [0, 1) for each row: what a row becomes depends only on its own. `seen` are the ids
     to be penalised. Nothing is read back from the device.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _precise(logits)
     if seen is not None and columns.penalty is not None:
         logits = penalize(logits, seen, columns.penalty)
-    logits = logits.masked_fill(~allowed, float("-inf"))
+    logits = logits.masked_fill(forbidden, float("-inf"))
     likeliest, tokens = logits.max(dim=-1)
     if columns.temperature is not None:
-        kept = filter_logits(logits, columns) - likeliest[:, None]  # at most 0, so that any temperature can divide it
-        drawn = _draw(kept / columns.temperature, uniform)
+        kept = filter_logits(logits - likeliest[:, None], columns)  # at most 0, so that any temperature can divide it
+        drawn = _draw(kept if columns.is_warm else kept / columns.temperature, uniform)
         tokens = drawn if columns.is_greedy is None else torch.where(columns.is_greedy, tokens, drawn)
     return torch.where(likeliest.isfinite(), tokens, NO_CHOICE)
 
@@ -88,7 +93,7 @@ def penalize(
 
 
 def filter_logits(logits: Float[Tensor, "r v"], columns: SamplingColumns) -> Float[Tensor, "r v"]:
-    """Cuts off what each row's options rule out."""
+    """Cuts off what each row's options rule out. The largest logit of a row is 0."""
     if columns.top_k is not None:
         logits = keep_top_k(logits, columns.top_k, columns.most_k)
     if columns.top_p is not None:
@@ -117,20 +122,25 @@ def keep_top_p(logits: Float[Tensor, "r v"], p: Float[Tensor, "r 1"]) -> Float[T
 
 
 def keep_min_p(logits: Float[Tensor, "r v"], log_min_p: Float[Tensor, "r 1"]) -> Float[Tensor, "r v"]:
-    """Keeps the tokens that are at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
-    likeliest = logits.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(logits < likeliest + log_min_p, float("-inf"))
+    """Keeps the tokens that are at least `min_p` times as likely as the likeliest, whose logit is 0 (arXiv
+    2407.01082).
+    """
+    return logits.masked_fill(logits < log_min_p, float("-inf"))
 
 
 def log_probabilities(logits: Shaped[Tensor, "r v"], tokens: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
     """What the model itself gave to the chosen ids, of all that it can write."""
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return exact.log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
+    return _precise(logits).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
 
 
 def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
     """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which that device has not
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
-    at = uniform.to(precise).clamp(max=1 - 1e-7)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True).flatten()
+    at = uniform[:, None].to(precise) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True)[:, 0]
+
+
+def _precise(logits: Shaped[Tensor, "r v"]) -> Float[Tensor, "r v"]:
+    """In single precision at least."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

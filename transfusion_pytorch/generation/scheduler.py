@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion_pytorch.generation.batch_state import BatchState
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.isolation import Isolation, released
+from transfusion_pytorch.generation.isolation import Halving, released
 from transfusion_pytorch.generation.request import Phase, RequestState
 from transfusion_pytorch.generation.runner import Branch, Model, create_runner
 from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, sample_tokens
@@ -48,8 +48,8 @@ class Scheduler:
     def __init__(self, model: Model, limits: Limits, *, cache_kv: bool):
         self.model, self.limits = model, limits
         self.runner = create_runner(model, cache_kv=cache_kv)
-        self.isolation = Isolation()
-        self.denoiser = Denoiser(model, self.runner, self.isolation, most_tokens=limits.max_denoising_tokens)
+        self.halving = Halving()
+        self.denoiser = Denoiser(model, self.runner, self.halving, most_tokens=limits.max_denoising_tokens)
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
         self.steps = self.tokens_written = self.modalities = 0
@@ -138,7 +138,7 @@ class Scheduler:
             return
         others_go_on = any(not request.to_prefill for request in self.active)
         most = self.limits.max_prefill_tokens if others_go_on else None
-        for branch, error in self.isolation.run(list(owners), lambda branches: self.runner.prefill(branches, most)):
+        for branch, error in self.halving.run(list(owners), lambda branches: self.runner.prefill(branches, most)):
             owners[branch].end(EndReason.ERROR, error)
 
     # text
@@ -151,12 +151,12 @@ class Scheduler:
             ([it for it in writing if it.branch.is_pending], self._decode),
         ):
             if requests:
-                for request, error in self.isolation.run(requests, choose):
+                for request, error in self.halving.run(requests, choose):
                     request.end(EndReason.ERROR, error)
 
     def _choose_first(self, requests: Sequence[RequestState]) -> None:
         hidden = torch.stack([request.branch.hidden for request in requests if request.branch.hidden is not None])
-        state = BatchState.of(requests, stamp=None, device=self.model.device, dtype=hidden.dtype)
+        state = BatchState.of(requests, device=self.model.device, dtype=hidden.dtype)
         chosen, log_p = self._choose(state, hidden)
         self._accept(state, chosen, log_p)
 
@@ -172,19 +172,17 @@ class Scheduler:
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
         """The state of the step before, as long as it holds."""
         state, self._state = self._state, None
-        if state is not None and set(state.requests) == set(requests) and not state.is_used_up:
-            if not self.runner.has_moved(state):
+        if state is not None and not state.is_used_up and set(state.requests) == set(requests):
+            rows = [branch.row for branch in state.branches]
+            if self.runner.is_current(rows, state.stamp):
                 return state
-        order = self.runner.arrange([request.branch for request in requests])
-        ordered = [requests[i] for i in order]
-        stamp = self.runner.stamp([request.branch for request in ordered])
-        return BatchState.of(ordered, stamp=stamp, device=self.model.device, dtype=self.model.dtype)
+        return self.runner.batch_state(requests)
 
     def _choose(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> tuple[list[int], list[float] | None]:
         """The next id of every row, with its log-probability where any row wants that."""
         logits = self.model.logits(hidden)
         processed = self._processed(logits, state.requests)
-        tokens = sample_tokens(processed, state.allowed, state.columns, state.uniform, state.seen)
+        tokens = sample_tokens(processed, state.forbidden, state.columns, state.uniform, state.seen)
         wants = any(request.log_probabilities is not None for request in state.requests)
         log_p = log_probabilities(logits, tokens).tolist() if wants else None
         chosen = tokens.tolist()  # the one copy back to the host

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from transfusion_pytorch.network.cache import CacheView, DecodeView
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.network.cpu.attention import PackedAttention
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.precision import precise, without_autocast
@@ -76,8 +76,8 @@ class FlexAttention(NamedTuple):
     def _block_mask(self) -> BlockMask:
         n, blocks = len(self.intervals.end), self.intervals.blocks
         assert blocks is not None
-        tables: dict[str, Any] = {name: table[None, None] for name, table in blocks._asdict().items()}
-        return BlockMask(seq_lengths=(n, n), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod(), **tables)
+        tables = [table[None, None] for table in blocks]
+        return BlockMask((n, n), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=self.intervals.mask_mod())
 
 
 class DenseAttention(NamedTuple):
@@ -103,11 +103,15 @@ class CachedAttention(NamedTuple):
     cache: CacheView
 
     def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
-        outs = []
-        for run in self.cache.runs:
-            queries, *new = (run.batched(part) for part in (q, k, v))
-            outs.append(attend_chunks(run.chunks, queries, *run.update(layer, *new), softcap))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        runs = self.cache.runs
+        if len(runs) == 1:
+            return self._attend(runs[0], q, k, v, layer, softcap)
+        outs = [self._attend(run, q[run.tokens], k[run.tokens], v[run.tokens], layer, softcap) for run in runs]
+        return torch.cat(outs)
+
+    def _attend(self, run: Any, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None) -> Tensor:
+        keys, values = run.update(layer, k, v)
+        return attend_chunks(run.chunks, run.batched(q), keys, values, softcap)
 
 
 class DecodeAttention(NamedTuple):
@@ -198,7 +202,8 @@ def attend_masked(
 
     `softcap` bounds the logits at `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118).
     """
-    k, v = k.to(q.dtype), v.to(q.dtype)
+    if k.dtype != q.dtype:
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     if is_causal:
@@ -224,7 +229,9 @@ def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, soft
     """
     groups, outs = q.shape[1] // k.shape[1], []
     for queries, num_keys, is_causal, mask in chunks:
-        part, length = q[:, :, queries], queries.stop - queries.start
+        is_whole, length = len(chunks) == 1, queries.stop - queries.start
+        part = q if is_whole else q[:, :, queries]
+        keys, values = (k, v) if is_whole else (k[:, :, :num_keys], v[:, :, :num_keys])
         if groups > 1:
             if is_causal:
                 mask, is_causal = (
@@ -233,9 +240,7 @@ def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, soft
                 )
             mask = None if mask is None else mask.repeat(1, 1, groups, 1)
             part = rearrange(part, "g (k r) t e -> g k (r t) e", r=groups)
-        out = attend_masked(
-            part, k[:, :, :num_keys], v[:, :, :num_keys], mask=mask, is_causal=is_causal, softcap=softcap
-        )
+        out = attend_masked(part, keys, values, mask=mask, is_causal=is_causal, softcap=softcap)
         outs.append(rearrange(out, "g k (r t) e -> g (k r) t e", r=groups) if groups > 1 else out)
     return rearrange(torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], "g h t e -> (g t) h e")
 

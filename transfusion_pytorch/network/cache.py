@@ -4,19 +4,16 @@ A cache is made of blocks, one per capacity of 64, 128, 256, ... slots. A row li
 and moves to the next when it outgrows it, so one long row does not make the short ones larger. The rows of a block
 have no gaps: where one is released, the last one takes its place.
 
-g rows, h key/value heads, s slots, e channels of a head, t new tokens of a row, r rows of all blocks.
+g rows, h key/value heads, s slots, e channels of a head. `cache_views.py` has what attention sees of it.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-
-from transfusion_pytorch.sequence.masks import Chunk, Layout
 
 SMALLEST = 64  # slots
 _VERSIONS = count()
@@ -174,14 +171,6 @@ class KVCache:
                     mine[row.index, :, :length] = theirs[source.index, :, :length]
             row.length = length
 
-    def view(self, rows: Sequence[CacheRow], layout: Layout) -> "CacheView":
-        """These rows as a forward pass over a stream sees them."""
-        return CacheView(self, rows, layout)
-
-    def decode_view(self, rows: Sequence[CacheRow], lengths: Int[Tensor, " r"] | None = None) -> "DecodeView":
-        """These rows as a decode step sees them."""
-        return DecodeView(self, rows, lengths)
-
     def gather(self, rows: Sequence[CacheRow], *, at_end: bool = False) -> None:
         """Moves these rows next to each other: to the front of their blocks, or to their end."""
         by_block: dict[int, list[CacheRow]] = {}
@@ -244,131 +233,5 @@ class KVCache:
         if not block.rows:
             del self.blocks[block.capacity]
         elif 4 * len(block.rows) <= block.room:
-            try:
+            with suppress(RuntimeError, MemoryError):  # no memory for the smaller copy just now: the larger one goes on
                 self._resize(block, block.room // 2)
-            except (RuntimeError, MemoryError):
-                pass  # there is no memory for the smaller copy just now: the larger one goes on
-
-
-class CacheRun(NamedTuple):
-    """Neighbouring rows of a block that get the same number of new tokens.
-
-    - `tokens`: their slots in the stream; `rows`: their rows in the block
-    - `slots`: `(g, 1)` row and `(g, t)` slot of every new token, or a slice where all rows write to the same slots
-    """
-
-    block: CacheBlock
-    rows: slice
-    tokens: slice
-    slots: slice | tuple[Int[Tensor, "g 1"], Int[Tensor, "g t"]]
-    chunks: Sequence[Chunk]
-
-    @property
-    def num_keys(self) -> int:
-        return max(chunk.num_keys for chunk in self.chunks)
-
-    def batched(self, part: Shaped[Tensor, "n h e"]) -> Shaped[Tensor, "g h t e"]:
-        return part[self.tokens].unflatten(0, (self.rows.stop - self.rows.start, -1)).transpose(1, 2)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Shaped[Tensor, "g h k e"], Shaped[Tensor, "g h k e"]]:
-        """Writes new keys and values `(g, h, t, e)`. Returns views of all that its queries may see."""
-        return self._update(self.block.keys[layer], k), self._update(self.block.values[layer], v)
-
-    def _update(self, stored: Tensor, new: Tensor) -> Tensor:
-        if isinstance(self.slots, slice):
-            stored[self.rows, :, self.slots] = new
-        else:
-            row_of, slot_of = self.slots
-            stored[row_of, :, slot_of] = new.transpose(1, 2).to(stored.dtype)
-        return stored[self.rows, :, : self.num_keys]
-
-
-class CacheView:
-    """The rows that take part in one forward pass over a stream: sample i of the `layout` continues `rows[i]`."""
-
-    def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout):
-        cache.reserve(rows, layout.lengths)
-        numbers = tuple(row.block.capacity << 32 | row.index for row in rows)  # no neighbours in different blocks
-        self.runs: list[CacheRun] = []
-        for run in layout.runs_in(numbers):
-            members = rows[run.samples]
-            first = members[0]
-            span = slice(first.index, first.index + len(members))
-            slots = _slots(members, layout.lengths[run.samples.start], cache.device)
-            self.runs.append(CacheRun(first.block, span, run.tokens, slots, run.chunks))
-
-
-def _slots(rows: Sequence[CacheRow], length: int, device: torch.device) -> slice | tuple[Tensor, Tensor]:
-    """Where `length` new tokens of each of these rows go."""
-    past = [row.length for row in rows]
-    if len(set(past)) == 1:
-        return slice(past[0], past[0] + length)
-    row_of = torch.tensor([row.index for row in rows], device="cpu")[:, None]
-    slot_of = torch.tensor(past, device="cpu")[:, None] + torch.arange(length, device="cpu")
-    return row_of.to(device, non_blocking=True), slot_of.to(device, non_blocking=True)
-
-
-class DecodeRun(NamedTuple):
-    """The first `count` rows of a block, each of which gets one token.
-
-    - `tokens`: their slots in the stream
-    - `slots`: where their keys and values go in the block, heads and rows flattened
-    - `num_keys`: how many keys are attended to; `bias` is `-inf` where a row has fewer, None if all have as many
-    """
-
-    block: CacheBlock
-    count: int
-    tokens: slice
-    slots: Int[Tensor, " g_h"]
-    num_keys: int
-    bias: Float[Tensor, "g 1 1 k"] | None
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Shaped[Tensor, "g h k e"], Shaped[Tensor, "g h k e"]]:
-        """Writes new keys and values `(g, h, e)`. Returns views of all that may be seen."""
-        return self._update(self.block.keys[layer], k), self._update(self.block.values[layer], v)
-
-    def _update(self, stored: Tensor, new: Tensor) -> Tensor:
-        stored.view(-1, stored.shape[-1]).index_copy_(0, self.slots, new.reshape(-1, stored.shape[-1]))
-        return stored[: self.count, :, : self.num_keys]
-
-
-class DecodeView:
-    """The rows of a decode step, which get one token each.
-
-    `rows` stand at the front of their blocks, in order. With `lengths` `(r,)` on the device nothing but those depends on
-    what was written so far: all slots are attended to behind a mask, and one graph serves every step. Without, the
-    host's lengths cut off what no row needs.
-    """
-
-    def __init__(self, cache: KVCache, rows: Sequence[CacheRow], lengths: Int[Tensor, " r"] | None = None):
-        cache.reserve(rows, [1] * len(rows))
-        self.runs: list[DecodeRun] = []
-        start = 0
-        while start < len(rows):
-            block = rows[start].block
-            members = [row for row in rows[start:] if row.block is block]
-            assert [row.index for row in members] == list(range(len(members))), "rows to decode are gathered first"
-            tokens = slice(start, start + len(members))
-            self.runs.append(_decode_run(cache, block, members, tokens, None if lengths is None else lengths[tokens]))
-            start = tokens.stop
-
-
-def _decode_run(
-    cache: KVCache, block: CacheBlock, rows: Sequence[CacheRow], tokens: slice, lengths: Tensor | None
-) -> DecodeRun:
-    count, past = len(rows), [row.length for row in rows]
-    first = torch.arange(count * cache.kv_heads, device=cache.device) * block.capacity
-    if lengths is None:
-        num_keys = max(past) + 1
-        at = torch.tensor(past, device="cpu").to(cache.device, non_blocking=True)
-        bias = None if len(set(past)) == 1 else _bias(at, num_keys, cache.dtype)
-    else:
-        num_keys, at = block.capacity, lengths
-        bias = _bias(at, num_keys, cache.dtype)
-    return DecodeRun(block, count, tokens, first + at.repeat_interleave(cache.kv_heads), num_keys, bias)
-
-
-def _bias(length: Int[Tensor, " g"], num_keys: int, dtype: torch.dtype) -> Float[Tensor, "g 1 1 k"]:
-    """0 for the keys of a row up to its new token, -inf behind."""
-    seen: Bool[Tensor, "g k"] = torch.arange(num_keys, device=length.device) <= length[:, None]
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))[:, None, None]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.evaluating import class_of
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 _PLAIN = ContextVar("plain_formulas", default=False)
 
 
@@ -43,9 +45,9 @@ def uses_cpu_kernels(x: Tensor) -> bool:
 
 def is_untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module is one of these types itself, and nobody waits for its call: then it may be left uncalled."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    watched = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-    return class_of(module) in types and not watched and not nn.modules.module._has_any_global_hook()
+    watched = "forward" in vars(module) or any(getattr(module, name) for name in HOOKS)
+    is_plain = class_of(module) in types and not watched
+    return is_plain and not any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
 
 
 def is_plain(weight: Tensor) -> bool:

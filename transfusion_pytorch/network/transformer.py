@@ -4,7 +4,7 @@ n tokens, d model, c condition.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from transfusion_pytorch.network.attend import (
     RaggedAttention,
     plan_attention,
 )
-from transfusion_pytorch.network.cache import CacheView, DecodeView, KVCache
+from transfusion_pytorch.network.cache import CacheRow, KVCache
+from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 from transfusion_pytorch.network.compile import Checkpointing, layer_caller
+from transfusion_pytorch.network.inference import PreparedLayers, has_plain_layers, run_layers
 from transfusion_pytorch.network.layer import Layer, residual_connection
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
@@ -123,8 +125,23 @@ class Transformer(nn.Module):
         `position` are rotary positions, `conditioning` is that of the spans (None for text alone). Nothing is read from
         the device that computes.
         """
+        if cache is not None and not torch.is_inference_mode_enabled():
+            # A decode step is hundreds of tiny operations: without counting versions and views each takes less time.
+            with torch.inference_mode():
+                return self(x, position=position, layout=layout, conditioning=conditioning, cache=cache)
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
+        if cache is not None and cache.prepared is not None:
+            rotation = cache.rotation if isinstance(cache, DecodeView) else self._rotation(position, x.dtype)
+            x = run_layers(
+                self.layers,
+                x,
+                prepared=cache.prepared,
+                conditioning=conditioning,
+                rotation=rotation,
+                plan=plan,  # type: ignore[arg-type]
+            )
+            return self.final_norm(x, self.final_norm.modulation(conditioning))
         phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
         call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
         if conditioning is not None and self._adds_up_by_segments(plan):
@@ -178,6 +195,32 @@ class Transformer(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         self.use_checkpoint = False
+
+    def cache_view(
+        self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout, *, has_text: bool, has_spans: bool
+    ) -> CacheView:
+        """For forward passes over a stream whose samples continue these rows."""
+        return CacheView(cache, rows, layout, prepared=None if has_text and has_spans else self._prepared())
+
+    def decode_view(self, cache: KVCache, rows: Sequence[CacheRow], positions: Sequence[int]) -> DecodeView:
+        """For decode steps of these rows, which stand at the front of their blocks (`KVCache.gather`). `positions` are
+        the rotary positions of their next tokens.
+        """
+        first = torch.tensor(positions, device="cpu")
+        every = first + torch.arange(KEYS_AT_ONCE, device="cpu")[:, None]
+        rotations = self._rotation(every.flatten().to(cache.device), self.final_norm.text_scale.dtype)
+        return DecodeView(cache, rows, rotations.unflatten(0, (KEYS_AT_ONCE, -1)), prepared=self._prepared())
+
+    def _rotation(self, position: Int[Tensor, " n"], dtype: torch.dtype) -> Shaped[Tensor, "n 1 f"]:
+        """The rotary phases as complex numbers, for all heads."""
+        phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=dtype)
+        return torch.view_as_complex(phases)[:, None]
+
+    def _prepared(self) -> PreparedLayers | None:
+        """For the shorter way through the layers, where that is possible (`inference.py`)."""
+        kind = self.final_norm.text_scale.device.type
+        is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+        return None if is_cast or not has_plain_layers(self.layers) else PreparedLayers.of(self.layers)
 
     def create_cache(self, *, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache."""

@@ -1,7 +1,7 @@
 """Random numbers as a function of a seed and a counter, on any device.
 
 A counter has no state to keep, move or copy: number `i` of a seed is the same wherever and whenever it is made. The
-function is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), which passes BigCrush.
+function is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
 from math import pi

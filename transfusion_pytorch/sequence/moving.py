@@ -11,7 +11,8 @@ from torch import Tensor
 
 def on_cpu() -> AbstractContextManager:
     """New tensors are on the CPU, whatever the default device is. Costs nothing where that is the CPU anyway."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    # not torch.get_default_device(), which does not see `with torch.device(...)` in torch 2.6
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 Self = TypeVar("Self", bound="Moving")

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from transfusion_pytorch.data.loading import SampleError, Skipped
+from transfusion_pytorch.data.loading import SampleError, Skipped, default_name
 from transfusion_pytorch.data.order import SampleReference, seed_of
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.packer import Packer
@@ -40,15 +40,14 @@ class PackSeeded:
         try:
             return Packed(self._pack(samples, references), [])
         except (ValueError, TypeError) as error:
-            problems = [self._problem(*pair) for pair in zip(samples, references, strict=True)]
-            bad = [i for i, problem in enumerate(problems) if problem is not None]
-            if not bad:  # they do not fit together: too many for a budget
+            found = [self._problem(*pair) for pair in zip(samples, references, strict=True)]
+            problems = {i: problem for i, problem in enumerate(found) if problem is not None}
+            if not problems:  # they do not fit together: too many for a budget
                 raise
             if not self.skips_bad:
-                first = bad[0]
-                raise SampleError(f"{_name_of(samples[first], references[first])}: {problems[first]}") from error
-        kept = [i for i, problem in enumerate(problems) if problem is None]
-        skipped = [Skipped(references[i], f"{_name_of(samples[i], references[i])}: {problems[i]}") for i in bad]
+                raise next(iter(problems.values())) from error
+        kept = [i for i in range(len(samples)) if i not in problems]
+        skipped = [Skipped.because(references[i], problem) for i, problem in problems.items()]
         batch = self._pack([samples[i] for i in kept], [references[i] for i in kept]) if kept else None
         return Packed(batch, skipped)
 
@@ -59,11 +58,12 @@ class PackSeeded:
             batch = with_spread_times(batch, [reference.position for reference in references])
         return batch
 
-    def _problem(self, sample: Sample, reference: SampleReference) -> Exception | None:
+    def _problem(self, sample: Sample, reference: SampleReference) -> SampleError | None:
         try:
             self._pack([sample], [reference])
         except (ValueError, TypeError) as error:
-            return error
+            is_default = sample.name == default_name(reference.source, reference.index)
+            return SampleError.of(reference, str(error), file=None if is_default else sample.name)
         return None
 
 
@@ -79,8 +79,3 @@ def idle(batch: Batch) -> Batch:
     """The same batch with no weight: for a process that has no samples, but must take part in a step."""
     targets = replace(batch.targets, weight=torch.zeros_like(batch.targets.weight))
     return replace(batch, targets=targets, span_weight=torch.zeros_like(batch.span_weight))
-
-
-def _name_of(sample: Any, reference: SampleReference) -> str:
-    name = getattr(sample, "name", None)
-    return f"source {reference.source!r}, index {reference.index}" + (f" ({name})" if name else "")

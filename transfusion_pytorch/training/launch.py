@@ -88,14 +88,6 @@ class Launch:
         still: dict[str, Any] = {"forward_sync_buffers" if named else "broadcast_buffers": False}
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **still)
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so. All must ask."""
-        if self.size == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
-
     def all(self, value: Any) -> list[Any]:
         """What every process has, for all. All must ask."""
         if self.size == 1:
@@ -112,10 +104,11 @@ class Launch:
         return made[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, on this device. All must ask."""
-        values = values.to(self.device)
-        if self.size > 1:
-            dist.all_reduce(values)
+        """Over all processes, on this device. All must ask. Alone, the values are returned as they are."""
+        if self.size == 1:
+            return values
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:

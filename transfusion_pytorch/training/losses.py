@@ -38,15 +38,19 @@ class LossBreakdown(NamedTuple):
 
 
 class SpanLosses(NamedTuple):
-    """The flow loss of every span, a mean over its latents, and what it belongs to (`reduction="span"`).
+    """The losses of a batch as finely as they go (`reduction="span"`).
 
-    What is not learned scores zero; `names` and `sources` are those of its sample.
+    - `flow`: of every span, a mean over its latents; what is not learned scores zero
+    - `modality`, `time`, `sample`: of every span
+    - `text`: of every sample, a mean over its targets; zero where there are none
+    - `names`, `sources`: of every sample
     """
 
     flow: Float[Tensor, " m"]
     modality: Int[Tensor, " m"]
     time: Float[Tensor, " m"]
     sample: Int[Tensor, " m"]
+    text: Float[Tensor, " b"]
     names: tuple[str | None, ...]
     sources: tuple[str | None, ...]
 
@@ -171,7 +175,8 @@ class Objective:
         errors = flow_errors(velocities, flow, batch, of_clean=self.of_clean)
         absent = [module for kind, io in enumerate(model.modalities) if kind not in batch.data for module in io.trained]
         if reduction == "span":
-            losses = span_losses(errors, batch, predictions)
+            text = text_errors(predictions.hidden, batch, model.to_logits, per_sample=True)
+            losses = span_losses(errors, batch, predictions, text=divided(text.total, text.count))
             zero = 0.0 if processes is None else zero_gradients([*absent, model.to_logits])
             return losses._replace(flow=losses.flow + zero)
         rows = len(batch) if reduction == "none" else None
@@ -284,15 +289,17 @@ def flow_target(sample: FlowSample, *, of_clean: bool) -> Float[Tensor, "k c"]:
     return sample.velocity
 
 
-def span_losses(errors: Mapping[int, Errors], batch: Batch, predictions: Predictions) -> SpanLosses:
-    """The flow loss of every span, a mean over its own latents."""
+def span_losses(
+    errors: Mapping[int, Errors], batch: Batch, predictions: Predictions, *, text: Float[Tensor, " b"]
+) -> SpanLosses:
+    """The flow loss of every span, a mean over its own latents, beside the `text` loss of every sample."""
     spans, t = batch.stream.spans, predictions.t
     flow = t.new_zeros(len(spans)) + predictions.hidden[:0].sum()  # with a gradient, if only of nothing
     for modality, each in errors.items():
         placement = batch.stream.placements[modality]
         means = each.error * (each.weight > 0) / each.size / _sizes_of_latents(placement.sizes, each.error)
         flow = flow.to(means.dtype).index_add(0, placement.span_of_latent, means)
-    return SpanLosses(flow, spans.modality, t, spans.sample, batch.names, batch.sources)
+    return SpanLosses(flow, spans.modality, t, spans.sample, text, batch.names, batch.sources)
 
 
 def _sizes_of_latents(sizes: list[int], like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.batch import Batch
-from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
+from transfusion_pytorch.training.losses import SpanLosses
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the times
 
@@ -80,7 +80,7 @@ class LossTable:
     | `flow_0/source_web` | that of its spans in samples of this source |
     | `text`, `text/source_web` | the text loss |
 
-    >>> table.add_spans(model(batch, reduction="span"))
+    >>> table.add(model(batch, reduction="span"), batch)  # in evaluation mode
     >>> means_of(table.read_sums())
     """
 
@@ -90,25 +90,26 @@ class LossTable:
         self._flow = Cells((num_modalities, len(QUARTERS)))
         self._text = Cells(())
 
+    def add(self, losses: SpanLosses, batch: Batch) -> None:
+        """The losses of a batch, as `model(batch, reduction="span")` gives them in evaluation mode."""
+        self.add_spans(losses)
+        self.add_text(losses, batch)
+
     def add_spans(self, losses: SpanLosses) -> None:
-        """Flow losses of spans, as `model(batch, reduction="span")` gives them; every span that is noised counts
-        once. Those at t = 1 (conditions) have no loss.
-        """
+        """Flow losses: every span that is noised counts once. Those at t = 1 (conditions) have no loss."""
         source = self._rows_of(losses.sources, losses.flow.device)[losses.sample]
         quarter = (losses.time * len(QUARTERS)).long().clamp(0, len(QUARTERS) - 1)
         cell = (source * self.num_modalities + losses.modality) * len(QUARTERS) + quarter
         self._flow.add(cell, losses.flow.detach(), (losses.time < 1).to(losses.flow.dtype), len(self._sources))
 
-    def add_text(self, rows: LossBreakdown, batch: Batch) -> None:
-        """Text losses of samples, as `model(batch, reduction="none")` gives them in evaluation mode; every target
-        counts once.
-        """
-        targets = batch.targets
-        counts = (targets.weight > 0).to(rows.text.dtype)
+    def add_text(self, losses: SpanLosses, batch: Batch) -> None:
+        """Text losses: every target counts once."""
+        targets, text = batch.targets, losses.text.detach()
+        counts = (targets.weight > 0).to(text.dtype)
         counts = counts.new_zeros(len(batch)).index_add(0, targets.sample, counts)
-        source = self._rows_of(batch.sources, rows.text.device)
-        counts = counts.to(rows.text.device, non_blocking=True)
-        self._text.add(source, rows.text.detach() * counts, counts, len(self._sources))
+        source = self._rows_of(losses.sources, text.device)
+        counts = counts.to(text.device, non_blocking=True)
+        self._text.add(source, text * counts, counts, len(self._sources))
 
     def read_sums(self) -> dict[str, Sum]:
         """For `means_of`, with those of other processes if there are any; starts again."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfusion_pytorch.display.terminal import print_text, printable
 from transfusion_pytorch.training.flops import peak_flops
 from transfusion_pytorch.training.metrics import RunningMeans
 
@@ -94,9 +95,9 @@ class ProgressReporter:
     def write(self, message: str) -> None:
         """A line of its own, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.write(message, file=self.file)
+            self._bar.write(printable(message, self.file), file=self.file)
         elif self.is_main:
-            print(message, file=self.file, flush=True)
+            print_text(message, file=self.file, flush=True)
 
     def close(self) -> None:
         """Shows the steps since the last line, and leaves the bar where it is."""

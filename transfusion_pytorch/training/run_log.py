@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transfusion_pytorch.network.attend import choose_attention
 from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.launch import Launch
 from transfusion_pytorch.training.metrics_file import MetricsFile
-from transfusion_pytorch.training.trackers import Tracker
+from transfusion_pytorch.training.trackers import Tracker, create_tracker
 
 
 def describe_run(model: Any, config: TrainConfig, launch: Launch) -> Iterator[str]:
@@ -22,6 +23,19 @@ def describe_run(model: Any, config: TrainConfig, launch: Launch) -> Iterator[st
     yield f"precision: {launch.precision}; attention: {attention}; compiled: {config.compile}"
     values = ((spec.name, getattr(config, spec.name), spec.default) for spec in fields(TrainConfig))
     yield "config: " + ", ".join(f"{name}={value}" for name, value, default in values if value != default)
+
+
+def open_log(folder: Path, config: TrainConfig, *, resumed_step: int, is_main: bool) -> "RunLog":
+    """The log of a run in its folder, with the tracker that it asks for; of a process that is not main, one that writes
+    nothing.
+    """
+    if not is_main:
+        return RunLog(None, None)
+    metrics, tracker = MetricsFile(folder / "metrics.csv", resumed_step=resumed_step), None
+    if config.tracker != "none":
+        name, options = folder.resolve().name, config.as_dict()
+        tracker = create_tracker(config.tracker, project=config.project, run=name, folder=folder, config=options)
+    return RunLog(metrics, tracker)
 
 
 class RunLog:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from transfusion_pytorch.evaluating import weights_changed
 from transfusion_pytorch.sequence.batch import Batch
-from transfusion_pytorch.sequence.counts import TargetCounts
+from transfusion_pytorch.training.agreement import Agreement
 from transfusion_pytorch.training.checkpoint_files import LoadedCheckpoint
 from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.launch import (
@@ -39,7 +39,7 @@ NEW_NORMAL = 10  # explosions in a row, after which gradients are taken to be so
 class StepResult(NamedTuple):
     """What a step came to.
 
-    - `losses`: by name, on the device, over all processes
+    - `losses`: by name, on the device, over all processes; those that nothing in this step has a target of are left out
     - `gradient_norm`: before clipping
     - `problem`: why the weights were left as they are; None for a step that was made
     - `overflowed`: float16 overflowed, as it does now and then, and the scaler has left the step out
@@ -73,11 +73,11 @@ class TrainStep:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._teacher = dict(velocity_consistency_ema_model=ema) if config.velocity_consistency else {}
 
-    def __call__(self, batches: Sequence[Batch], step: int) -> StepResult:
-        """`step` is counted from 0. Every process has equally many micro-batches."""
+    def __call__(self, batches: Sequence[Batch], step: int, agreement: Agreement) -> StepResult:
+        """`step` is counted from 0. Every process has equally many micro-batches, and the same `agreement` on them."""
         self._forget_gradients()  # somebody else's, or those of a step that was interrupted
         rate = set_learning_rates(self.optimizers, step, self.config)
-        losses = self._accumulate(batches)
+        losses = self._accumulate(batches, agreement)
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.config.clip).item()
@@ -127,9 +127,10 @@ class TrainStep:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
-    def _accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _accumulate(self, batches: Sequence[Batch], agreement: Agreement) -> dict[str, Tensor]:
         """Gradients of all micro-batches, divided by the targets of all of them in all processes."""
-        counts = self._counts(batches)
+        # one micro-batch in every process: the model counts by itself
+        counts = None if len(batches) == 1 else agreement.counts.to(self.launch.device)
         sums: LossBreakdown | None = None
         for index, batch in enumerate(batches):
             batch = batch.to(self.launch.device)
@@ -143,15 +144,7 @@ class TrainStep:
         for parameter in self._trained:  # of what no sample had; with several processes they are zeros anyway
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return named_losses(sums, has_velocity=bool(self._teacher), has_recon=self.model.loss_weights.recon != 0)
-
-    def _counts(self, batches: Sequence[Batch]) -> TargetCounts | None:
-        """None where the model counts by itself: one batch in a step, in every process."""
-        if len(batches) == 1:
-            return None
-        counts: TargetCounts = sum(batch.counts for batch in batches)  # type: ignore[assignment]
-        counts = counts.to(self.launch.device)
-        return counts.all_reduce() if self.launch.size > 1 else counts
+        return named_losses(sums, kinds=agreement.kinds, has_velocity=bool(self._teacher))
 
     def _exchange(self, is_last: bool) -> AbstractContextManager:
         """Gradients travel between the processes with the last micro-batch of a step."""
@@ -181,10 +174,10 @@ class TrainStep:
             optimizer.zero_grad()
 
 
-def named_losses(parts: LossBreakdown, *, has_velocity: bool = False, has_recon: bool = False) -> dict[str, Tensor]:
-    """`loss`, `text`, `flow_0`, `flow_1`, ... by modality, and the other losses if they are used."""
-    losses = {"loss": parts.total, "text": parts.text}
-    kinds = [("flow", parts.flow), ("velocity", parts.velocity), ("recon", parts.recon)]
-    for (kind, values), is_used in zip(kinds, (True, has_velocity, has_recon), strict=True):
-        losses |= {f"{kind}_{modality}": value for modality, value in enumerate(values.unbind(-1)) if is_used}
-    return losses
+def named_losses(parts: LossBreakdown, *, kinds: Collection[str], has_velocity: bool = False) -> dict[str, Tensor]:
+    """`loss`, and `text`, `flow_0`, `flow_1`, ..., `velocity_0`, `recon_0`, ... where `kinds` has them."""
+    losses = {"text": parts.text}
+    for kind, values in (("flow", parts.flow), ("velocity", parts.velocity), ("recon", parts.recon)):
+        if kind != "velocity" or has_velocity:
+            losses |= {f"{kind}_{modality}": value for modality, value in enumerate(values.unbind(-1))}
+    return {"loss": parts.total} | {name: value for name, value in losses.items() if name in kinds}

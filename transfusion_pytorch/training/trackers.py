@@ -40,7 +40,7 @@ class AccelerateTracker:
         images, numbers = {}, {}
         for name, value in values.items():
             if getattr(value, "ndim", 0):
-                images[name] = _as_image(name, value)
+                images[name] = as_image(name, value)
             else:
                 numbers[name] = float(value)
         if numbers:
@@ -110,7 +110,8 @@ def _as_setting(value: Any) -> bool | int | float | str:
     return value if isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
 
 
-def _as_image(name: str, value: Any) -> Any:
+def as_image(name: str, value: Any) -> Any:
+    """An image as trackers take it, a NumPy array (h, w, 3). Raises `ValueError` for anything else."""
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
     if array.ndim != 3 or array.shape[-1] != 3 or str(array.dtype) != "uint8":
         raise ValueError(

@@ -1,6 +1,6 @@
 """`Trainer`: a training run from data to a model that can be kept."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -9,35 +9,31 @@ from typing import Any, NamedTuple
 import torch
 
 from transfusion_pytorch.data.loader import LoadedStep, StepLoader
-from transfusion_pytorch.data.order import seed_of
-from transfusion_pytorch.evaluating import evaluating
+from transfusion_pytorch.display.terminal import print_text
+from transfusion_pytorch.saving.adapters import inner_model, is_adapted, save_adapter
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
-from transfusion_pytorch.training.callbacks import Callback
+from transfusion_pytorch.training.agreement import StepAgreement
+from transfusion_pytorch.training.callbacks import Callback, sampled
 from transfusion_pytorch.training.checkpoint import Checkpoints
-from transfusion_pytorch.training.checkpoint_files import LoadedCheckpoint
-from transfusion_pytorch.training.collate import Packed, PackSeeded
+from transfusion_pytorch.training.collate import PackSeeded
 from transfusion_pytorch.training.config import BATCH_SIZE, TrainConfig
+from transfusion_pytorch.training.details import losses_in_detail
 from transfusion_pytorch.training.flops import FlopCounter, peak_flops
-from transfusion_pytorch.training.launch import Launch, shard
-from transfusion_pytorch.training.metrics import LossTable, RunningMeans, describe_bad_batch, means_of
-from transfusion_pytorch.training.metrics_file import MetricsFile
+from transfusion_pytorch.training.launch import Launch, shard, whole_model_state
+from transfusion_pytorch.training.metrics import RunningMeans
 from transfusion_pytorch.training.optimizers import create_optimizers
-from transfusion_pytorch.training.random_states import random_states, set_random_states
+from transfusion_pytorch.training.problems import Problems, TrainingError
+from transfusion_pytorch.training.random_states import random_states
 from transfusion_pytorch.training.reporting import ProgressReporter
-from transfusion_pytorch.training.run_log import RunLog, describe_run
-from transfusion_pytorch.training.sources import idle_batch, open_data
+from transfusion_pytorch.training.resuming import changed_options, find_checkpoint, set_randomness
+from transfusion_pytorch.training.run_log import describe_run, open_log
+from transfusion_pytorch.training.sources import open_data
 from transfusion_pytorch.training.step import StepResult, TrainStep
 from transfusion_pytorch.training.stopping import StopSignals
-from transfusion_pytorch.training.trackers import Tracker, create_tracker
 from transfusion_pytorch.training.validation import Validation
 
-REPEATED = 10  # problems of samples are told so often, then counted
-MOST_LEFT_OUT = 50  # steps in a row, after which a run is not worth going on with
-
-
-class TrainingError(RuntimeError):
-    """A run that stops because a step came out wrong, with the names of the samples in it."""
+__all__ = ["Fitted", "Trainer", "TrainingError"]
 
 
 class Fitted(NamedTuple):
@@ -93,15 +89,10 @@ class Trainer:
             packer = replace(packer, token_budget=budget)
         self.pack = PackSeeded(packer, config.seed, skips_bad=config.on_bad_sample == "skip")
         self.loader, self.config = open_data(data, config, self.pack, self.launch, prepare)
-        self.validation: Validation | None = None
-        if validation is not None:
-            size, skips = min(self.config.batch_size or BATCH_SIZE, 64), self.pack.skips_bad
-            plain = replace(packer, token_budget=None, span_budget=None)
-            self.validation = Validation(validation, plain, self.launch, batch_size=size, skips_bad=skips)
+        self.validation = self._validation(validation, packer)
         self.step, self.figures = 0, dict[str, float]()
         self._prepare_model()
-        self._problems: dict[str, int] = {}
-        self._left_out = 0  # steps in a row
+        self._agree = StepAgreement(model, packer, self.launch)
         self._means, self._validated_at = RunningMeans(), -1
 
     @property
@@ -121,7 +112,7 @@ class Trainer:
     def say(self, message: str) -> None:
         """Prints on the main process."""
         if self.is_main:
-            print(message, flush=True)
+            print_text(message, flush=True)
 
     def fit(self, *, resume: bool | str | Path = False) -> Fitted:
         """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.
@@ -136,18 +127,9 @@ class Trainer:
         checkpoints = self._checkpoints()
         self._resume(checkpoints, resume)
         self._describe()
-        metrics = MetricsFile(self.folder / "metrics.csv", resumed_step=self.step) if self.is_main else None
-        tracker = self._tracker()
-        self.log = RunLog(metrics, tracker)
-        progress = ProgressReporter(
-            self._total,
-            initial=self.step,
-            device=self.launch.device,
-            processes=self.launch.size,
-            is_main=self.is_main,
-        )
+        self.log = open_log(self.folder, self.config, resumed_step=self.step, is_main=self.is_main)
         try:
-            with StopSignals() as signals, progress:
+            with StopSignals() as signals, self._progress() as progress:
                 self._call("on_start")
                 was_stopped = self._run(checkpoints, progress, signals)
                 self._call("on_end")
@@ -167,12 +149,27 @@ class Trainer:
         return self.validation(self.average)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Saves the average (`Transfusion.save_pretrained` has the options). All processes must take part."""
-        if self.is_main or self.launch.shards:
+        """Saves the average (`Transfusion.save_pretrained` has the options). All processes must take part.
+
+        Of a `PeftModel`, its adapter is saved, with the numbers of the average: `PeftModel.from_pretrained` loads it.
+        Raises `TypeError` for options then, since the model that it adapts has its card and tokenizer.
+        """
+        if is_adapted(self.model):
+            average = inner_model(self.average)
+            state = whole_model_state(average) if self.is_main or self.launch.shards else {}
+            save_adapter(self.model, folder, state, is_main=self.is_main, **options)
+        elif self.is_main or self.launch.shards:
             self.average.save_pretrained(folder, **options)
         self.launch.wait()
 
     # preparing
+
+    def _validation(self, data: Any, packer: Any) -> Validation | None:
+        if data is None:
+            return None
+        size, skips = min(self.config.batch_size or BATCH_SIZE, 64), self.pack.skips_bad
+        plain = replace(packer, token_budget=None, span_budget=None)
+        return Validation(data, plain, self.launch, batch_size=size, skips_bad=skips)
 
     def _prepare_model(self) -> None:
         config = self.config
@@ -185,7 +182,7 @@ class Trainer:
             every = dict(update_every=config.ema_every, update_after_step=config.ema_start)
             self.ema = self.model.create_ema(beta=config.ema_beta, **every)
         if config.compile:
-            self.model.compile()
+            inner_model(self.model).compile()
         if self.launch.shards and config.optimizer == "muon":
             raise ValueError("Muon needs whole matrices, and FSDP splits them: use adamw, or DDP")
         call = self.launch.wrap(self.model)
@@ -195,7 +192,6 @@ class Trainer:
         self._train_step = TrainStep(self.model, call, optimizers, self.ema, self.launch, config)
         # counted where it is compared with something
         self._flops = FlopCounter(self.model) if peak_flops(self.launch.device) else None
-        self._stand_in: Batch | None = None
 
     @property
     def _total(self) -> int:
@@ -210,12 +206,10 @@ class Trainer:
             is_main=self.is_main,
         )
 
-    def _tracker(self) -> Tracker | None:
-        if self.config.tracker == "none" or not self.is_main:
-            return None
-        name, config = self.folder.resolve().name, self.config.as_dict()
-        return create_tracker(
-            self.config.tracker, project=self.config.project, run=name, folder=self.folder, config=config
+    def _progress(self) -> ProgressReporter:
+        launch = self.launch
+        return ProgressReporter(
+            self._total, initial=self.step, device=launch.device, processes=launch.size, is_main=launch.is_main
         )
 
     def _describe(self) -> None:
@@ -229,59 +223,17 @@ class Trainer:
     # resuming and saving
 
     def _resume(self, checkpoints: Checkpoints, resume: bool | str | Path) -> None:
-        if resume is False:
-            if checkpoints.infos():
-                raise FileExistsError(
-                    f"{self.folder} has checkpoints of a run: resume it, or give another folder to start anew"
-                )
-            self._seed()
-            return
-        loaded = self._found(checkpoints, resume)
-        if loaded is None:
-            self._seed()
-            return
-        self._train_step.load_parts(loaded)
-        self.loader.load_state(loaded.parts["data"])
-        run = loaded.parts["run"]
-        self.step, self.figures = loaded.step, dict(run["figures"])
-        self._means.load_state(run["means"])
-        self._say_changes(run["config"])
-        own = loaded.of_rank(self.launch.rank, self.launch.size)
-        if own is None:  # the number of processes is another one
-            self._seed()
-        else:
-            set_random_states(own)
-        checkpoints.discard_after(loaded.step)
-
-    def _found(self, checkpoints: Checkpoints, resume: bool | str | Path) -> LoadedCheckpoint | None:
-        """The checkpoint to go on from, the same for all processes; None where there is none yet."""
-        which: Any = "latest" if resume is True else resume
-        if Path(which).resolve() in (self.folder.resolve(), checkpoints.folder.resolve()):
-            which = "latest"
-        try:
-            loaded = checkpoints.load(which)
-        except FileNotFoundError:
-            if resume is not True:
-                raise
-            loaded = None
-        steps = self.launch.all(None if loaded is None else loaded.step)
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"the processes must share {self.folder}, but find checkpoints of different steps: {steps}, by rank"
-            )
-        return loaded
-
-    def _say_changes(self, before: Mapping[str, Any]) -> None:
-        """Which options are other ones than those of the checkpoint. They hold from here on."""
-        now = self.config.as_dict()
-        changed = [name for name in now if before.get(name) != now[name]]
-        if changed:
-            told = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
-            self.say(f"resumed with other options: {told}")
-
-    def _seed(self) -> None:
-        """What is random beside samples, times and noise: dropout. Every process has its own."""
-        torch.manual_seed(seed_of(self.config.seed, "process", self.launch.rank, self.step))
+        loaded = find_checkpoint(checkpoints, self.folder, resume, self.launch)
+        if loaded is not None:
+            self._train_step.load_parts(loaded)
+            self.loader.load_state(loaded.parts["data"])
+            run = loaded.parts["run"]
+            self.step, self.figures = loaded.step, dict(run["figures"])
+            self._means.load_state(run["means"])
+            if changed := changed_options(run["config"], self.config.as_dict()):
+                self.say(f"resumed with other options: {changed}")
+            checkpoints.discard_after(loaded.step)
+        set_randomness(loaded, self.launch, seed=self.config.seed, step=self.step)
 
     def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
         run = {"config": self.config.as_dict(), "figures": self.figures, "means": self._means.state()}
@@ -296,139 +248,82 @@ class Trainer:
 
     def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
         """Steps until the last one. Returns whether a signal ended it before."""
+        problems = Problems(self.launch, progress, stops=self.config.on_bad_step == "stop")
         with closing(self._steps()) as steps:  # and with it the data workers
-            return self._run_steps(steps, checkpoints, progress, signals)
-
-    def _run_steps(
-        self, steps: Iterator[LoadedStep], checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals
-    ) -> bool:
-        for loaded in steps:
-            batches = self._batches_of(loaded, progress)
-            result = self._train_step(batches, self.step) if batches else None
-            self._check(result, batches, progress)
-            self.step += 1
-            if result is not None:
+            for loaded in steps:
+                batches, skipped, agreement = self._agree(loaded, is_stopped=signals.received is not None)
+                if agreement.has_skipped:
+                    problems.report_skipped(skipped)
+                result = self._train_step(batches, self.step, agreement) if batches else None
+                problems.check(self.step, result, batches)
+                self.step += 1
                 self._report(result, batches, progress)
-            is_last = self.step == self._total
-            stops = self.launch.any(signals.received is not None)
-            if self._is_due(self.config.log_every) or is_last:
-                means = self._means.read()
-                self.log.write(self.step, means)
-                self.figures = self.figures if self.validation else means
-            self._look(batches, is_last, progress)
-            self.log.flush()
-            if self._is_due(self.config.save_every) or is_last or stops:
-                self._save(checkpoints, loaded.state)
-            if stops and not is_last:
-                reason = signals.received or "a signal to another process"
-                progress.write(f"stopped by {reason}: step {self.step} is saved, and resume goes on from it")
-                return True
+                self._look(batches, progress)
+                # several processes have asked each other before the step
+                stops = signals.received is not None if self.launch.size == 1 else agreement.is_stopped
+                if self._is_due(self.config.save_every) or self._is_last or stops:
+                    self._save(checkpoints, loaded.state)
+                if stops and not self._is_last:
+                    reason = signals.received or "a signal to another process"
+                    progress.write(f"stopped by {reason}: step {self.step} is saved, and resume goes on from it")
+                    return True
         return False
 
     def _steps(self) -> Generator[LoadedStep, None, None]:
-        if self.step >= self._total:
+        if self._is_last:
             return
         for loaded in self.loader:
             yield loaded
-            if self.step >= self._total:
+            if self._is_last:
                 return
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self._total
 
     def _is_due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0
 
-    def _batches_of(self, loaded: LoadedStep, progress: ProgressReporter) -> list[Batch]:
-        """The micro-batches of this process, empty if no process has a sample. Reports what was left out."""
-        packs = [packed if packed is not None else Packed(None, []) for packed in loaded.batches]
-        skipped = [*loaded.skipped, *(entry for packed in packs for entry in packed.skipped)]
-        if self.launch.any(bool(skipped)):
-            for reference, reason in (entry for entries in self.launch.gather(skipped) for entry in entries):
-                self._tell("left out", f"{reference.source}[{reference.index}]: {reason}", progress)
-        batches = [packed.batch for packed in packs if packed.batch is not None]
-        missing = len(packs) - len(batches)
-        if self.launch.size == 1:
-            return batches
-        if not self.launch.any(bool(batches)):
-            return []
-        return batches + [self._idle_batch() for _ in range(missing)]
+    # what is seen of it
 
-    def _idle_batch(self) -> Batch:
-        if self._stand_in is None:
-            self._stand_in = idle_batch(self.model, self.pack.packer)
-        return self._stand_in
+    def _report(self, result: StepResult | None, batches: Sequence[Batch], progress: ProgressReporter) -> None:
+        """To the progress, to callbacks, and every few steps to the log."""
+        if result is not None:
+            if result.is_made:
+                own = {"gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate}
+                self._means.add({**result.losses, **own})
+            size = self.launch.size
+            progress.update(
+                result.losses if result.is_made else {},
+                tokens=size * sum(batch.num_tokens for batch in batches),
+                samples=size * sum(len(batch) for batch in batches),
+                flops=0.0 if self._flops is None else size * sum(self._flops(batch).total for batch in batches),
+                learning_rate=result.learning_rate,
+            )
+            self._call("on_step", result.losses)
+        if self._is_due(self.config.log_every) or self._is_last:
+            means = self._means.read()
+            self.log.write(self.step, means)
+            self.figures = self.figures if self.validation else means
 
-    def _check(self, result: StepResult | None, batches: Sequence[Batch], progress: ProgressReporter) -> None:
-        """Reports a step that was not made, or stops the run."""
-        if result is not None and result.is_made:
-            self._left_out = 0
-            return
-        self._left_out += 1
-        message = f"step {self.step}: float16 overflowed"
-        if result is None:
-            message = f"step {self.step}: every sample of it was left out"
-        elif result.problem is not None:
-            found = self.launch.gather([describe_bad_batch(batch) for batch in batches])
-            samples = "; ".join(text for texts in found for text in texts)
-            losses = ", ".join(f"{name} {value.item():.4g}" for name, value in result.losses.items())
-            message = f"step {self.step}: {result.problem}; losses: {losses}; {samples}"
-            if self.config.on_bad_step == "stop":
-                raise TrainingError(f"{message}; set on_bad_step='skip' to leave such steps out")
-        if self._left_out >= MOST_LEFT_OUT:
-            raise TrainingError(f"{message}; {self._left_out} steps in a row were left out, nothing is trained now")
-        if result is None or not result.overflowed:
-            self._tell("step left out", message, progress)
-
-    def _tell(self, kind: str, message: str, progress: ProgressReporter) -> None:
-        times = self._problems[kind] = self._problems.get(kind, 0) + 1
-        if times <= REPEATED:
-            progress.write(f"{kind}: {message}")
-        if times == REPEATED:
-            progress.write(f"{kind}: more of these are counted, and no longer told")
-
-    def _report(self, result: StepResult, batches: Sequence[Batch], progress: ProgressReporter) -> None:
-        if result.is_made:
-            own = {"gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate}
-            self._means.add({**result.losses, **own})
-        size = self.launch.size
-        progress.update(
-            result.losses if result.is_made else {},
-            tokens=size * sum(batch.num_tokens for batch in batches),
-            samples=size * sum(len(batch) for batch in batches),
-            flops=0.0 if self._flops is None else size * sum(self._flops(batch).total for batch in batches),
-            learning_rate=result.learning_rate,
-        )
-        self._call("on_step", result.losses)
-
-    def _look(self, batches: Sequence[Batch], is_last: bool, progress: ProgressReporter) -> None:
+    def _look(self, batches: Sequence[Batch], progress: ProgressReporter) -> None:
         """Details, validation and samples, where they are due."""
         if batches and self._is_due(self.config.details_every):
-            self.log.write(self.step, self._details(batches), prefix="details/")
-        if self.validation is not None and (self._is_due(self.config.validate_every) or is_last):
+            losses = losses_in_detail(self.model, batches, self.launch, idle=self._agree.idle)
+            self.log.write(self.step, losses, prefix="details/")
+        if self.validation is not None and (self._is_due(self.config.validate_every) or self._is_last):
             figures = self.validate()
             self.figures, self._validated_at = figures, self.step
             self.log.write(self.step, figures, prefix="validation/")
             told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             progress.write(f"step {self.step:,}: validation {told}")
             self._call("on_validation", figures)
-        if self._is_due(self.config.sample_every) or is_last:
-            for callback in self.callbacks:
-                with evaluating(self.average):
-                    seen = callback.on_sample(self)
-                images = {name: value for name, value in (seen or {}).items() if getattr(value, "ndim", 0)}
-                numbers = {name: float(value) for name, value in (seen or {}).items() if name not in images}
-                self.log.write(self.step, numbers, prefix="samples/")
-                self.log.track(self.step, {f"samples/{name}": image for name, image in images.items()})
-
-    def _details(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Losses by modality, source and quarter of the times, of this step's samples, for the main process."""
-        table = LossTable(self.model.num_modalities)
-        with evaluating(self.model), self.launch.autocast():
-            for batch in batches:
-                is_idle, batch = batch is self._stand_in, batch.to(self.launch.device)
-                spans, rows = (self.model(batch, reduction=reduction) for reduction in ("span", "none"))
-                if not is_idle:
-                    table.add_spans(spans)
-                    table.add_text(rows, batch)
-        return means_of(*self.launch.gather(table.read_sums()))
+        if self._is_due(self.config.sample_every) or self._is_last:
+            figures, images = sampled(self.callbacks, self)
+            self.log.write(self.step, figures, prefix="samples/")
+            self.log.track(self.step, {f"samples/{name}": image for name, image in images.items()})
+        self.log.flush()
 
     def _call(self, name: str, *details: Any) -> None:
         for callback in self.callbacks:

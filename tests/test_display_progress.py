@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_without_tqdm_the_extra_is_named(monkeypatch):
 
 def test_a_notebook_without_widgets_gets_a_bar_of_text_and_no_warning(monkeypatch):
     kernel, ipython = ModuleType("ipykernel.zmqshell"), ModuleType("IPython")
-    ipython.get_ipython = lambda: None
+    ipython.get_ipython = lambda: SimpleNamespace(config={"IPKernelApp": {}})  # what older releases of tqdm look at
     for name, module in [("ipykernel.zmqshell", kernel), ("IPython", ipython), ("ipywidgets", None)]:
         monkeypatch.setitem(sys.modules, name, module)
 

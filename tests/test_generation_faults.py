@@ -1,0 +1,108 @@
+"""Whatever fails, at whatever moment: no request is lost, none suffers from another, and nothing of a fault stays."""
+
+from traceback import walk_tb
+
+import pytest
+import torch
+from generation_fault_run import run_faults
+from generation_faults import COMMON, KINDS, OF_A_MOMENT, OF_A_REQUEST, Injected, Modules, fragile_model
+
+from transfusion_pytorch.generation.engine import Engine, Request
+from transfusion_pytorch.generation.events import Ended
+
+
+def check(report) -> None:
+    print(report)
+    assert report.is_clean, f"\n{report}"
+
+
+def test_without_faults_nothing_is_found():
+    report = run_faults(requests=60, faults=0)
+    check(report)
+    assert report.reasons.total() == report.submitted == 60
+    assert len(report.reasons) >= 3
+
+
+def without_end(new_events):
+    return lambda request: [event for event in new_events(request) if not isinstance(event, Ended)]
+
+
+def shifted(result):
+    """Latents that are off by little."""
+    return lambda request: [(part[0], part[1] + 1e-6) if isinstance(part, tuple) else part for part in result(request)]
+
+
+def failing(step):
+    calls = iter(range(10**6))
+
+    def step_or_fail(engine):
+        step(engine)
+        if next(calls) % 20 == 7:
+            raise KeyError
+
+    return step_or_fail
+
+
+def leaking(submit):
+    kept = []
+    return lambda *args, **options: kept.append((torch.zeros(1), torch.zeros(1))) or submit(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("found", "owner", "method", "spoil"),
+    [
+        ("lost", Request, "new_events", without_end),
+        ("wrong", Request, "result", shifted),
+        ("escaped", Engine, "step", failing),
+        ("unnoticed", Request, "cancel", lambda cancel: lambda request: None),
+        ("grown", Engine, "submit", leaking),
+    ],
+)
+def test_an_engine_that_is_at_fault_is_found_out(monkeypatch, found, owner, method, spoil):
+    run_faults(requests=1, faults=0)  # what every request becomes alone is known before
+    monkeypatch.setattr(owner, method, spoil(getattr(owner, method)))
+    report = run_faults(["cancelled at once"], requests=60, faults=10, per_engine=60)
+    assert getattr(report, found), report
+    assert [name for name in report.LISTS if getattr(report, name)] == [found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kind_of_fault(kind):
+    """Memory is needed for growth when an engine is young, so there are many of them."""
+    requests, faults = (96, 48) if kind in OF_A_MOMENT else (48, 16)
+    report = run_faults([kind], requests=requests, faults=faults, per_engine=8 if "growth" in kind else 48)
+    check(report)
+    assert report.planned == {kind: faults}
+    if kind in OF_A_REQUEST:
+        assert report.reasons["refused" if kind == "encoder raises" else "error"] == faults
+    assert (report.struck > 0) == (kind in OF_A_MOMENT)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_faults_of_all_kinds(seed):
+    report = run_faults(requests=300, faults=50, per_engine=150, seed=seed)
+    check(report)
+    assert set(report.planned) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", ["module refuses a prompt", "module refuses a drawing"])
+def test_an_error_keeps_no_activations(kind):
+    """The traceback of an error holds the frames that it came through, and those the tensors that they worked on."""
+    model = fragile_model()
+    prompt, options = OF_A_REQUEST[kind](Modules.of(model), Injected(1, ValueError("injected 1;")))
+    engine = model.create_engine()
+    request = engine.submit(prompt, **COMMON | options)
+    engine.run()
+    with pytest.raises(ValueError, match="injected 1;") as caught:
+        request.result()
+    error, held = caught.value, []
+    while error is not None:
+        frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_filename != __file__]
+        held += [name for frame in frames for name, it in frame.f_locals.items() if isinstance(it, torch.Tensor)]
+        error = error.__cause__ or error.__context__
+    assert held == []
+
+
+@pytest.mark.slow
+def test_a_thousand_faults_in_ten_thousand_requests():
+    check(run_faults(requests=10_000, faults=1_000, per_engine=2_500))

@@ -1,0 +1,160 @@
+"""The layers once more, for sampling: the formulas of `layer.py` in as few operations as there can be.
+
+In a decode step every operation is tiny, and what costs is their number: 34 a layer here, 70 there. So what all layers
+need is computed for all of them at once, nothing is converted, and views are made once (`cache_views.py`). Only for
+layers that are what they seem: see `has_plain_layers`. `tests/test_network_inference.py` holds the two equal.
+
+n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies, m spans.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
+from transfusion_pytorch.network.cpu.products import emulated
+from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
+from transfusion_pytorch.network.linear import is_plain_linear
+from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, RMSNorm
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS
+from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
+
+
+def has_plain_layers(layers: nn.ModuleList) -> bool:
+    """Whether all layers are ours, without hooks, adapters, quantised weights, dropout, or the rarer options."""
+    return not forces_plain_formulas() and all(_is_plain(layer) for layer in layers)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if not is_untouched(layer, Layer):
+        return False
+    attn, ff = layer.attn, layer.ff
+    linears = [attn.to_qkv, attn.to_out, ff.to_hidden, ff.to_out, layer.attn_norm.to_modulation]
+    linears += [layer.ff_norm.to_modulation, *([] if layer.skip is None else [layer.skip])]
+    dropouts = (layer.dropout, ff.dropout)
+    return (
+        is_untouched(attn, Attention)
+        and is_untouched(ff, FeedForward)
+        and all(is_untouched(norm, AdaptiveNorm) for norm in (layer.attn_norm, layer.ff_norm))
+        and all(is_untouched(norm, RMSNorm) for norm in (attn.q_norm, attn.k_norm) if norm is not None)
+        and None not in (attn.q_norm, attn.k_norm, attn.to_gates)
+        and all(is_plain_linear(linear) for linear in (*linears, attn.to_gates))
+        and all(is_untouched(it, nn.Dropout) and not (it.training and it.p) for it in dropouts)
+        and layer.has_one_stream
+        and attn.to_value_mix is None
+        and not layer.keeps_values
+        and not attn.laser
+        and attn.softcap is None
+        and not emulated(attn.to_qkv.weight.dtype, attn.to_qkv.weight.device.type)
+    )
+
+
+class Modulations(NamedTuple):
+    """Scale, shift and gate of every norm, in the order of the layers. Text has no shift."""
+
+    scale: Sequence[Tensor]
+    shift: Sequence[Tensor] | None
+    gate: Sequence[Tensor]
+
+    def normed(self, x: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
+        if self.shift is None:
+            return F.layer_norm(x, x.shape[-1:], weight=self.scale[i], eps=LAYER_NORM_EPS)
+        return torch.addcmul(self.shift[i], F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), self.scale[i])
+
+
+class PreparedLayers(NamedTuple):
+    """What follows from the weights alone, made once for a view of the cache.
+
+    - `gains` of queries and keys for every layer; `text`: the modulations of text
+    """
+
+    gains: Sequence[Shaped[Tensor, "h_k f 2"]]
+    text: Modulations
+
+    @classmethod
+    def of(cls, layers: nn.ModuleList) -> "PreparedLayers":
+        scales = torch.stack([norm.text_scale for norm in _norms(layers)])
+        gates = torch.stack([norm.text_gate for norm in _norms(layers)])  # type: ignore[misc]
+        attns = [layer.attn for layer in layers]
+        both = torch.stack([norm.weight for attn in attns for norm in (attn.q_norm, attn.k_norm)])  # type: ignore[union-attr]
+        both = (
+            (1 + both).to(torch.float64 if both.dtype == torch.float64 else torch.float32).view(len(attns), 2, 1, -1, 2)
+        )
+        heads = (both[:, i].expand(-1, count, -1, -1) for i, count in enumerate((attns[0].heads, attns[0].kv_heads)))
+        return cls(
+            torch.cat(tuple(heads), dim=1).unbind(), Modulations((1 + scales).unbind(), None, (1 + gates).unbind())
+        )
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    x: Shaped[Tensor, "n d"],
+    *,
+    prepared: PreparedLayers,
+    conditioning: Conditioning | None,
+    rotation: Shaped[Tensor, "n 1 f"],
+    plan: CachedAttention | DecodeAttention,
+) -> Shaped[Tensor, "n d"]:
+    """All layers over a stream of text alone (`conditioning` is None) or of spans alone. `rotation` are the rotary
+    phases as complex numbers.
+    """
+    modulations = prepared.text if conditioning is None else _of_spans(_norms(layers), conditioning)
+    shape = x.shape
+    if conditioning is not None and conditioning.modulation_index is None:
+        x = x.unflatten(0, (len(conditioning.spans), -1))
+    skips: list[Tensor] = []
+    for index, layer in enumerate(layers):
+        if layer.skip is not None:
+            x = x + F.linear(torch.cat((x, skips.pop()), dim=-1), layer.skip.weight)
+        out = _attend(layer.attn, modulations.normed(x, 2 * index), prepared.gains[index], rotation, plan, index)
+        x = torch.addcmul(x, out, modulations.gate[2 * index])
+        out = _feed_forward(layer.ff, modulations.normed(x, 2 * index + 1))
+        x = torch.addcmul(x, out, modulations.gate[2 * index + 1])
+        if index < len(layers) // 2:
+            skips.append(x)
+    return x.view(shape)
+
+
+def _attend(
+    attn: Attention,
+    x: Shaped[Tensor, "... d"],
+    gain: Tensor,
+    rotation: Tensor,
+    plan: CachedAttention | DecodeAttention,
+    index: int,
+) -> Shaped[Tensor, "... d"]:
+    n, e = len(rotation), attn.dim_head
+    qkv = F.linear(x, attn.to_qkv.weight).view(n, -1, e // 2, 2)
+    qk, v = qkv.split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
+    exact = F.rms_norm(qk if qk.dtype == gain.dtype else qk.to(gain.dtype), (e // 2, 2), eps=RMS_NORM_EPS).mul_(gain)
+    torch.view_as_complex(exact).mul_(rotation)
+    qk = exact if exact.dtype == x.dtype else exact.to(x.dtype)
+    q, k = qk.view(n, -1, e).split((attn.heads, attn.kv_heads), dim=1)
+    out = plan.attend(q, k, v, layer=index)
+    gates = F.linear(x, attn.to_gates.weight, attn.to_gates.bias).sigmoid_()  # type: ignore[union-attr]
+    return F.linear((out * gates.view(n, -1, 1)).view(*x.shape[:-1], -1), attn.to_out.weight)
+
+
+def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
+    value, gate = F.linear(x, ff.to_hidden.weight, ff.to_hidden.bias).chunk(2, dim=-1)
+    return F.linear(ACTIVATIONS[ff.activation](gate).mul_(value), ff.to_out.weight, ff.to_out.bias)
+
+
+def _norms(layers: nn.ModuleList) -> list[AdaptiveNorm]:
+    return [norm for layer in layers for norm in (layer.attn_norm, layer.ff_norm)]
+
+
+def _of_spans(norms: Sequence[AdaptiveNorm], conditioning: Conditioning) -> Modulations:
+    every = torch.stack([F.linear(conditioning.spans, it.to_modulation.weight, it.to_modulation.bias) for it in norms])
+    scale, shift, gate = every.chunk(3, dim=-1)
+    scale = 1 + scale
+    if conditioning.modulation_index is None:
+        parts = (part[:, :, None].unbind() for part in (scale, shift, gate))  # one a span
+    else:
+        of_token = conditioning.modulation_index - 1
+        parts = ([each.index_select(0, of_token) for each in part] for part in (scale, shift, gate))
+    return Modulations(*parts)
