@@ -1,6 +1,7 @@
 """What an engine may do at once, and for how long: queue, time, cache, tokens of a prefill and of a joint step."""
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -31,6 +32,58 @@ PLAN = [("text", 4), (LINE, (2,)), ("text", 3)]
 
 def options_with(**options):
     return GREEDY | dict(init_modality_noise=noise(), max_length=40) | options
+
+
+# prompts longer than max_length
+
+
+def warnings_of(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(it.message) for it in caught]
+
+
+def test_a_long_prompt_is_told_once_for_all_of_a_call():
+    model, options = build(push=WRITES), options_with(max_length=10)
+    long, short = text(*[1] * 10), text(*[1] * 9)
+    engine = model.create_engine()
+    told = "prompt {} has 11 tokens with its markers, more than max_length=10{}: the model writes nothing behind it"
+    for call, expected in (
+        (lambda: model.sample(long, **options), [told.format(0, "")]),
+        (lambda: model.sample_many([short, long, long, long], **options), [told.format(1, ", and 2 more like it")]),
+        (lambda: engine.submit(long, **options), [told.format(0, "")]),
+        (lambda: model.sample_stream(long, **options), [told.format(0, "")]),
+        (lambda: model.sample_many([short, None], **options), []),
+    ):
+        assert warnings_of(call) == expected
+
+
+def test_what_a_plan_replaces_does_not_count():
+    """Nor does what is forced."""
+    model, options = build(push=WRITES), options_with(max_length=10)
+    opened = text(*[1] * 8, *model.vocabulary.opening(LINE, (2,)).tolist())
+    told = ["prompt 0 has 12 tokens with its markers, more than max_length=10: the model writes nothing behind it"]
+    assert warnings_of(lambda: model.sample(opened, **options)) == told
+    assert warnings_of(lambda: model.sample(opened, **options | dict(plan=[(LINE, (3,))]))) == []
+    assert warnings_of(lambda: model.sample(opened, **options | dict(force_modality_at_start=(LINE, (3,))))) == []
+
+
+@pytest.mark.filterwarnings("ignore:prompt .* has")
+@pytest.mark.parametrize("cache_kv", [True, False])
+def test_a_long_prompt_comes_back_as_it_is(cache_kv):
+    model = build(push=dict(meta=9.0, eos=-9.0))
+    prompts = [[text(1, 2), latents(IMAGE, 3, 3), text(3)], text(*[2] * 30), text(1), text(1, 2, 3, 6, 19)]
+    options = options_with(max_length=6)
+    samples = model.sample_many(prompts, cache_kv=cache_kv, **options)
+    assert [sample.reason for sample in samples] == [EndReason.LENGTH] * 4
+    opening = model.vocabulary.opening(IMAGE, (3, 3)).tolist()
+    assert samples[0][0].tolist() == [model.sos_id, 1, 2, *opening]
+    assert torch.equal(samples[0][1][1], prompts[0][1][1])
+    assert samples[0][2].tolist() == [model.eom_ids[IMAGE], 3]
+    assert samples[1][0].tolist() == [model.sos_id, *[2] * 30]
+    assert samples[3][0].tolist() == [model.sos_id, 1, 2, 3, 6, 19], "with an opening that is not finished"
+    assert_same(samples[2], model.sample(text(1), **options))
 
 
 # time

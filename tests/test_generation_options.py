@@ -22,8 +22,8 @@ from generation_models import (
     noise,
     noise_of,
     number_of,
-    seed_of,
     script,
+    seed_of,
     shapes_of,
     slots_of,
     text,
@@ -136,7 +136,11 @@ TAKEN = {
         *[(None, {}), ((), dict(fixed_modality_shape=[])), ((2,), dict(fixed_modality_shape=[2]))],
         *[([1, 1], dict(fixed_modality_shape=(1, 1))), ((np.int64(1), 1, 1), dict(fixed_modality_shape=(1, 1, 1)))],
     ],
-    "max_modality_tokens": [(None, dict(max_modality_tokens=None)), (1, dict(max_modality_tokens=np.int64(1))), (np.int64(3), dict(max_modality_tokens=3))],
+    "max_modality_tokens": [
+        (None, dict(max_modality_tokens=None)),
+        (1, dict(max_modality_tokens=np.int64(1))),
+        (np.int64(3), dict(max_modality_tokens=3)),
+    ],
     "modality_steps": [(1, dict(modality_steps=np.int64(1))), (np.int64(2), {})],
     "time_shift": [
         *[(1e-3, dict(time_shift=np.float64(1e-3))), (1, {}), (3.0, dict(time_shift=3))],
@@ -169,7 +173,12 @@ TAKEN = {
 }
 DRAWING = {"modality_steps", "time_shift", "odeint_kwargs", "init_modality_noise", "return_unprocessed_modalities"}
 DRAWING |= {"cfg_scale", "modality_cfg_scale", "cfg_interval", "cfg_rescale"}
-WITHOUT_EFFECT = {"strength", "modality_mask", "log_probabilities", "return_unprocessed_modalities"}  # of the values that are tried here
+WITHOUT_EFFECT = {
+    "strength",
+    "modality_mask",
+    "log_probabilities",
+    "return_unprocessed_modalities",
+}  # of the values that are tried here
 NAMES = [field.name for field in fields(SamplingOptions)]
 
 

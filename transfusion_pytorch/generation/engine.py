@@ -495,12 +495,12 @@ def _raise_first_error(requests: Sequence[RequestState]) -> None:
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
     """Once for all prompts of a call."""
-    long = [request for request in requests if request.is_too_long]
+    long = [request for request in requests if request.num_prompted > request.options.max_length]
     if long:
         others = f", and {len(long) - 1} more like it" if len(long) > 1 else ""
         warnings.warn(
-            f"{long[0].where} has {long[0].length} tokens with its markers, more than max_length="
-            f"{long[0].options.max_length}{others}: nothing is written behind it",
+            f"{long[0].where} has {long[0].num_prompted} tokens with its markers, more than max_length="
+            f"{long[0].options.max_length}{others}: the model writes nothing behind it",
             stacklevel=5,
         )
 

@@ -64,7 +64,8 @@ class RequestState:
     - `is_framed`: it is a sample with markers, not plain text or a modality alone
     - `is_observed`: someone takes its `events`
     - `pieces`: the sample so far, markers included, but for the `ids` written behind the last of them; `length` is how
-      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote
+      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote and
+      `num_prompted` how many its prompt has
     - `branch`: the sample as the transformer reads it; `without_text`: its unconditional version for guidance
     - `opening`: what was written of the shape of a modality; `denoising`: the modality that is being made
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
@@ -109,7 +110,7 @@ class RequestState:
         self.error: Exception | None = None
         self.deadline: float | None = None
         self.is_cancelled = False
-        self.is_too_long = False
+        self.num_prompted = 0
         self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
         self._num_buffered = 0
@@ -187,10 +188,11 @@ class RequestState:
             self.seen = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
         for piece in mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces:
             self._append(piece)
-        self.is_too_long = self.length + len(prompt.opening) > self.options.max_length
         self.events.clear()  # a prompt is no news
-        if prompt.opening and not self.plan.parts:  # a plan says itself what comes there
-            self._open(prompt.opening)
+        opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
+        self.num_prompted = self.length + len(opening)
+        if opening:
+            self._open(opening)
         else:
             self._follow_plan()
         self._check_length()

@@ -23,7 +23,7 @@ SAMPLING_METHODS = (
 
 
 class MovingAverage(EMA):
-    """Tells engines when it has changed weights: an `EMA` writes to their `.data`, where torch does not count changes."""
+    """An `EMA` that tells engines when it has changed weights: it writes to `.data`, where torch does not see it."""
 
     def copy_params_from_model_to_ema(self) -> None:
         super().copy_params_from_model_to_ema()
