@@ -463,10 +463,12 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished, together with what up to `max_batch` others have: each modality once."""
-        if request.undecoded():
-            ready = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
-            others = islice((it for it in ready if it.undecoded()), self.limits.max_batch)
+        """Decodes what a request has finished and somebody may see now, together with the same of up to `max_batch` others:
+        each modality once.
+        """
+        if (request.is_observed or request.is_done) and request.undecoded():
+            shown = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
+            others = islice((it for it in shown if it.undecoded()), self.limits.max_batch)
             self._decode([request, *others])
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
@@ -496,12 +498,12 @@ def _raise_first_error(requests: Sequence[RequestState]) -> None:
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
     """Once for all prompts of a call."""
-    long = [request for request in requests if request.is_too_long]
+    long = [request for request in requests if request.num_prompted > request.options.max_length]
     if long:
         others = f", and {len(long) - 1} more like it" if len(long) > 1 else ""
         warnings.warn(
-            f"{long[0].where} has {long[0].length} tokens with its markers, more than max_length="
-            f"{long[0].options.max_length}{others}: nothing is written behind it",
+            f"{long[0].where} has {long[0].num_prompted} tokens with its markers, more than max_length="
+            f"{long[0].options.max_length}{others}: the model writes nothing behind it",
             stacklevel=5,
         )
 

@@ -22,20 +22,22 @@ SAMPLING_METHODS = (
 )
 
 
-class WatchedEMA(EMA):
-    """Says when weights have changed: it moves them by `.data`, whose changes torch does not count."""
-
-    def update_moving_average(self, ma_model: nn.Module, *args: Any, **options: Any) -> None:
-        super().update_moving_average(ma_model, *args, **options)
-        weights_changed(ma_model)
+class MovingAverage(EMA):
+    """An `EMA` that tells engines when it has changed weights: it writes to `.data`, where torch does not see it."""
 
     def copy_params_from_model_to_ema(self) -> None:
         super().copy_params_from_model_to_ema()
-        weights_changed(self.ema_model)
+        weights_changed(cast(nn.Module, self.ema_model))
 
     def copy_params_from_ema_to_model(self) -> None:
         super().copy_params_from_ema_to_model()
-        weights_changed(self.model)
+        weights_changed(cast(nn.Module, self.model))
+
+    def update_moving_average(
+        self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
+    ) -> None:
+        super().update_moving_average(ma_model, current_model, current_decay)
+        weights_changed(ma_model)
 
 
 def create_ema(
@@ -60,7 +62,7 @@ def create_ema(
     average = copy.deepcopy(model, {id(module): module for module in frozen.values()})
     options = dict(include_online_model=False) | options
     ignored = {f"{name}." for name in frozen} | set(options.pop("ignore_startswith_names", ()))
-    ema = WatchedEMA(
+    ema = MovingAverage(
         model,
         ema_model=average,
         beta=beta,
@@ -70,7 +72,7 @@ def create_ema(
         ignore_startswith_names=ignored,
         **options,
     )
-    return cast(EMA, ema)
+    return ema
 
 
 def ema_state(ema: EMA) -> dict[str, Tensor]:

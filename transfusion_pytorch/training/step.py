@@ -86,7 +86,7 @@ class TrainStep:
         if problem is None and not overflowed:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
-            weights_changed(self.model)  # torch does not count what fused optimizers change
+            weights_changed(self.model)  # fused optimizers change them behind torch's back
             if self.ema is not None:
                 self.ema.update()
             self.usual.append(norm)
