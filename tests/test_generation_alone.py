@@ -16,7 +16,7 @@ def choose(logits, allowed, *, temperature=1.0, min_p=0.0):
     """A token for each row, all with the same options."""
     options = [SamplingOptions(text_temperature=temperature, text_min_p=min_p)] * len(logits)
     columns = SamplingColumns.of(options, device=logits.device, dtype=logits.dtype)
-    return sample_tokens(logits, allowed, columns, torch.rand(len(logits)))
+    return sample_tokens(logits, ~allowed, columns, torch.rand(len(logits)))
 
 
 def naive(model, ids, seq_len):
@@ -138,9 +138,10 @@ def logits_of(*probabilities: float) -> torch.Tensor:
 )
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p, kept):
     logits = logits_of(0.5, 0.3, 0.15, 0.05)
-    filtered = keep_min_p(logits, torch.tensor([[min_p]]).log())
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    filtered = keep_min_p(logits - likeliest, torch.tensor([[min_p]]).log()) + likeliest
     assert set(filtered.isfinite().nonzero()[:, 1].tolist()) == kept
-    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
+    torch.testing.assert_close(filtered[filtered.isfinite()], logits[filtered.isfinite()])
     tokens = choose(logits.expand(500, -1), torch.ones(1, 4, dtype=torch.bool), temperature=3.0, min_p=min_p)
     assert set(tokens.tolist()) == kept
 

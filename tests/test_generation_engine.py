@@ -33,6 +33,7 @@ from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndRea
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.network.cache import KVCache
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.sequence.stream import Past, pack_ids
 
 PROMPTS = [
@@ -965,11 +966,10 @@ def test_masks_are_made_where_the_cache_is():
     rows = [cache.acquire() for _ in range(2)]
     cache.commit(rows, [3, 5])
     stream = pack_ids([[1, 2], [3, 4]], [Past(3, 3), Past(5, 5)]).to("meta")
-    for run in cache.view(rows, stream.layout).runs:
-        assert {chunk.mask.device.type for chunk in run.chunks} == {"meta"}
-    for lengths in (None, torch.tensor([3, 5], device="meta")):
-        [run] = cache.decode_view(rows, lengths).runs
-        assert run.bias.device.type == run.slots.device.type == "meta"
+    for run in CacheView(cache, rows, stream.layout).runs:
+        assert {chunk.mask.device.type for chunk in run.chunks} == {run.slots.device.type} == {"meta"}
+    [run] = DecodeView(cache, rows, torch.zeros(64, 2, 1, 1, device="meta")).runs
+    assert {it.device.type for it in (run.bias, run.slots, run.newest)} == {"meta"}
 
 
 def test_long_prompts_are_read_a_part_at_a_time(monkeypatch):

@@ -38,8 +38,8 @@ def sample_tokens(logits, allowed, rows, uniform, seen=None) -> list[int]:
     columns = SamplingColumns.of(
         rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32)
     )
-    numbers = torch.tensor(uniform, dtype=torch.float64)
-    return sampler.sample_tokens(logits, allowed, columns, numbers, seen).tolist()
+    numbers = torch.tensor(uniform, dtype=torch.float64).clamp(max=1 - 1e-7)  # as those of a `BatchState`
+    return sampler.sample_tokens(logits, ~allowed, columns, numbers, seen).tolist()
 
 
 def keep_top_k(logits, k):
@@ -51,7 +51,9 @@ def keep_top_p(logits, p):
 
 
 def keep_min_p(logits, min_p):
-    return sampler.keep_min_p(logits, min_p.log())
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    kept = sampler.keep_min_p(logits - likeliest, min_p.log())
+    return logits.masked_fill(kept == -inf, -inf)
 
 
 # the definitions, one row of floats at a time

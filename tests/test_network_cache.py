@@ -8,8 +8,8 @@ from einops import rearrange
 from network_streams import cuts, naive_attention, projections, stream
 
 from transfusion_pytorch.network.attend import plan_attention
-from transfusion_pytorch.network import cache as cache_module
 from transfusion_pytorch.network.cache import SMALLEST, CacheRow, KVCache
+from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 
 
 def make_cache(*, layers=1, kv_heads=4, dim_head=6, dtype=torch.float64):
@@ -70,7 +70,7 @@ class Reader:
         ranges = zip(self.starts, start, stop, strict=True)
         index = torch.cat([torch.arange(first + a, first + b) for first, a, b in ranges])
         q, k, v = (x[index] for x in self.qkv)
-        plan = plan_attention(part.layout, self.cache.view(self.rows, part.layout), **self.backend)
+        plan = plan_attention(part.layout, CacheView(self.cache, self.rows, part.layout), **self.backend)
         out = plan.attend(q, k + noise, v + noise, softcap=self.softcap)
         if commit:
             self.cache.commit(self.rows, part.layout.lengths)
@@ -160,15 +160,15 @@ def test_a_shorter_write_after_a_longer_one_sees_nothing_of_it():
 def test_neighbouring_rows_are_read_without_a_copy():
     cache = make_cache()
     rows = acquire(cache, 4)
-    layout, new = stream("tt", "tt").layout, torch.randn(2, 4, 2, 6, dtype=torch.float64)
-    [run] = cache.view(rows[1:3], layout).runs
+    layout, new = stream("tt", "tt").layout, torch.randn(4, 4, 6, dtype=torch.float64)
+    [run] = CacheView(cache, rows[1:3], layout).runs
     keys, values = run.update(0, new, -new)
     assert keys.data_ptr() == rows[1].block.keys[0][1:].data_ptr()
-    assert torch.equal(keys, new)
-    assert torch.equal(values, -new)
-    apart = cache.view([rows[2], rows[0]], layout).runs
+    assert torch.equal(keys, run.batched(new))
+    assert torch.equal(values, -run.batched(new))
+    apart = CacheView(cache, [rows[2], rows[0]], layout).runs
     assert [run.tokens for run in apart] == [slice(0, 2), slice(2, 4)], "a batch of their own each"
-    assert [run.update(0, new[:1], new[:1])[0].data_ptr() for run in apart] == [
+    assert [run.update(0, new[:2], new[:2])[0].data_ptr() for run in apart] == [
         rows[2].block.keys[0][i].data_ptr() for i in (2, 0)
     ]
 
@@ -176,8 +176,31 @@ def test_neighbouring_rows_are_read_without_a_copy():
 def test_rows_of_different_blocks_are_no_neighbours():
     cache = make_cache()
     rows = [cache.acquire(10), cache.acquire(), cache.acquire(100), cache.acquire(100)]
-    view = cache.view([rows[0], rows[3]], stream("tt", "tt").layout)
-    assert [(run.block.capacity, run.rows) for run in view.runs] == [(64, slice(0, 1)), (128, slice(1, 2))]
+    new = torch.randn(4, 4, 6, dtype=torch.float64)
+    for run in CacheView(cache, [rows[0], rows[3]], stream("tt", "tt").layout).runs:
+        assert run.count == 1
+        run.update(0, new[run.tokens], -new[run.tokens])
+    for i, row in ((0, rows[0]), (2, rows[3])):
+        keys, values = stored(row)
+        assert torch.equal(keys[:, :2], new[i : i + 2].transpose(0, 1))
+        assert torch.equal(values[:, :2], -new[i : i + 2].transpose(0, 1))
+    assert not any(part.any() for row in rows[1:3] for part in stored(row))
+
+
+@torch.no_grad()
+def test_a_view_serves_every_evaluation_until_its_rows_move():
+    """Of which each replaces the one before."""
+    samples = ["ttAAA", "tBB"]
+    kept, fresh = (Reader(samples, rows=[1, 0], num_rows=2) for _ in range(2))
+    for reader in (kept, fresh):
+        reader.read([0, 0], [2, 1])
+    part = stream(*samples, start=[2, 1])
+    view = CacheView(kept.cache, kept.rows, part.layout)
+    for noise in (3.0, -1.0, 0.0):
+        q, k, v = (x[[2, 3, 4, 6, 7]] for x in kept.qkv)
+        got = plan_attention(part.layout, view).attend(q, k + noise, v + noise)
+        expected = torch.cat(fresh.read([2, 1], [5, 3], noise=noise, commit=False))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,7 +258,7 @@ def test_a_row_lies_in_the_smallest_block_that_holds_it(length, capacity):
     cache = make_cache(layers=3)
     assert KVCache.capacity_for(length) == cache.acquire(length).block.capacity == capacity
     grown = cache.acquire()
-    cache.view([grown], stream("A" * max(1, length)).layout)
+    CacheView(cache, [grown], stream("A" * max(1, length)).layout)
     assert grown.block.capacity == capacity
     assert_consistent(cache)
 
@@ -304,7 +327,7 @@ def no_memory(allowed: int):
 CHANGES = {
     "acquire into a full block": lambda cache, rows: cache.acquire(),
     "acquire into a new block": lambda cache, rows: cache.acquire(500),
-    "a row that outgrows its block": lambda cache, rows: cache.view([rows[1]], stream("A" * 70).layout),
+    "a row that outgrows its block": lambda cache, rows: CacheView(cache, [rows[1]], stream("A" * 70).layout),
     "a decode step": lambda cache, rows: cache.reserve(rows[:2], [1, 1]),
     "copy": lambda cache, rows: cache.copy(rows[3], [rows[2]], 100),
 }
@@ -366,8 +389,8 @@ def test_what_a_former_tenant_left_is_cleared(last, moved):
     cache = make_cache(layers=1)
     rows = acquire(cache, 3, 65)
     spoilt = rows[2 if last else 1]
-    view = cache.view([spoilt], stream("A" * 80).layout)
-    view.runs[0].update(0, *torch.full((2, 1, 4, 80, 6), float("nan"), dtype=torch.float64))
+    view = CacheView(cache, [spoilt], stream("A" * 80).layout)
+    view.runs[0].update(0, *torch.full((2, 80, 4, 6), float("nan"), dtype=torch.float64))
     assert spoilt.block.keys[0][spoilt.index].isnan().any()
     cache.release(spoilt)
     rows.remove(spoilt)
@@ -394,7 +417,7 @@ def test_clearing_costs_only_what_was_written():
     """A row may be longer than anything it ever held."""
     cache = make_cache()
     stays, row = acquire(cache, 2, 1000)
-    cache.view([row], stream("ttt").layout)
+    CacheView(cache, [row], stream("ttt").layout)
     for tensor in row.block.tensors():
         tensor.fill_(5.0)
     cache.release(row)
@@ -520,7 +543,7 @@ def test_a_part_of_what_a_row_has_may_be_copied():
 def test_used_tokens_are_those_that_are_committed():
     cache = make_cache()
     rows = [cache.acquire(), cache.acquire(100)]
-    cache.view(rows, stream("ttt", "tt").layout)
+    CacheView(cache, rows, stream("ttt", "tt").layout)
     assert cache.used_tokens == 0
     cache.commit(rows, [3, 2])
     assert cache.used_tokens == 5
@@ -597,6 +620,23 @@ def decode_rows(lengths, *, kv_heads=4, dtype=torch.float64, long=()):
     return cache, rows
 
 
+def decode_view(cache, rows, **options) -> DecodeView:
+    """Without rotary phases, which attention does not see."""
+    return DecodeView(cache, rows, torch.zeros(KEYS_AT_ONCE, len(rows), 1, 3), **options)
+
+
+def assert_decoded(out, rows, q, k, v, softcap=None) -> None:
+    """A step before it is committed: what each row gets from the books, and what lies in the cache then."""
+    for i, row in enumerate(rows):
+        past = [rearrange(part, "h n e -> n h e") for part in committed(row)]
+        keys, values = (torch.cat([old, new[i : i + 1]]) for old, new in zip(past, (k, v), strict=True))
+        sees = torch.ones(1, len(keys), dtype=torch.bool)
+        expected = naive_attention(q[i : i + 1], keys, values, sees, softcap)
+        torch.testing.assert_close(out[i : i + 1], expected, rtol=0, atol=1e-12)
+        assert torch.equal(row.block.keys[0][row.index, :, row.length], k[i])
+        assert torch.equal(row.block.values[0][row.index, :, row.length], v[i])
+
+
 LENGTHS = {"one": [5], "equal": [7, 7, 7], "ragged": [3, 60, 1, 17], "one new": [9, 0, 4], "two blocks": [3, 70, 5, 99]}
 
 
@@ -605,132 +645,142 @@ LENGTHS = {"one": [5], "equal": [7, 7, 7], "ragged": [3, 60, 1, 17], "one new": 
 @pytest.mark.parametrize("name", LENGTHS)
 @torch.no_grad()
 def test_a_decode_step_is_attention_over_all_that_its_row_has(name, kv_heads, softcap):
-    """With lengths of the host, with those of the device, and by the view of a stream: the formula of the books."""
+    """With the keys that are needed, with all slots of the block, and by the view of a stream."""
     long = [i for i, length in enumerate(LENGTHS[name]) if length > 64]
     outputs = []
-    for kind in ("host", "device", "stream"):
+    for kind in ("short", "fixed", "stream"):
         torch.manual_seed(1)
         cache, rows = decode_rows(LENGTHS[name], kv_heads=kv_heads, long=long)
         q, k, v = projections(len(rows), kv_heads=kv_heads)
-        lengths = torch.tensor([row.length for row in rows])
-        layout = stream(*["t" * (row.length + 1) for row in rows], start=lengths.tolist()).layout
-        views = dict(
-            host=lambda: cache.decode_view(rows),
-            device=lambda: cache.decode_view(rows, lengths),
-            stream=lambda: cache.view(rows, layout),
-        )
-        plan = plan_attention(layout, views[kind]())
-        outputs.append(plan.attend(q, k, v, softcap=softcap))
-        for i, row in enumerate(rows):
-            past = [rearrange(part, "h n e -> n h e") for part in committed(row)]
-            keys, values = (torch.cat([old, new[i : i + 1]]) for old, new in zip(past, (k, v), strict=True))
-            sees = torch.ones(1, len(keys), dtype=torch.bool)
-            expected = naive_attention(q[i : i + 1], keys, values, sees, softcap)
-            torch.testing.assert_close(outputs[-1][i : i + 1], expected, rtol=0, atol=1e-12)
-            assert torch.equal(row.block.keys[0][row.index, :, row.length], k[i])
-            assert torch.equal(row.block.values[0][row.index, :, row.length], v[i])
-        cache.commit(rows, [1] * len(rows))
-        assert cache.used_tokens == sum(LENGTHS[name]) + len(rows)
+        past = [row.length for row in rows]
+        layout = stream(*["t" * (length + 1) for length in past], start=past).layout
+        if kind == "stream":
+            view = CacheView(cache, rows, layout)
+        else:
+            view = decode_view(cache, rows, is_fixed=kind == "fixed")
+        outputs.append(plan_attention(layout, view).attend(q, k, v, softcap=softcap))
+        assert_decoded(outputs[-1], rows, q, k, v, softcap)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(outputs[0], outputs[2], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("name", LENGTHS)
+@torch.no_grad()
+def test_one_view_serves_many_steps_in_place(name, is_fixed):
+    """As many as it says, until the first row is full; and nothing of its shape changes."""
+    long = [i for i, length in enumerate(LENGTHS[name]) if length > 64]
+    cache, rows = decode_rows(LENGTHS[name], long=long)
+    view, layout = decode_view(cache, rows, is_fixed=is_fixed), stream(*["t"] * len(rows)).layout
+    pointers = [(run.slots.data_ptr(), run.bias.data_ptr(), run.newest.data_ptr()) for run in view.runs]
+    room = min(KEYS_AT_ONCE, *(row.block.capacity - row.length for row in rows))
+    steps = view.num_steps
+    assert steps == room if is_fixed else 0 < steps <= room
+    for step in range(steps):
+        assert view.num_steps == steps - step
+        assert view.rotation.data_ptr() == view.rotations[step].data_ptr()
+        q, k, v = projections(len(rows))
+        assert_decoded(plan_attention(layout, view).attend(q, k, v), rows, q, k, v)
+        cache.commit(rows, [1] * len(rows))
+        view.advance()
+    assert view.num_steps == 0
+    assert pointers == [(run.slots.data_ptr(), run.bias.data_ptr(), run.newest.data_ptr()) for run in view.runs]
+    assert all(row.length <= row.block.written[row.index] <= row.block.capacity for row in rows)
+
+
+@torch.no_grad()
+def test_what_many_steps_have_written_is_cleared_for_the_next_tenant():
+    """Also where the steps were never committed."""
+    cache, [stays, row] = decode_rows([3, 5])
+    view, layout = decode_view(cache, [stays, row]), stream("t", "t").layout
+    for _ in range(20):
+        q, k, v = projections(2)
+        plan_attention(layout, view).attend(q, k * float("nan"), v)
+        view.advance()
+    cache.release(row)
+    assert not any(part.any() for part in stored(cache.acquire()))
+
+
 @torch.no_grad()
 def test_decode_step_by_step_is_reading_at_once():
-    """Rows of different lengths that outgrow their blocks one after the other; the view is made anew when they do."""
+    """Rows of different lengths that outgrow their blocks one after the other; a view is made anew when they do."""
     samples = ["t" * 70, "t" * 66, "t" * 30]
     reader = Reader(samples, rows=[0, 1, 2], num_rows=3)
-    parts = [[part] for part in reader.read([0, 0, 0], [61, 60, 5])]
-    at = [61, 60, 5]
-    while any(position < len(sample) for position, sample in zip(at, samples, strict=True)):
-        active = [i for i in range(3) if at[i] < len(samples[i])]
-        rows = [reader.rows[i] for i in active]
-        reader.cache.reserve(rows, [1] * len(rows))
-        reader.cache.gather(rows)
-        active.sort(key=lambda i: (reader.rows[i].block.capacity, reader.rows[i].index))
-        rows, index = [reader.rows[i] for i in active], [reader.starts[i] + at[i] for i in active]
-        plan = plan_attention(stream(*["t"] * len(rows)).layout, reader.cache.decode_view(rows))
-        out = plan.attend(*(x[index] for x in reader.qkv))
-        reader.cache.commit(rows, [1] * len(rows))
-        for i, own in zip(active, out, strict=True):
+    cache, parts = reader.cache, [[part] for part in reader.read([0, 0, 0], [61, 60, 5])]
+    at, served, view = [61, 60, 5], [], None
+    while active := {i for i in range(3) if at[i] < len(samples[i])}:
+        rows = [reader.rows[i] for i in served]
+        if set(served) != active or not view.num_steps or stamp != cache.stamp(rows):
+            rows = [reader.rows[i] for i in active]
+            cache.reserve(rows, [1] * len(rows))
+            cache.gather(rows)
+            served = sorted(active, key=lambda i: (reader.rows[i].block.capacity, reader.rows[i].index))
+            rows = [reader.rows[i] for i in served]
+            view, stamp = decode_view(cache, rows), cache.stamp(rows)
+        index = [reader.starts[i] + at[i] for i in served]
+        out = plan_attention(stream(*["t"] * len(rows)).layout, view).attend(*(x[index] for x in reader.qkv))
+        cache.commit(rows, [1] * len(rows))
+        view.advance()
+        for i, own in zip(served, out, strict=True):
             parts[i].append(own[None])
             at[i] += 1
     for whole, mine in zip(reader.whole(), parts, strict=True):
         torch.testing.assert_close(torch.cat(mine), whole, rtol=0, atol=1e-10)
-    assert_consistent(reader.cache)
+    assert_consistent(cache)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
 @torch.no_grad()
 def test_shared_keys_are_keys_that_are_repeated(kv_heads):
-    """Grouped heads, and the same model with a copy of the keys for every query head."""
+    """Grouped heads, and the same with a copy of the keys for every query head."""
     shared, rows = decode_rows([3, 9, 5], kv_heads=kv_heads)
-    whole, copies = make_cache(), []
-    for row in rows:
-        copies.append(whole.acquire())
-        whole.commit([copies[-1]], [row.length])
-        copies[-1].block.written[copies[-1].index] = row.length
-        for tensors in ("keys", "values"):
-            own = getattr(row.block, tensors)[0][row.index, :, : row.length]
-            getattr(copies[-1].block, tensors)[0][copies[-1].index, :, : row.length] = own.repeat_interleave(
-                4 // kv_heads, dim=0
-            )
+    whole, repeats = make_cache(), 4 // kv_heads
+    copies = acquire(whole, 3)
+    for row, copy in zip(rows, copies, strict=True):
+        fill([copy], row.length)
+        for mine, theirs in zip(stored(copy), committed(row), strict=True):
+            mine[:, : row.length] = theirs.repeat_interleave(repeats, dim=0)
     q, k, v = projections(3, kv_heads=kv_heads)
     layout = stream("t", "t", "t").layout
-    got = plan_attention(layout, shared.decode_view(rows)).attend(q, k, v)
-    k, v = (part.repeat_interleave(4 // kv_heads, dim=1) for part in (k, v))
-    torch.testing.assert_close(got, plan_attention(layout, whole.decode_view(copies)).attend(q, k, v))
+    got = plan_attention(layout, decode_view(shared, rows)).attend(q, k, v)
+    k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+    expected = plan_attention(layout, decode_view(whole, copies)).attend(q, k, v)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
 def test_a_step_copies_no_keys():
     cache, rows = decode_rows([3, 9, 5, 2])
-    [run] = cache.decode_view(rows[:3]).runs
+    [run] = decode_view(cache, rows[:3]).runs
     keys, values = run.update(0, *torch.randn(2, 3, 4, 6, dtype=torch.float64))
     assert keys.data_ptr() == rows[0].block.keys[0].data_ptr()
     assert values.data_ptr() == rows[0].block.values[0].data_ptr()
-    assert tuple(keys.shape) == (3, 4, 10, 6)
-    [run] = cache.decode_view(rows[:3], torch.tensor([3, 9, 5])).runs
-    assert run.num_keys == 64, "nothing of its shape depends on the lengths"
+    assert keys.shape == values.shape == (3, 4, 64, 6)
 
 
-@torch.no_grad()
-def test_with_lengths_on_the_device_one_view_serves_every_step():
-    cache, rows = decode_rows([3, 9])
-    lengths = torch.tensor([3, 9])
-    layout = stream("t", "t").layout
-    for step in range(5):
-        plan = plan_attention(layout, cache.decode_view(rows, lengths + step))
-        other, others = decode_rows([3, 9])
-        for mine, theirs in zip(rows, others, strict=True):
-            theirs.length = mine.length
-            for tensor, new in zip(theirs.block.tensors(), mine.block.tensors(), strict=True):
-                tensor.copy_(new)
-        qkv = projections(2)
-        expected = plan_attention(layout, other.decode_view(others)).attend(*qkv)
-        torch.testing.assert_close(plan.attend(*qkv), expected, rtol=0, atol=1e-12)
-        cache.commit(rows, [1, 1])
+def test_a_step_sees_no_more_keys_than_its_rows_need():
+    cache, rows = decode_rows([3, 70, 5], long=[0, 1, 2])
+    cache.reserve(rows, [400] * 3)
+    assert rows[0].block.capacity == 512
+    [few], [many] = (decode_view(cache, some).runs for some in ([rows[0]], rows))
+    [fixed] = decode_view(cache, rows, is_fixed=True).runs
+    assert [run.keys.seen[0].shape[2] for run in (few, many, fixed)] == [64, 128, 512]
 
 
 @pytest.mark.parametrize("lengths", [[4, 4], [3, 9]])
-@pytest.mark.parametrize("given", [False, True])
 @torch.no_grad()
-def test_a_decode_step_in_a_cache_of_other_precision_rounds_keys_and_values_only(given, lengths):
-    """As under autocast, where a model computes in one type and what is added up has another."""
+def test_a_decode_step_in_a_cache_of_other_precision_rounds_keys_and_values_only(lengths):
     outs = []
     for dtype in (torch.float64, torch.half):
-        torch.manual_seed(0)
         cache, rows = decode_rows(lengths, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
         for row in rows:
-            for tensor in row.block.tensors():
-                torch.manual_seed(row.index)
-                part = tensor[row.index, :, : row.length]
-                part.copy_(torch.randn(part.shape, dtype=torch.float64).half())
+            for part in stored(row):
+                part[:, : row.length] = torch.randn(4, row.length, 6, generator=generator).half().to(dtype)
         torch.manual_seed(5)
         q, k, v = projections(2)
         k, v = k.half().double(), v.half().double()
-        view = cache.decode_view(rows, torch.tensor(lengths) if given else None)
-        outs.append(plan_attention(stream("t", "t").layout, view).attend(q, k, v))
+        outs.append(plan_attention(stream("t", "t").layout, decode_view(cache, rows)).attend(q, k, v))
     assert outs[0].dtype == outs[1].dtype == torch.float64
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-12)
 
@@ -738,9 +788,9 @@ def test_a_decode_step_in_a_cache_of_other_precision_rounds_keys_and_values_only
 def test_rows_to_decode_are_gathered_first():
     cache, rows = decode_rows([3, 9, 5])
     with pytest.raises(AssertionError, match="gathered first"):
-        cache.decode_view([rows[0], rows[2]])
+        decode_view(cache, [rows[0], rows[2]])
     cache.gather([rows[0], rows[2]])
-    assert len(cache.decode_view(sorted([rows[0], rows[2]], key=lambda row: row.index)).runs) == 1
+    assert len(decode_view(cache, sorted([rows[0], rows[2]], key=lambda row: row.index)).runs) == 1
 
 
 def test_versions_are_never_used_twice():
@@ -751,4 +801,3 @@ def test_versions_are_never_used_twice():
         assert cache.stamp([row]) not in seen
         seen.add(cache.stamp([row]))
         cache.release(row)
-    assert next(cache_module._VERSIONS) > max(version for [version] in seen)

@@ -17,6 +17,7 @@ from transfusion_pytorch.network.attend import (
     plan_attention,
 )
 from transfusion_pytorch.network.cache import KVCache
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.network.lookup import SEGMENT, Segments, look_up, sum_segments
 from transfusion_pytorch.network.norms import (
     AdaptiveNorm,
@@ -129,5 +130,6 @@ def test_plans_are_types():
     assert isinstance(plan_attention(layout, kind="flex"), FlexAttention)
     assert isinstance(plan_attention(layout, kind="dense"), DenseAttention)
     row = cache.acquire()
-    assert isinstance(plan_attention(layout, cache.view([row], layout), kind="flex"), CachedAttention)
-    assert isinstance(plan_attention(layout, cache.decode_view([row]), kind="flex"), DecodeAttention)
+    views = CacheView(cache, [row], layout), DecodeView(cache, [row], torch.zeros(64, 1, 1, 2))
+    for view, kind in zip(views, (CachedAttention, DecodeAttention), strict=True):
+        assert isinstance(plan_attention(layout, view, kind="flex"), kind)

@@ -130,7 +130,7 @@ class DecodeAttention(NamedTuple):
         keys, values = run.update(layer, k, v)
         # query heads that share keys become queries of one head: (g, k, h / k, e), and no key is repeated
         queries = q.view(len(q), k.shape[1], -1, q.shape[-1])
-        mask = None if run.bias is None else run.bias.to(q.dtype)
+        mask = run.bias if run.bias.dtype == q.dtype else run.bias.to(q.dtype)
         return attend_masked(queries, keys, values, mask=mask, softcap=softcap).view_as(q)
 
 
