@@ -86,6 +86,19 @@ def test_cache_changes_nothing_beside_flex_attention():
     assert assert_greedy(model, cached, 7) > 3
 
 
+@pytest.mark.parametrize("name", ["plain", "kv_heads", "softcap"])
+def test_cache_changes_nothing_where_attention_takes_chunks(name):
+    """Spans and prompts of more than 512 tokens, behind which text is written."""
+    model = build(**dict(push=dict(eos=-9.0)) | MODELS[name])
+    prompts = [text(1), [text(*[i % 4 for i in range(530)]), latents(LINE, 540), text(2)]]
+    plan = [(LINE, (600,)), ("text", 3)]
+    options = dict(max_length=2000, plan=plan, init_modality_noise=noise(600), modality_steps=1, cfg_scale=2.0)
+    cached, again = both_ways(model, prompts, **options)
+    for sample, other in zip(cached, again, strict=True):
+        assert drawn(sample)[-1][1].shape == (600, 3)
+        assert_same(sample, other)
+
+
 def test_cache_changes_nothing_in_text_alone():
     model = build(push=dict(meta=-9.0, eos=-9.0))
     [cached], [again] = both_ways(model, [text(1)], max_length=60)
@@ -122,7 +135,7 @@ def test_cache_changes_nothing_between_the_halves_of_a_unet(scale):
 
 
 class Kept(NamedTuple):
-    """What a row of the cache held when it was given back: the pieces that were read, and keys and values of each layer."""
+    """What a row of the cache held when it was given back: the pieces that were read, keys and values of each layer."""
 
     pieces: list[Piece]
     length: int

@@ -262,7 +262,9 @@ def test_noise_is_drawn_anew_for_every_modality():
 # how much at once
 
 
-@pytest.mark.parametrize(("most", "rows"), [(1, [1, 1, 1]), (3, [1, 1, 1]), (4, [2, 1]), (5, [2, 1]), (6, [3]), (99, [3])])
+@pytest.mark.parametrize(
+    ("most", "rows"), [(1, [1, 1, 1]), (3, [1, 1, 1]), (4, [2, 1]), (5, [2, 1]), (6, [3]), (99, [3])]
+)
 def test_latents_of_one_forward_pass_are_bounded(monkeypatch, most, rows):
     model = build()
     evaluated = rows_evaluated(monkeypatch, model)

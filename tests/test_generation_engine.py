@@ -380,7 +380,7 @@ def test_what_the_user_gave_ends_its_own_request_alone(name):
 
 @pytest.mark.parametrize(("listen", "after"), [(True, 0), (True, 1), (False, 0), (False, 1)])
 def test_a_decoder_that_fails_ends_its_request_with_an_event(listen, after):
-    """Whenever it fails: on the first modality or on the second, as they are finished or when the sample is delivered."""
+    """Whenever it fails: on the first modality or the second, as they are finished or when the sample is delivered."""
     engine = build(modality_decoder=(None, Fragile(after), None, None)).create_engine()
     request = engine.submit(text(1), listen=listen, **options_with(plan=[(LINE, (1,)), (LINE, (3,))]))
     if listen:

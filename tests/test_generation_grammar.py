@@ -127,7 +127,9 @@ def test_whatever_a_model_wishes_to_write_stays_within_limits(name, num_dims):
 
 def test_no_more_noise_is_made_than_the_limit_allows(monkeypatch):
     made, normal = [], plan.normal
-    monkeypatch.setattr(plan, "normal", lambda seed, stream, size, *where: made.append(size) or normal(seed, stream, size, *where))
+    monkeypatch.setattr(
+        plan, "normal", lambda seed, stream, size, *where: made.append(size) or normal(seed, stream, size, *where)
+    )
     model = build(num_text_tokens=2)
     model = wilful(0, WISHES["nines"](model), num_text_tokens=2)
     model.sample(text(1), **GREEDY | dict(max_length=300, modality_steps=1, max_modality_tokens=99))

@@ -1,4 +1,6 @@
-"""Prefill in pieces, after failures and of shared prefixes: whatever is read, and whenever, a row holds what it says."""
+"""Prefill in pieces, after failures and of shared prefixes: whatever is read and when, a row holds what it says."""
+
+from contextlib import suppress
 
 import pytest
 import torch
@@ -162,10 +164,8 @@ def test_groups_that_were_read_before_a_failure_stay_read(monkeypatch, failing, 
     monkeypatch.setattr(model, "forward_stream", stumble)
     requests = [engine.submit(prompt, generator=generators(i), **options) for i, prompt in enumerate(prompts)]
     for _ in range(3):
-        try:
+        with suppress(KeyboardInterrupt):
             engine.step()
-        except KeyboardInterrupt:
-            pass
     late = [engine.submit(prompt, generator=generators(i), **options) for i, prompt in enumerate(prompts)]
     while not engine.is_idle:
         engine.step()

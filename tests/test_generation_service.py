@@ -122,6 +122,31 @@ def test_a_reset_engine_is_a_new_one():
     assert_same(engine.sample_many([text(1)], **options_with())[0], alone(model, text(1), **options_with()))
 
 
+def largest_tensor() -> int:
+    """Bytes of the largest storage that anything holds."""
+    gc.collect()
+    tensors = [it for it in gc.get_objects() if type(it) is torch.Tensor]
+    return max(it.untyped_storage().nbytes() for it in tensors)
+
+
+def test_memory_of_a_drawing_goes_with_its_row():
+    """Also while others write on: what was laid out for it holds no memory that the cache has freed."""
+    engine = build(push=WRITES).create_engine()
+    writer = engine.submit(text(1), **options_with(max_length=60))
+    for _ in range(2):
+        engine.step()
+    before = largest_tensor()
+    painter = engine.submit(text(2), **options_with(plan=[(LINE, (5000,))], init_modality_noise=None, max_length=9000))
+    while not painter.is_done:
+        engine.step()
+    assert largest_tensor() > 8 * before
+    painter.result()
+    del painter
+    engine.step()
+    assert not writer.is_done
+    assert largest_tensor() <= 2 * before
+
+
 @pytest.mark.parametrize("allowed", range(6))
 def test_a_failed_allocation_breaks_nothing(monkeypatch, allowed):
     """Wherever it fails: those that do not fit are run in halves or end, and the engine goes on."""
@@ -398,7 +423,9 @@ def test_requests_at_work_are_read_again_when_weights_change(name, steps, guided
     for cached, again in zip(*outcomes, strict=True):
         assert_same(cached, again)
     old = alone(build(seed=3, push=dict(eos=-9.0)), text(1), **options)
-    assert not torch.allclose(drawn(outcomes[0][0])[0][1], drawn(old)[0][1]) or shapes_of(old) != shapes_of(outcomes[0][0])
+    assert not torch.allclose(drawn(outcomes[0][0])[0][1], drawn(old)[0][1]) or shapes_of(old) != shapes_of(
+        outcomes[0][0]
+    )
 
 
 def test_weights_that_stay_are_read_once():
@@ -408,7 +435,10 @@ def test_weights_that_stay_are_read_once():
     engine.run()
     assert engine.stats.tokens_read == num_given(model, text(1, 2, 3)) + 7
     model.train()
-    assert engine.sample_many([text(1, 2, 3)], **options_with(max_length=12))[0][0].tolist() == request.result()[0].tolist()
+    assert (
+        engine.sample_many([text(1, 2, 3)], **options_with(max_length=12))[0][0].tolist()
+        == request.result()[0].tolist()
+    )
     assert engine.stats.tokens_read == 2 * (num_given(model, text(1, 2, 3)) + 7)
 
 

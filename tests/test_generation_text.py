@@ -21,9 +21,9 @@ from generation_models import (
     text,
 )
 
+from transfusion_pytorch.generation import sampler
 from transfusion_pytorch.generation.events import Ended, EndReason
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation import sampler
 from transfusion_pytorch.generation.sampler import NO_CHOICE, SamplingColumns, log_probabilities, penalize
 from transfusion_pytorch.sequence.hashing import uniform as hashed
 
@@ -35,9 +35,7 @@ FREE = dict(GREEDY, max_length=20, modality_steps=1, text_temperature=1.0, text_
 
 def sample_tokens(logits, allowed, rows, uniform, seen=None) -> list[int]:
     """An id for each row of logits, as `sampler.sample_tokens` chooses it from the options of each."""
-    columns = SamplingColumns.of(
-        rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32)
-    )
+    columns = SamplingColumns.of(rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
     numbers = torch.tensor(uniform, dtype=torch.float64).clamp(max=1 - 1e-7)  # as those of a `BatchState`
     return sampler.sample_tokens(logits, ~allowed, columns, numbers, seen).tolist()
 
@@ -733,6 +731,16 @@ def test_text_alone_is_that_of_a_naive_sampler(options):
         for ids, generator in zip(prompt.tolist(), seeded(3), strict=True)
     ]
     assert written.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES])
+def test_log_probabilities_are_those_of_all_that_the_model_can_write(dtype):
+    """A row without a choice has any, and every other its own."""
+    logits, tokens = torch.randn(5, 6, dtype=dtype), torch.tensor([0, 5, 2, NO_CHOICE, 3])
+    got = log_probabilities(logits, tokens)
+    for i in (0, 1, 2, 4):
+        expected = log(probabilities(logits[i].tolist())[int(tokens[i])])
+        assert float(got[i]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_random_numbers_do_not_run_out():

@@ -522,7 +522,11 @@ def test_a_copied_beginning_is_a_beginning_that_was_read(length):
     assert [row.length for row in empty] == [0, 0]
     assert not any(part.any() for row in empty for part in stored(row))
     rest = Reader([samples[i] for i in (0, 1, 3)], rows=[], num_rows=0, cache=reader.cache)
-    ends = [start[0] + torch.arange(length + 2), start[1] + torch.arange(length + 3), start[3] + torch.arange(length + 1)]
+    ends = [
+        start[0] + torch.arange(length + 2),
+        start[1] + torch.arange(length + 3),
+        start[3] + torch.arange(length + 1),
+    ]
     rest.qkv, rest.rows = [x[torch.cat(ends)] for x in qkv], [source, others[0], others[2]]
     parts = rest.read([length] * 3, [length + 2, length + 3, length + 1])
     for whole, part in zip(rest.whole(), parts, strict=True):
@@ -707,7 +711,7 @@ def test_decode_step_by_step_is_reading_at_once():
     samples = ["t" * 70, "t" * 66, "t" * 30]
     reader = Reader(samples, rows=[0, 1, 2], num_rows=3)
     cache, parts = reader.cache, [[part] for part in reader.read([0, 0, 0], [61, 60, 5])]
-    at, served, view = [61, 60, 5], [], None
+    at, served, view, stamp = [61, 60, 5], [], None, None
     while active := {i for i in range(3) if at[i] < len(samples[i])}:
         rows = [reader.rows[i] for i in served]
         if set(served) != active or not view.num_steps or stamp != cache.stamp(rows):

@@ -463,8 +463,8 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished and somebody may see now, together with the same of up to `max_batch` others:
-        each modality once.
+        """Decodes what a request has finished and somebody may see now, together with the same of up to `max_batch`
+        others: each modality once.
         """
         if (request.is_observed or request.is_done) and request.undecoded():
             shown = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
