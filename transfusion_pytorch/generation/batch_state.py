@@ -112,7 +112,7 @@ class BatchState:
         )
 
     def stream(self) -> TokenStream:
-        """The pending ids as a stream of one token for each row. Fields that only training reads are placeholders."""
+        """The ids to be read as a stream of one token for each row. What only training asks for is left as it is."""
         past = tuple(Past(branch.past.length, branch.past.position) for branch in self.branches)
         lengths = (1,) * len(past)
         return TokenStream(

@@ -140,9 +140,9 @@ class Branch:
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    - `spans`: their indices in its span table, `index` the same on the device; `history`: latents by type of earlier
-      modalities, where those are in the stream (no cache)
-    - `view`: of the `rows` of the cache, void once their `stamp` has changed
+    - `spans`: where they are in its span table, `index` the same on the device; `history`: latents by type of the
+      modalities before them, if it has any
+    - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
@@ -354,7 +354,7 @@ class CachedRunner:
         return SpanStream(stream, {}, locations, index, view, rows, self.cache.stamp(rows))
 
     def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
-        """The velocity of each span of the stream, flat `(k, c)`, at its own time."""
+        """The velocity of each span laid out, flat `(k, c)`, at its own time."""
         return _evaluate(self.model, laid, x_t, times)
 
 

@@ -106,7 +106,7 @@ class Scheduler:
                 request.end(EndReason.TIMEOUT)
 
     def _admit(self) -> None:
-        """Takes waiting requests in order, while the most that they may need fits into the cache."""
+        """Takes waiting requests in order, while there is room for what they may come to."""
         taken = sum(map(self.cache_tokens, self.active))
         while self.waiting and len(self.active) < self.limits.max_batch:
             taken += self.cache_tokens(self.waiting[0])
@@ -179,7 +179,7 @@ class Scheduler:
         return self.runner.batch_state(requests)
 
     def _choose(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> tuple[list[int], list[float] | None]:
-        """The next id of every row, with its log-probability if any row asks for it."""
+        """The next id of every row, with its log-probability where any row wants that."""
         logits = self.model.logits(hidden)
         processed = self._processed(logits, state.requests)
         tokens = sample_tokens(processed, state.forbidden, state.columns, state.uniform, state.seen)

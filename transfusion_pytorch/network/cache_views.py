@@ -65,8 +65,8 @@ class CacheRun(NamedTuple):
 class CacheView:
     """The rows that take part in a forward pass over a stream: sample i of the `layout` continues `rows[i]`.
 
-    It may serve many passes, whose writes replace each other, until one of the rows moves. `prepared`: what
-    `inference.py` needs of the layers; None if they run through `layer.py`.
+    It may serve many passes, whose writes replace each other, until one of the rows moves. `prepared` are the layers as
+    `inference.py` runs them, if it does.
     """
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout, *, prepared: Any = None):
