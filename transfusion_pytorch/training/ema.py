@@ -72,7 +72,7 @@ def create_ema(
         ignore_startswith_names=ignored,
         **options,
     )
-    return ema
+    return cast(EMA, ema)
 
 
 def ema_state(ema: EMA) -> dict[str, Tensor]:
