@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -92,6 +92,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return type(module._view_of) if isinstance(module, _EvaluationView) else type(module)
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """An object whose state depends on a model's weights, such as an engine."""
 

@@ -461,9 +461,12 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished, together with what all others have: each modality once."""
-        if request.undecoded():
-            self._decode([request, *(it for it in self._requests if it is not request and it.is_observed)])
+        """Decodes what a request has finished and somebody may see now, together with the same of all others: each
+        modality once.
+        """
+        shown = [it for it in {request, *self._requests} if it.is_observed or it.is_done]
+        if request in shown and request.undecoded():
+            self._decode(shown)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
@@ -491,12 +494,12 @@ def _raise_first_error(requests: Sequence[RequestState]) -> None:
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
     """Once for all prompts of a call."""
-    long = [request for request in requests if request.is_too_long]
+    long = [request for request in requests if request.num_prompted > request.options.max_length]
     if long:
         others = f", and {len(long) - 1} more like it" if len(long) > 1 else ""
         warnings.warn(
-            f"{long[0].where} has {long[0].length} tokens with its markers, more than max_length="
-            f"{long[0].options.max_length}{others}: nothing is written behind it",
+            f"{long[0].where} has {long[0].num_prompted} tokens with its markers, more than max_length="
+            f"{long[0].options.max_length}{others}: the model writes nothing behind it",
             stacklevel=5,
         )
 

@@ -5,7 +5,7 @@ sample: `TextToken* (ModalityStarted DrawingProgress* ModalityDone TextToken*)* 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -99,7 +99,7 @@ class DrawingProgress(_Comparable):
     time: float
     latents: Float[Tensor, "..."]
     estimate: Float[Tensor, "..."]
-    decode: Callable[[int, Tensor], Tensor]
+    decode: Callable[[int, Tensor], Tensor] = field(compare=False, repr=False)
 
     def preview(self) -> Float[Tensor, "..."]:
         """The estimate as users see it: decoded, in their scale, channels where they have them."""

@@ -33,7 +33,7 @@ class Halving:
             failure = released(error)
         if len(items) == 1:
             return [(items[0], failure)]
-        if isinstance(failure, torch.OutOfMemoryError | MemoryError):
+        if _is_out_of_memory(failure):
             self._warn(len(items), failure)
         half = len(items) // 2
         return [*self.run(items[:half], together), *self.run(items[half:], together)]
@@ -50,15 +50,35 @@ class Halving:
             )
 
 
+class OriginalTraceback(Exception):
+    """Where an error was raised, as text: frames would keep their tensors alive, and those of whoever called them."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
 def released(error: Exception) -> Exception:
-    """The same error, whose traceback shows where it was raised but no longer holds the tensors of those frames."""
+    """The same error without the frames of its traceback, which becomes text in its cause (see `OriginalTraceback`)."""
+    if isinstance(error.__cause__, OriginalTraceback):  # raised for the second time
+        error.__cause__ = None
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     seen: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in seen:
+    chain: list[BaseException | None] = [error]
+    while chain:
+        each = chain.pop()
+        if each is None or id(each) in seen:
+            continue
         seen.add(id(each))
+        chain += [each.__cause__, each.__context__]
         for frame, _ in traceback.walk_tb(each.__traceback__):
             if not frame.f_code.co_flags & SUSPENDABLE:
                 with suppress(RuntimeError):  # a frame that is still running, such as the caller's
                     frame.clear()
-        each = each.__cause__ or each.__context__
+        each.__traceback__ = None
+    error.__context__, error.__cause__ = None, OriginalTraceback(text)
     return error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On any device; for a CPU torch has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

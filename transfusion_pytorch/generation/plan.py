@@ -185,8 +185,7 @@ def _parse_part(part: Any, where: str, num_modalities: int, shape_of: ShapeOf) -
     if isinstance(part, (tuple, list)) and len(part) == 2 and isinstance(part[0], str):
         if part[0] != "text":
             raise ValueError(f"{where}: expected 'text', ('text', most), a type or (type, shape), got {part!r}")
-        check_int(part[1], f"{where}: the most ids of a text")
-        return TextPart(part[1])
+        return TextPart(check_int(part[1], f"{where}: the most ids of a text"))
     if isinstance(part, str):
         raise ValueError(f"{where}: expected 'text', ('text', most), a type or (type, shape), got {part!r}")
     modality, shape = _type_and_shape(part, num_modalities, where)

@@ -64,7 +64,8 @@ class RequestState:
     - `is_framed`: it is a sample with markers, not plain text or a single modality
     - `is_observed`: its `events` are collected
     - `pieces`: the sample so far, markers included, but for the `ids` written behind the last of them; `length` is how
-      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote
+      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote and
+      `num_prompted` how many its prompt has
     - `branch`: the sample as the transformer reads it; `without_text`: its unconditional version for guidance
     - `opening`: the characters of a shape so far, None in text; `denoising`: the current modality
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
@@ -109,7 +110,7 @@ class RequestState:
         self.error: Exception | None = None
         self.deadline: float | None = None
         self.is_cancelled = False
-        self.is_too_long = False
+        self.num_prompted = 0
         self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
         self._num_buffered = 0
@@ -139,14 +140,24 @@ class RequestState:
 
     @property
     def most_tokens(self) -> list[int]:
-        """How long each of its branches may become."""
-        planned = [part for part in self.plan.parts if isinstance(part, ModalityPart)]
-        drawn = sum(self._num_tokens(part.type, part.shape) + 2 for part in planned)
-        openings = sum(len(self.vocabulary.opening(part.type, part.shape)) for part in planned)
-        under_way = 0 if self.denoising is None else len(self.denoising.x) + 1
-        length = max(self.options.max_length, self.length + under_way + drawn + openings)
-        guides = (self.options.cfg_scale != 1) + (self.options.modality_cfg_scale != 1)
-        return [length] * (1 + guides)
+        """How long each of its branches may become: what the model writes stops at `max_length`, a plan does not."""
+        options, parts = self.options, list(self.plan.parts[self.part :])
+        most = self.length - self.part_length  # where the text under way began
+        if self.denoising is not None:
+            most += self._num_tokens(self.denoising.type, self.denoising.shape) + 1
+            parts = parts[isinstance(self._planned, ModalityPart) :]
+        for part in parts:
+            if isinstance(part, ModalityPart):
+                opening = len(self.vocabulary.opening(part.type, part.shape))
+                most += opening + self._num_tokens(part.type, part.shape) + 1
+            else:
+                room = options.max_length if part.most is None else most + part.most
+                most = max(most, min(options.max_length, room))
+        most = max(most, self.length)
+        most = max(most, options.max_length) if self.plan.free else most + 1
+        guides = 2 if options.modality_cfg_scale != 1 else int(options.cfg_scale != 1)
+        negative = 0 if options.negative_prompt is None else len(options.negative_prompt)
+        return [most, *[most + negative] * guides]
 
     @property
     def allowed(self) -> Bool[Tensor, " v"]:
@@ -177,10 +188,11 @@ class RequestState:
             self.seen = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
         for piece in mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces:
             self._append(piece)
-        self.is_too_long = self.length + len(prompt.opening) > self.options.max_length
         self.events.clear()  # a prompt is no news
-        if prompt.opening and not self.plan.parts:  # a plan says itself what comes there
-            self._open(prompt.opening)
+        opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
+        self.num_prompted = self.length + len(opening)
+        if opening:
+            self._open(opening)
         else:
             self._follow_plan()
         self._check_length()

@@ -78,7 +78,8 @@ class Scheduler:
         for request in self.active:
             for branch in request.branches:
                 self.runner.rewind(branch)
-        self._state = None
+        self._state = None  # whose views hold what follows from the weights, as those of the layouts do
+        self.denoiser.reset()
 
     def step(self) -> None:
         """Takes every request one step further."""
