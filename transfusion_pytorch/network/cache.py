@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 64  # slots
+GROWTH = 4096  # tokens by which a block grows at most, and so what it reserves in vain
 _VERSIONS = count()
 
 
@@ -188,7 +189,8 @@ class KVCache:
         """The block of a capacity, with memory for one row more."""
         block = self.blocks.get(capacity) or CacheBlock(capacity)
         if len(block.rows) == block.room:
-            self._resize(block, max(1, 2 * block.room))
+            more = max(1, min(block.room, GROWTH // capacity))  # twice as many, but of long rows one at a time
+            self._resize(block, block.room + more)
         self.blocks[capacity] = block
         self.blocks = dict(sorted(self.blocks.items()))
         return block

@@ -128,8 +128,8 @@ def _attend(
     index: int,
 ) -> Shaped[Tensor, "... d"]:
     n, e = len(rotation), attn.dim_head
-    qkv = F.linear(x, attn.to_qkv.weight).view(n, -1, e // 2, 2)
-    qk, v = qkv.split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
+    qk, v = F.linear(x, attn.to_qkv.weight).view(n, -1, e).split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
+    qk = qk.unflatten(-1, (-1, 2))
     exact = F.rms_norm(qk if qk.dtype == gain.dtype else qk.to(gain.dtype), (e // 2, 2), eps=RMS_NORM_EPS).mul_(gain)
     torch.view_as_complex(exact).mul_(rotation)
     qk = exact if exact.dtype == x.dtype else exact.to(x.dtype)
