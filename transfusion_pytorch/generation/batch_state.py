@@ -1,4 +1,4 @@
-"""The rows that write text, as tensors on the device: what a decode step reads and advances.
+"""The state of decode steps: one row for each request that writes text, as tensors on the device.
 
 r rows, v vocabulary.
 """
@@ -21,8 +21,8 @@ STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
 
 @dataclass(eq=False)
 class BatchState:
-    """A fixed set of rows. It is made when rows enter or leave, or may write other ids than before; while they only
-    write text, a decode step advances it on the device and nothing is uploaded.
+    """A fixed set of rows. It is made anew when a request enters or leaves, or when the ids that it may write change.
+    Otherwise each decode step advances it on the device, and nothing is uploaded.
 
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
     - `view`: what attention sees of the cache, if there is one
@@ -108,7 +108,7 @@ class BatchState:
             self.seen.scatter_(1, last, self.seen.gather(1, last) | (last < self.num_text))
 
     def holds(self) -> bool:
-        """Whether all of its requests go on writing, and may write the same ids."""
+        """Whether all requests still write text, and may write the same ids as when this was made."""
         return all(
             request.is_writing and request.allowed is mask
             for request, mask in zip(self.requests, self.masks, strict=True)

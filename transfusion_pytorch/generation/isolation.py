@@ -1,4 +1,4 @@
-"""Failures: what one request did wrong ends that one alone, and keeps no memory."""
+"""Failures: an error ends only the request at fault, and keeps no tensors alive."""
 
 import inspect
 import traceback
@@ -10,22 +10,22 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-# an error that was raised before may have come through a coroutine, and to clear the frame of one is to close it
+# frames of generators and coroutines are left alone: to clear one would close it
 SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Halving:
-    """Runs items together; if that fails, each half by itself, and so on, so that only those fail whose fault it is.
+    """Runs items as one batch; if that fails, each half by itself, and so on, until only items at fault fail.
 
-    A failed run is let go before the next begins, with all of its activations. Where memory was short, a warning says
-    once that less is run at a time.
+    The activations of a failed run are freed before the next begins. If memory was short, one warning says that smaller
+    batches are run.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
 
     def run(self, items: Sequence[Item], together: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
-        """Returns the items that failed, and why."""
+        """Returns the items that failed, with their errors."""
         try:
             together(items)
             return []
@@ -42,7 +42,7 @@ class Halving:
         if self._has_warned:
             return
         self._has_warned = True
-        with suppress(UserWarning):  # which is an error where warnings are, and would end the step in its middle
+        with suppress(UserWarning):  # where warnings are errors, this one must not end the step
             warnings.warn(
                 f"memory is short: what was run for a batch of {count} did not fit ({error}), and is run in halves. A "
                 "smaller max_batch needs less",
