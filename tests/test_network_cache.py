@@ -8,7 +8,7 @@ from einops import rearrange
 from network_streams import cuts, naive_attention, projections, stream
 
 from transfusion_pytorch.network.attend import plan_attention
-from transfusion_pytorch.network.cache import SMALLEST, CacheRow, KVCache
+from transfusion_pytorch.network.cache import GROWTH, SMALLEST, CacheRow, KVCache
 from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 
 
@@ -269,6 +269,20 @@ def test_one_long_row_does_not_make_the_short_ones_larger():
     cache.reserve([cache.rows[5]], [4000])
     assert cache.reserved_tokens == 32 * 64 + 4096
     assert_consistent(cache)
+
+
+@pytest.mark.parametrize("capacity", [64, 1024, 2 * GROWTH])
+def test_blocks_double_but_those_of_long_rows_grow_row_by_row(capacity):
+    cache, rooms = make_cache(kv_heads=1, dim_head=1), []
+    for _ in range(9):
+        cache.acquire(capacity)
+        rooms.append(cache.blocks[capacity].room)
+    if capacity > GROWTH:
+        assert rooms == [*range(1, 10)]
+    elif capacity * 8 <= GROWTH:
+        assert rooms == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert all(room <= 2 * count for count, room in enumerate(rooms, start=1))
+    assert all(capacity * (room - count) < max(GROWTH, 1) for count, room in enumerate(rooms, start=1))
 
 
 def test_memory_is_freed_with_the_rows():
