@@ -5,6 +5,7 @@ r branches, k latents of a span, c their channels, d model.
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,7 +15,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.generation.batch_state import BatchState
+from transfusion_pytorch.generation.batch_state import BatchState, Decoded
+from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
@@ -170,6 +172,7 @@ class CachedRunner:
     def __init__(self, model: Model):
         self.model = model
         self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
+        self.graphs = StepGraphs(model, model.device)
         self.tokens_read = 0
         self._prefixes: dict[Hashable, Prefix] = {}
 
@@ -312,16 +315,31 @@ class CachedRunner:
         ordered = sorted(requests, key=lambda request: _place(request.branch))
         rows = [request.branch.row for request in ordered]
         positions = [request.branch.past.position for request in ordered]
-        stamp, view = self.cache.stamp(rows), self.model.transformer.decode_view(self.cache, rows, positions)
-        return BatchState.of(ordered, stamp=stamp, view=view, device=self.model.device, dtype=self.model.dtype)
+        view = self.model.transformer.decode_view(self.cache, rows, positions, is_fixed=self.graphs.is_used)
+        graph = StepGraph(self.graphs) if self.graphs.is_used and view.prepared is not None else None
+        device, dtype = self.model.device, self.model.dtype
+        return BatchState.of(ordered, stamp=self.cache.stamp(rows), view=view, graph=graph, device=device, dtype=dtype)
 
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         """Whether none of these rows has moved since the stamp was made."""
         return stamp == self.cache.stamp(rows)
 
-    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
-        """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
-        return self.model.forward_stream(state.stream(), {}, state.no_times, state.view).hidden
+    def decode(self, state: BatchState) -> Decoded:
+        """Reads the one pending id of every branch, in the order of the state, and chooses the next unless processors
+        are to see the logits first. `commit` makes what was read permanent.
+        """
+        step = partial(self._step, state)
+        if state.graph is None:
+            return step()
+        decoded = state.graph.run(step)
+        return decoded._replace(hidden=decoded.hidden.clone())  # branches keep it; the graph writes the next one there
+
+    @torch.inference_mode()
+    def _step(self, state: BatchState) -> Decoded:
+        """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
+        hidden = self.model.forward_stream(state.stream(), {}, state.no_times, state.view).hidden
+        logits = self.model.logits(hidden)
+        return Decoded(hidden, logits, None if state.has_processors else state.choose(logits))
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
@@ -399,8 +417,9 @@ class UncachedRunner:
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         return True
 
-    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
-        return self._read(state.branches)[1]
+    def decode(self, state: BatchState) -> Decoded:
+        hidden = self._read(state.branches)[1]
+        return Decoded(hidden, self.model.logits(hidden), None)
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         for branch, own in zip(state.branches, hidden.unbind(), strict=True):
