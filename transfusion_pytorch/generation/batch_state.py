@@ -39,7 +39,7 @@ class BatchState:
 
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
     - `view`: what attention sees of the cache, if there is one; `graph` runs the steps, if they can be captured
-    - `token`: the id to be read next
+    - `stream`: the id of every row to be read next, and its position
     - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
       that may, of each request when it was made
     - `columns`: the options of text; `seen`: ids to be penalised
@@ -52,7 +52,7 @@ class BatchState:
     stamp: Hashable
     view: Any
     graph: Any
-    token: Int[Tensor, " r"]
+    stream: TokenStream
     forbidden: Bool[Tensor, "#r v"]
     masks: list[Bool[Tensor, " v"]]
     columns: SamplingColumns
@@ -87,13 +87,14 @@ class BatchState:
         first = torch.tensor([request.num_chosen for request in requests], device="cpu")
         counters = _to(first + torch.arange(STEPS_OF_NUMBERS, device="cpu")[:, None], device)
         seeds = _to(torch.tensor([request.seed for request in requests], device="cpu"), device)
+        token = _to(torch.tensor([it.ids[-1] if it.ids else 0 for it in branches], device="cpu"), device)
         return cls(
             requests=list(requests),
             branches=branches,
             stamp=stamp,
             view=view,
             graph=graph,
-            token=_to(torch.tensor([branch.ids[-1] if branch.ids else 0 for branch in branches], device="cpu"), device),
+            stream=_stream(token, token if view is None else view.position, [it.past for it in branches]),
             forbidden=_to(~(masks[0][None] if same else torch.stack(masks)), device),
             masks=masks,
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
@@ -120,7 +121,7 @@ class BatchState:
         """The next id of every row; they are the ones to be read next. On the device alone."""
         uniform = self.numbers.index_select(0, self.step)[0]
         tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen)
-        self.token.copy_(tokens)
+        self.stream.token.copy_(tokens)
         self.step.add_(1)
         if self.view is not None:
             self.view.advance()
@@ -146,25 +147,25 @@ class BatchState:
             for request, mask in zip(self.requests, self.masks, strict=True)
         )
 
-    def stream(self) -> TokenStream:
-        """The ids to be read as a stream of one token for each row. What only training asks for is left as it is."""
-        past = tuple(Past(branch.past.length, branch.past.position) for branch in self.branches)
-        lengths = (1,) * len(past)
-        return TokenStream(
-            token=self.token,
-            sample=self.token,
-            modulation_index=self.token,
-            position=self.token if self.view is None else self.view.position,
-            label=self.token,
-            layout=Layout(
-                end=self.token, lengths=lengths, past=tuple(row.length for row in past), device=self.token.device
-            ),
-            spans=NO_SPANS,
-            placements={},
-            lengths=lengths,
-            past=past,
-            ignore_index=-1,
-        )
+
+def _stream(token: Int[Tensor, " r"], position: Int[Tensor, " r"], past: Sequence[Past]) -> TokenStream:
+    """One token for each row. It serves all steps, whose ids and positions are written into it; the rest, which only
+    training and prefill ask for, is left as it is.
+    """
+    lengths = (1,) * len(past)
+    return TokenStream(
+        token=token,
+        sample=token,
+        modulation_index=token,
+        position=position,
+        label=token,
+        layout=Layout(end=token, lengths=lengths, past=tuple(row.length for row in past), device=token.device),
+        spans=NO_SPANS,
+        placements={},
+        lengths=lengths,
+        past=tuple(past),
+        ignore_index=-1,
+    )
 
 
 def _numbers(seeds: Int[Tensor, " r"], counters: Int[Tensor, "steps r"]) -> Float[Tensor, "steps r"]:

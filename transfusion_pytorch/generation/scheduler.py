@@ -79,6 +79,7 @@ class Scheduler:
             for branch in request.branches:
                 self.runner.rewind(branch)
         self._state = None
+        self.denoiser.reset()
 
     def step(self) -> None:
         """Takes every request one step further."""
@@ -107,6 +108,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Takes waiting requests in order, while there is room for what they may come to."""
+        if not self.waiting:
+            return
         taken = sum(map(self.cache_tokens, self.active))
         while self.waiting and len(self.active) < self.limits.max_batch:
             taken += self.cache_tokens(self.waiting[0])

@@ -65,13 +65,14 @@ class CacheRun(NamedTuple):
 class CacheView:
     """The rows that take part in a forward pass over a stream: sample i of the `layout` continues `rows[i]`.
 
-    It may serve many passes, whose writes replace each other, until one of the rows moves. `prepared` are the layers as
-    `inference.py` runs them, if it does.
+    It may serve many passes over the stream, whose writes replace each other, until one of the rows moves. `prepared`
+    are the layers as `inference.py` runs them, if it does; `phases` the rotary phases, which the first pass makes.
     """
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout, *, prepared: Any = None):
         cache.reserve(rows, layout.lengths)
         self.prepared = prepared
+        self.phases: Tensor | None = None
         numbers = tuple(row.block.capacity << 32 | row.index for row in rows)  # no neighbours in different blocks
         self.runs: list[CacheRun] = []
         for run in layout.runs_in(numbers):

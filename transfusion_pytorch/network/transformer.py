@@ -125,14 +125,16 @@ class Transformer(nn.Module):
         `position` are rotary positions, `conditioning` is that of the spans (None for text alone). Nothing is read from
         the device that computes.
         """
-        if cache is not None and not torch.is_inference_mode_enabled():
+        if cache is not None and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # A decode step is hundreds of tiny operations: without counting versions and views each takes less time.
             with torch.inference_mode():
                 return self(x, position=position, layout=layout, conditioning=conditioning, cache=cache)
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
         if cache is not None and cache.prepared is not None:
-            phases = cache.rotation() if isinstance(cache, DecodeView) else self._phases(position)
+            if isinstance(cache, CacheView) and cache.phases is None:
+                cache.phases = self._phases(position)
+            phases = cache.rotation() if isinstance(cache, DecodeView) else cache.phases
             x = run_layers(
                 self.layers,
                 x,
