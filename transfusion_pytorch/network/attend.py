@@ -135,7 +135,7 @@ class DecodeAttention(NamedTuple):
         keys, values = run.update(layer, k, v)
         # query heads that share keys become queries of one head: (g, k, h / k, e), and no key is repeated
         queries = q.view(len(q), k.shape[1], -1, q.shape[-1])
-        return attend_masked(queries, keys, values, mask=bias, softcap=softcap).view_as(q)
+        return attend_masked(queries, keys, values, mask=bias, softcap=softcap).reshape(q.shape)
 
 
 AttentionPlan = RaggedAttention | FlexAttention | DenseAttention | CachedAttention | DecodeAttention

@@ -142,7 +142,8 @@ def _attend(
     q, k = qk.view(n, -1, e).split((attn.heads, attn.kv_heads), dim=1)
     out = plan.attend(q, k, v, layer=index)
     gates = F.linear(x, attn.to_gates.weight, attn.to_gates.bias).sigmoid_()  # type: ignore[union-attr]
-    return F.linear((out * gates.view(n, -1, 1)).view(*x.shape[:-1], -1), attn.to_out.weight)
+    # how the output of attention lies in memory differs from kernel to kernel
+    return F.linear((out * gates.view(n, -1, 1)).reshape(*x.shape[:-1], -1), attn.to_out.weight)
 
 
 def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
