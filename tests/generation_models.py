@@ -1,6 +1,6 @@
 """Small models for the tests of sampling, and oracles that know nothing of the engine."""
 
-from math import prod
+from math import cos, log1p, pi, prod, sin, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -316,6 +316,38 @@ def watch_evaluations(monkeypatch, model) -> list[tuple[int, float]]:
 def generators(*seeds: int) -> list[torch.Generator]:
     """A source of random numbers for each of several prompts."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+GOLDEN, WORD = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+def scramble(z: int) -> int:
+    """The output function of SplitMix64, in integers of any length."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+    return z ^ (z >> 31)
+
+
+def number_of(seed: int, counter: int) -> float:
+    """The random number in [0, 1) that a request of this seed uses for the id that it chooses at `counter`."""
+    start = scramble((seed + GOLDEN) & WORD)
+    return (scramble((start + (counter + 1) * GOLDEN) & WORD) >> 11) * 2.0**-53
+
+
+def noise_of(generator: torch.Generator, rows: int, channels: int, number: int = 0) -> Tensor:
+    """What modality `number` of a request starts from whose seed comes from this generator: Box and Muller."""
+    seed, count = seed_of(generator), rows * channels
+    half = (count + 1) // 2
+    first, second = ([number_of(seed, ((number + 1) << 40) + i) for i in range(at, at + half)] for at in (0, half))
+    radii = [sqrt(-2 * log1p(-u)) for u in first]
+    made = [r * cos(2 * pi * u) for r, u in zip(radii, second, strict=True)]
+    made += [r * sin(2 * pi * u) for r, u in zip(radii, second, strict=True)]
+    return torch.tensor(made[:count], dtype=torch.float64).view(rows, channels)
+
+
+def seed_of(generator: torch.Generator) -> int:
+    """The one number that a request takes from its generator."""
+    return int(torch.randint(2**62, (1,), generator=generator))
 
 
 def script(*ids: int, given: int):

@@ -1,5 +1,6 @@
 """Drawing from what is there already: from an image, around what a mask keeps, between two noises, behind a prompt."""
 
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,7 @@ from generation_models import (
     drawn,
     latents,
     noise,
+    noise_of,
     shapes_of,
     text,
     velocity_behind,
@@ -26,6 +28,7 @@ from torch import nn
 
 from transfusion_pytorch import DrawingProgress, UNetDown, UNetUp, slerp
 from transfusion_pytorch.flow.solver import ADAPTIVE_METHODS, SINGLE_STEP_METHODS
+from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.sequence.samples import Modality
 
 SHAPES = {VECTOR: (), LINE: (3,), IMAGE: (2, 3), VIDEO: (2, 1, 2)}
@@ -414,7 +417,6 @@ WRONG = {
         ValueError,
         "init_modality_noise needs 6 rows and 1 channels",
     ),
-    "no room": (dict(init_modality=INIT[IMAGE], max_length=12), ValueError, "init_modality: a modality of shape"),
 }
 
 
@@ -430,11 +432,21 @@ def test_what_does_not_go_together_is_refused(wrong):
     assert engine.is_idle
 
 
-def test_a_prompt_that_opens_a_modality_by_itself_has_no_place_for_it():
+@pytest.mark.parametrize("opened", [(), (IMAGE, (2, 3)), (LINE, (4,)), (IMAGE, ())])
+@pytest.mark.parametrize("max_length", [1, 12, 40])
+def test_it_is_drawn_whatever_the_prompt_opens_and_however_short_it_is_to_be(opened, max_length):
+    """It stands where the prompt ends, in place of an opening there, and beyond `max_length`."""
     model = build()
-    opened = torch.cat([text(1), model.vocabulary.opening(IMAGE, (2, 3))])
-    with pytest.raises(ValueError, match="init_modality: prompt 0 opens a modality at its end already"):
-        model.sample(opened, **options_with(init_modality=INIT[IMAGE], max_modality_tokens=6))
+    ids = model.vocabulary.opening(*opened).tolist() if opened else []
+    options = options_with(init_modality=INIT[IMAGE], strength=0.5, max_modality_tokens=6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore" if max_length == 1 else "error", message="prompt 0 has")
+        made = model.sample(text(1, *ids), **options | dict(max_length=max_length))
+    assert_same(made[:2], model.sample(text(1), **options)[:2])
+    assert_flows(model, made[:3], scale=3.0, init=INIT[IMAGE][1], strength=0.5)
+    if max_length < 20:
+        assert shapes_of(made) == [[4, 1, *model.vocabulary.opening(IMAGE, (2, 3)).tolist()], (IMAGE, (2, 3, 1)), [13]]
+        assert made.reason is EndReason.LENGTH
 
 
 # a modality alone
@@ -532,7 +544,7 @@ def test_the_same_generator_is_the_same_drawing_from_the_same_noise():
     )
     assert_same(one, two, tolerance=0)
     assert not torch.allclose(drawn(one)[0][1], drawn(other)[0][1])
-    start = torch.randn(6, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    start = noise_of(torch.Generator().manual_seed(3), 6, 1)
     assert_flows(model, one[:3], scale=3.0, start=start)
     edits = dict(init_modality=INIT[IMAGE], strength=0.5)
     edited = model.sample(text(1), generator=torch.Generator().manual_seed(3), **options, **edits)

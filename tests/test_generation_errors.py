@@ -61,12 +61,6 @@ PROMPTS = {
     ),
     "an opening that is no shape": (text(META, COMMA), ValueError, "prompt 0: the markers at its end"),
     "an opening that is too large": (text(META, FOUR, FOUR), ValueError, "at most max_modality_tokens=6 latents"),
-    "more than max_length": (
-        text(*[1] * 40),
-        ValueError,
-        "prompt 0 has 41 tokens with its markers, more than max_length=40",
-    ),
-    "an opening beyond max_length": (text(*[1] * 38, META, FOUR), ValueError, "prompt 0 has 41 tokens"),
 }
 
 OPTIONS = {
@@ -174,8 +168,6 @@ def test_there_must_be_a_prompt(idle):
             dict(fixed_modality_shape=(3,), force_modality_at_start=IMAGE),
             r"modality 2 cannot have the shape \(3,\)",
         ),
-        (text(META), dict(force_modality_at_start=(LINE, (2,))), "prompt 0 opens a modality at its end already"),
-        (text(META, FOUR, SOM[1]), dict(force_modality_at_start=(LINE, (4,))), "prompt 0 opens a modality at its end"),
         (text(META, FOUR), dict(fixed_modality_shape=(3,)), r"which is fixed_modality_shape=\(3,\)"),
         (
             None,

@@ -17,10 +17,15 @@ from generation_models import (
     assert_same,
     build,
     drawn,
+    generators,
     latents,
     noise,
+    noise_of,
+    number_of,
     script,
+    seed_of,
     shapes_of,
+    slots_of,
     text,
 )
 
@@ -52,6 +57,7 @@ REFUSED = {
     "text_top_p": [*NUMBERS, NONE, (0.0, ValueError), (-0.1, ValueError), (1.01, ValueError), (50, ValueError)],
     "text_min_p": [*NUMBERS, NONE, (-0.1, ValueError), (1.01, ValueError)],
     "text_temperature": [*NUMBERS, NONE, (-0.1, ValueError), (10**400, ValueError)],
+    "log_probabilities": [("yes", TypeError), (1, TypeError), NONE],
     "force_modality_at_start": [
         *[(value, TypeError) for value in ("0", True, 0.0, (LINE, (2,), 1), (LINE,), [])],
         *[(value, ValueError) for value in (4, -1, (LINE, 2), (LINE, (2, 2)), (9, (2,)))],
@@ -59,7 +65,7 @@ REFUSED = {
     "plan": [("text", TypeError), ([], TypeError), (LINE, TypeError), (["words"], ValueError), ([9], ValueError)],
     "allowed_modalities": [(0, TypeError), ("0", TypeError), ([4], ValueError), ([0.0], TypeError), ({0}, TypeError)],
     "fixed_modality_shape": SHAPES,
-    "max_modality_tokens": [*INTS, NONE],
+    "max_modality_tokens": INTS,
     "modality_steps": [*INTS, NONE],
     "time_shift": [*NUMBERS, NONE, (0.0, ValueError), (-1.0, ValueError)],
     "odeint_kwargs": [("midpoint", TypeError), (3, TypeError), ([("method", "euler")], TypeError)],
@@ -70,6 +76,10 @@ REFUSED = {
         *[(value, ValueError) for value in ((0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.0, NAN))],
     ],
     "cfg_rescale": [*NUMBERS, NONE, (-0.1, ValueError), (1.1, ValueError)],
+    "negative_prompt": [
+        *[(value, TypeError) for value in (3, "no", text(1).float(), torch.tensor([True]), text(), {1})],
+        *[(value, ValueError) for value in (text(4), text(-1), text(0, 99), [], [text(1)] * 3)],
+    ],
     "init_modality_noise": [
         (value, ValueError) for value in ([[0.0]], torch.ones(3), torch.ones(3, 3).long(), torch.full((3, 3), NAN), 3)
     ],
@@ -115,6 +125,7 @@ TAKEN = {
         *[(0, dict(text_top_k=1)), (1e-12, GREEDILY)],
         *[(1e6, dict(text_temperature=10**6)), (np.float64(2), dict(text_temperature=2))],
     ],
+    "log_probabilities": [(True, {}), (False, {})],
     "force_modality_at_start": [
         *[(None, {}), ((VECTOR, ()), dict(force_modality_at_start=[VECTOR, []]))],
         *[(value, dict(force_modality_at_start=(LINE, (np.int64(2),)))) for value in ((LINE, (2,)), [LINE, [2]])],
@@ -125,7 +136,11 @@ TAKEN = {
         *[(None, {}), ((), dict(fixed_modality_shape=[])), ((2,), dict(fixed_modality_shape=[2]))],
         *[([1, 1], dict(fixed_modality_shape=(1, 1))), ((np.int64(1), 1, 1), dict(fixed_modality_shape=(1, 1, 1)))],
     ],
-    "max_modality_tokens": [(1, dict(max_modality_tokens=np.int64(1))), (np.int64(3), dict(max_modality_tokens=3))],
+    "max_modality_tokens": [
+        (None, dict(max_modality_tokens=None)),
+        (1, dict(max_modality_tokens=np.int64(1))),
+        (np.int64(3), dict(max_modality_tokens=3)),
+    ],
     "modality_steps": [(1, dict(modality_steps=np.int64(1))), (np.int64(2), {})],
     "time_shift": [
         *[(1e-3, dict(time_shift=np.float64(1e-3))), (1, {}), (3.0, dict(time_shift=3))],
@@ -142,6 +157,10 @@ TAKEN = {
         ((np.float32(0.25), 1), dict(cfg_interval=(0.25, 1.0))),
     ],
     "cfg_rescale": [(0, {}), (1, dict(cfg_rescale=1.0)), (0.7, dict(cfg_rescale=np.float64(0.7)))],
+    "negative_prompt": [
+        *[(None, {}), ([None], {}), (torch.tensor(2), dict(negative_prompt=text(2)))],
+        *[(value, dict(negative_prompt=text(0, 3))) for value in (text(0, 3).int(), [text(0, 3)], (text(0, 3),))],
+    ],
     "init_modality_noise": [
         *[(None, {}), (noise(), dict(init_modality_noise=noise().clone()))],
         (noise().float(), dict(init_modality_noise=noise().float().double())),
@@ -154,7 +173,12 @@ TAKEN = {
 }
 DRAWING = {"modality_steps", "time_shift", "odeint_kwargs", "init_modality_noise", "return_unprocessed_modalities"}
 DRAWING |= {"cfg_scale", "modality_cfg_scale", "cfg_interval", "cfg_rescale"}
-WITHOUT_EFFECT = {"strength", "modality_mask", "return_unprocessed_modalities"}  # of the values that are tried here
+WITHOUT_EFFECT = {
+    "strength",
+    "modality_mask",
+    "log_probabilities",
+    "return_unprocessed_modalities",
+}  # of the values that are tried here
 NAMES = [field.name for field in fields(SamplingOptions)]
 
 
@@ -237,6 +261,29 @@ def test_a_mask_is_that_of_the_latents(idle, mask, error, message):
         idle.sample(text(1), init_modality=latents(IMAGE, 1, 2), modality_mask=mask)
 
 
+def test_options_may_come_together(model):
+    """`options=` is the same as its fields, and keywords beside it win."""
+    options = SamplingOptions(**GREEDY, force_modality_at_start=(LINE, (2,)), init_modality_noise=noise())
+    expected = model.sample(text(1), **GREEDY, force_modality_at_start=(LINE, (2,)), init_modality_noise=noise())
+    engine = model.create_engine()
+    request = engine.submit(text(1), options=options)
+    *_, ended = model.sample_stream(text(1), options=options)
+    for sample in (
+        model.sample(text(1), options=options),
+        model.sample_many([text(1)], options=options)[0],
+        engine.sample_many([text(1)], options=options)[0],
+        request.result(),
+        ended.sample,
+    ):
+        assert_same(sample, expected)
+    shorter = model.sample(text(1), options=options, max_length=9, force_modality_at_start=(LINE, (1,)))
+    assert shapes_of(drawn(shorter))[0] == (LINE, (1, 3))
+    assert options.max_length == GREEDY["max_length"]
+    for wrong in (dict(max_length=3), "greedy", 3):
+        with pytest.raises(TypeError, match=f"options must be SamplingOptions, got {type(wrong).__name__}"):
+            model.sample(text(1), options=wrong)
+
+
 def test_options_do_not_change():
     options = SamplingOptions()
     with pytest.raises(FrozenInstanceError):
@@ -260,10 +307,10 @@ def test_an_unknown_option_is_refused(idle, name):
 @pytest.mark.parametrize(
     ("method", "own"),
     [
-        ("sample", ["prompt", "cache_kv", "progress"]),
-        ("sample_one", ["prompt", "cache_kv", "progress"]),
-        ("sample_many", ["prompts", "max_batch", "cache_kv", "progress"]),
-        ("sample_stream", ["prompt", "cache_kv"]),
+        ("sample", ["prompt", "cache_kv", "progress", "options"]),
+        ("sample_one", ["prompt", "cache_kv", "progress", "options"]),
+        ("sample_many", ["prompts", "max_batch", "cache_kv", "progress", "options"]),
+        ("sample_stream", ["prompt", "cache_kv", "options"]),
     ],
 )
 def test_signatures_show_every_option_with_its_default(model, method, own):
@@ -312,8 +359,11 @@ PROMPTS = [None, text(1), [text(2), latents(IMAGE, 1, 2)], latents(VECTOR), text
 FREE = dict(max_length=24, modality_steps=1, max_modality_tokens=4, text_min_p=0.0, text_top_p=0.95, cfg_scale=1.0)
 
 
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def endless(ids, logits):
+    return logits.index_fill(0, torch.tensor([5, 6]), -50.0)  # neither eos nor meta
+
+
+WORDY = FREE | dict(logits_processors=[endless])  # too long to be the same by chance
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -345,9 +395,10 @@ def test_a_seed_makes_the_same_sample_in_any_company(model, alone, order, max_ba
 
 def test_seeds_and_prompts_make_different_samples(model, alone):
     assert len({str(shapes_of(sample)) for sample in alone}) == len(alone)
-    samples = model.sample_many([None] * 6, generator=generators(*range(6)), **FREE)
+    samples = model.sample_many([None] * 6, generator=generators(*range(6)), **WORDY)
     assert len({str(shapes_of(sample)) for sample in samples}) == 6
-    for one, other in zip(model.sample_many([None] * 2, generator=generators(3, 3), **FREE), samples[3:5], strict=True):
+    again = model.sample_many([None] * 2, generator=generators(3, 3), **WORDY)
+    for one, other in zip(again, samples[3:5], strict=True):
         assert (shapes_of(one) == shapes_of(other)) == (other is samples[3])
 
 
@@ -387,16 +438,61 @@ def test_requests_that_come_while_others_are_under_way_are_no_different(model, a
 
 
 def test_one_generator_seeds_all_prompts(model):
-    first, again = (model.sample_many([None] * 4, generator=seeded(7), **FREE) for _ in range(2))
+    first, again = (model.sample_many([None] * 4, generator=seeded(7), **WORDY) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert_same(one, other, tolerance=0)
     assert len({str(shapes_of(sample)) for sample in first}) == 4
     source = seeded(7)
-    assert_same(model.sample_many([None] * 4, generator=source, max_batch=1, **FREE)[3], first[3])
-    later = model.sample_many([None] * 4, generator=source, **FREE)
+    assert_same(model.sample_many([None] * 4, generator=source, max_batch=1, **WORDY)[3], first[3])
+    later = model.sample_many([None] * 4, generator=source, **WORDY)
     assert shapes_of(later[0]) != shapes_of(first[0]), "it has moved on"
-    other = model.sample_many([None] * 4, generator=seeded(6), **FREE)
+    other = model.sample_many([None] * 4, generator=seeded(6), **WORDY)
     assert shapes_of(other[0]) != shapes_of(first[0])
+
+
+def test_one_generator_means_the_same_in_every_call(model):
+    """One prompt with one generator: `sample`, `sample_many` of it alone, a request, a stream, and one of four."""
+    engine = model.create_engine()
+    request = engine.submit(None, generator=seeded(7), **WORDY)
+    engine.run()
+    *_, ended = model.sample_stream(None, generator=seeded(7), **WORDY)
+    expected = model.sample(None, generator=seeded(7), **WORDY)
+    for sample in (
+        model.sample_many([None], generator=seeded(7), **WORDY)[0],
+        model.sample_many([None], generator=[seeded(7)], **WORDY)[0],
+        request.result(),
+        ended.sample,
+        model.sample_many([None] * 4, generator=seeded(7), **WORDY)[0],
+    ):
+        assert_same(sample, expected, tolerance=0)
+    source = seeded(7)
+    one_by_one = [model.sample(None, generator=source, **WORDY) for _ in range(4)]
+    for one, other in zip(one_by_one, model.sample_many([None] * 4, generator=seeded(7), **WORDY), strict=True):
+        assert_same(one, other)
+
+
+def test_a_generator_serves_one_live_request_at_a_time(model):
+    engine, source, message = model.create_engine(), seeded(7), "generator: it is that of a request which is not done"
+    expected = model.sample_many([None] * 2, generator=seeded(7), **WORDY)
+    request = engine.submit(None, generator=source, **WORDY)
+    for refused in (
+        lambda: engine.submit(None, generator=source, **WORDY),
+        lambda: engine.submit(None, generator=[source], **WORDY),
+        lambda: engine.sample_many([None], generator=source, **WORDY),
+        lambda: engine.sample_many([None] * 2, generator=[seeded(1), source], **WORDY),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    engine.run()
+    assert_same(request.result(), expected[0])
+    following = engine.submit(None, generator=source, **WORDY)  # it has moved on by one seed, whatever was refused
+    following.cancel()
+    engine.submit(None, generator=source, **WORDY).cancel()
+    second = engine.submit(None, generator=generators(7)[0], **WORDY)
+    engine.run()
+    assert_same(second.result(), expected[0])
+    with pytest.raises(ValueError, match="generator: one is given twice"):
+        engine.sample_many([None] * 2, generator=[source, source], **WORDY)
 
 
 def test_a_generator_for_each_prompt_or_one_for_all(idle):
@@ -432,7 +528,7 @@ def test_the_seed_of_torch_repeats_everything(model):
 def test_noise_comes_from_the_generator_of_the_request(model):
     for modality, shape, rows in ((VECTOR, (), 1), (LINE, (3,), 3), (VIDEO, (1, 2, 2), 4)):
         channels = latents(modality, *shape)[1].shape[-1]
-        start = torch.randn(rows, channels, generator=seeded(8), dtype=torch.float64)
+        start = noise_of(seeded(8), rows, channels)
         options = FREE | dict(plan=[(modality, shape)])
         samples = model.sample_many([None, text(1)], generator=generators(8, 8), **options)
         for sample, prompt in zip(samples, [None, text(1)], strict=True):
@@ -449,16 +545,36 @@ def test_noise_comes_from_the_generator_of_the_request(model):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_text_takes_one_number_for_each_id_and_noise_follows(model, seed):
-    plan = [("text", 3), (LINE, (2,)), ("text", 2), (IMAGE, (1, 2))]
-    sample = model.sample(generator=seeded(seed), **FREE | dict(plan=plan, max_length=60))
-    source, written = seeded(seed), [part.tolist() for part in sample[::2]]
-    for i, (most, rows, channels) in enumerate([(3, 2, 3), (2, 2, 1)]):
-        num_text = sum(token < model.vocabulary.num_text for token in written[i])
-        for _ in range(min(num_text + 1, most)):  # one more where the model ended it
-            torch.rand((), generator=source, dtype=torch.float64)
-        start = torch.randn(rows, channels, generator=source, dtype=torch.float64)
-        assert_drawn(model, sample[: 2 * i + 2], given=i, steps=1, start=start)
+def test_all_random_numbers_follow_from_one_seed(model, seed):
+    """Those of text are counted by the ids that the model chose, those of noise by the modalities of the sample."""
+    plan = [("text", 3), (LINE, (2,)), ("text", 4), (IMAGE, (1, 2)), "text"]
+    options = FREE | dict(plan=plan, max_length=60, text_top_p=1.0, text_temperature=0.7)
+    prompt = [text(1), latents(VECTOR), text(2)]
+    sample = model.sample(prompt, generator=seeded(seed), **options)
+    own = seed_of(seeded(seed))
+    for number, (rows, channels) in ((1, (2, 3)), (2, (2, 1))):
+        before = sample[: 2 * number + 2]
+        start = noise_of(seeded(seed), rows, channels, number)
+        assert_drawn(model, before, given=number, steps=1, start=start)
+    with torch.no_grad():
+        [logits] = model([sample], return_loss=False)
+    slots, chosen = slots_of(model, sample), 0
+    at = len(slots_of(model, sample[:2])) + 2  # behind the vector: its eom, and 2
+    for i, part in enumerate(plan):
+        if isinstance(part, tuple) and part[0] != "text":
+            at += slots[at:].index(model.eom_ids[part[0]]) + 1
+            continue
+        end = model.eos_id if i + 1 == len(plan) else model.meta_id
+        ids = torch.tensor([0, 1, 2, 3, end])
+        for _ in range(part[1] if isinstance(part, tuple) else 60):
+            p = (logits[at - 1, ids] / 0.7).softmax(0).cumsum(0)
+            expected = ids[int((p <= number_of(own, chosen) * p[-1]).sum())]
+            assert slots[at] == expected, f"slot {at} of {slots}"
+            chosen += 1
+            if slots[at] == end:
+                break
+            at += 1
+    assert chosen > 3
 
 
 # the caller's own random numbers

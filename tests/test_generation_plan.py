@@ -190,31 +190,33 @@ def test_a_stop_id_ends_a_plan_early(stop, in_text):
 LONG = ["text", (IMAGE, (2, 3)), ("text", 4), VECTOR, (LINE, (5,)), "text"]
 
 
-@pytest.mark.parametrize("plan", [LONG, LONG[1:5], [*LONG[:3]], LONG[1:2]])
-def test_a_plan_that_runs_out_of_room_is_cut_off(model, plan):
-    [(whole, _)] = submitted(model, [(text(1), plan)])
-    slots = slots_of(model, whole)
-    start = 2 if is_text(plan[0]) else 2 + 5 + 6 + 1
-    lengths = range(start, len(slots) + 1)
-    results = submitted(model, [(text(1), plan, dict(max_length=most)) for most in lengths])
+@pytest.mark.parametrize("prompt", [text(1), text(1, META, FOUR), [latents(LINE, 2), text(2)]])
+@pytest.mark.parametrize("plan", [LONG, LONG[1:5], [*LONG[:3]], LONG[1:2], ["text"]])
+@pytest.mark.filterwarnings("ignore:prompt 0 has")
+def test_beyond_its_length_a_plan_has_its_modalities_and_no_text(model, prompt, plan):
+    """Up to there it is what a longer one is; behind it stands every modality of the plan, without text between."""
+    bare = text(1) if isinstance(prompt, torch.Tensor) else prompt  # a plan takes the place of an opening
+    [(whole, _)] = submitted(model, [(prompt, plan)])
+    slots, planned = slots_of(model, whole), [part for part in plan if not is_text(part)]
+    lengths, given = range(1, len(slots) + 1), num_given(model, bare)
+    results = submitted(model, [(prompt, plan, dict(max_length=most)) for most in lengths])
     for max_length, (short, reason) in zip(lengths, results, strict=True):
         cut = slots_of(model, short)
-        assert cut == slots[: len(cut)]
-        assert len(cut) <= max_length
-        if len(cut) < max_length:
-            assert slots[len(cut)] == -1, "a modality did not fit"
-        if max_length < len(slots) - 1:
+        same = next((i for i, (x, y) in enumerate(zip(cut, slots, strict=False)) if x != y), min(len(cut), len(slots)))
+        assert same >= min(max_length, len(cut)), "the length changes nothing before the cut"
+        expected = [(kind, (*shape, CHANNELS[kind])) for kind, shape in map(with_shape, planned)]
+        assert shapes_of(drawn(short))[len(drawn(bare)) if isinstance(bare, list) else 0 :] == expected
+        assert not any(0 <= token < 4 for token in cut[max(max_length, given) :]), "no text beyond it"
+        if max_length < len(slots):
             assert reason is EndReason.LENGTH
-        for part, other in zip(drawn(short), drawn(whole), strict=False):
-            assert_same([part], [other])
+            assert cut[-1] != model.eos_id
+        else:
+            assert_same(short, whole)
+        assert_drawn(model, short, sum(isinstance(part, tuple) for part in prompt), steps=1, scale=3.0)
 
 
-def test_a_plan_that_begins_with_what_cannot_fit_is_refused(model):
-    with pytest.raises(
-        ValueError, match=r"plan: a modality of shape \(5,\) does not fit behind the 5 tokens of prompt 0"
-    ):
-        model.sample(text(1), plan=[(LINE, (5,)), "text"], **asked(max_length=10))
-    assert len(slots_of(model, model.sample(text(1), plan=[(LINE, (5,)), "text"], **asked(max_length=11)))) == 11
+def with_shape(part) -> tuple:
+    return part if isinstance(part, tuple) else (part, DEFAULTS[part])
 
 
 # what is refused
@@ -299,10 +301,18 @@ def test_a_planned_type_needs_a_shape():
 
 
 @pytest.mark.parametrize("plan", [["text"], [("text", 3)], [LINE], ["text", (LINE, (4,))], [VECTOR, "text"]])
-@pytest.mark.parametrize("prompt", [text(META), text(1, META, FOUR), text(META, FOUR, SOM[LINE])])
-def test_a_plan_begins_where_nothing_is_opened(idle, prompt, plan):
-    with pytest.raises(ValueError, match="plan: prompt 0 opens a modality at its end already"):
-        idle.sample(prompt, plan=plan, **asked())
+@pytest.mark.parametrize("ids", [(META,), (1, META, FOUR), (META, FOUR, SOM[LINE]), (2, SOM[IMAGE]), (META, SOM[0])])
+def test_a_plan_takes_the_place_of_an_opening(model, ids, plan):
+    words = [token for token in ids if token < 4]
+    expected = model.sample(text(*words) if words else None, plan=plan, **asked())
+    assert_same(model.sample(text(*ids), plan=plan, **asked()), expected)
+
+
+@pytest.mark.parametrize("forced", [LINE, (LINE, (4,)), (IMAGE, (2, 2))])
+@pytest.mark.parametrize("opening", [(META,), (META, FOUR), (META, FOUR, SOM[LINE]), (SOM[IMAGE],)])
+def test_a_forced_modality_takes_the_place_of_an_opening(model, opening, forced):
+    expected = model.sample(text(1), force_modality_at_start=forced, **asked())
+    assert_same(model.sample(text(1, *opening), force_modality_at_start=forced, **asked()), expected)
 
 
 # a modality at the start, and freedom behind it

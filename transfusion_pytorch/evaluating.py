@@ -1,8 +1,8 @@
-"""Evaluation mode, whole parameters, and news of changed weights."""
+"""Evaluation mode, whole parameters of sharded models, and notices of changed weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every submodule is back in the mode it had, whatever happened.
 
-    It changes the modules themselves: where others may use the model at the same time, see `evaluation_view`.
+    It changes the modules themselves. If another thread may use the model meanwhile, take an `evaluation_view`.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -32,8 +32,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class _EvaluationView:
     """Mixed into a subclass of a module's class: the same attributes, but for `training` and the submodules.
 
-    A view and its module share one `__dict__`, so parameters, hooks, counters and whatever else is assigned to either
-    is that of both. Only what stands in this class is a view's own: data descriptors come before a `__dict__`.
+    A view and its module share one `__dict__`, so parameters, hooks and all other attributes are those of both. Only
+    the properties of this class are a view's own: data descriptors take precedence over a `__dict__`.
     """
 
     _view_of: nn.Module
@@ -45,7 +45,7 @@ class _EvaluationView:
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """A view has one mode, and the module's is nobody's business here."""
+        """Ignored: a view has one mode, and that of its module must not change."""
 
     @property
     def _modules(self) -> dict[str, nn.Module | None]:
@@ -68,10 +68,10 @@ _VIEW_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def evaluation_view(module: Module) -> Module:
-    """The same module in evaluation mode, whatever mode the module has or gets.
+    """The same module in evaluation mode, whatever mode the module itself has.
 
     Nothing is copied and no mode is changed, so any number of threads may sample from a model while another trains it.
-    Scripted modules, which are no Python objects, stay themselves; compiled ones are taken uncompiled.
+    Scripted modules have no view and are returned as they are; of compiled ones the original module is used.
     """
     module = getattr(module, "_orig_mod", module)
     if isinstance(module, torch.jit.ScriptModule | _EvaluationView):
@@ -88,12 +88,13 @@ def evaluation_view(module: Module) -> Module:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module was made of, also through a view."""
+    """The class of a module, also through a view."""
     return type(module._view_of) if isinstance(module, _EvaluationView) else type(module)
 
 
+@runtime_checkable
 class Watcher(Protocol):
-    """What keeps something that depends on a model's weights."""
+    """An object whose state depends on a model's weights, such as an engine."""
 
     def weights_changed(self) -> None: ...
 
@@ -102,15 +103,15 @@ _WATCHERS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def watch_weights(model: nn.Module, watcher: Watcher) -> None:
-    """From now on `watcher.weights_changed()` is called whenever someone says that the weights changed."""
+    """From now on `weights_changed(model)` calls `watcher.weights_changed()`. The watcher is referenced weakly."""
     _WATCHERS.setdefault(model, WeakSet()).add(watcher)
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Tells all who watch a model (engines that are alive) that its weights are others now.
+    """Notifies all watchers of a model (its engines) that its weights have changed.
 
-    `Trainer` and the EMA call it. In a training loop of your own it is needed only where an engine lives on from step
-    to step and the optimizer changes weights behind torch's back (`fused=True`).
+    `Trainer` and the EMA call it. A training loop of your own needs it only if an engine is kept from step to step and
+    the optimizer changes weights without torch counting it (`fused=True`).
     """
     for watcher in tuple(_WATCHERS.get(model, ())):
         watcher.weights_changed()
@@ -118,9 +119,9 @@ def weights_changed(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
-    """Whole parameters of a model that `fully_shard` has split over processes; any other stays as it is.
+    """Gathers the parameters of a model that `fully_shard` has split over processes; does nothing for others.
 
-    Processes wait for each other here and nowhere inside, so each may sample as long as it needs.
+    Processes wait for each other only on entry and exit, so each may sample as long as it needs.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if isinstance(model, FSDPModule):

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class SamplingMethods:
-    """What a model offers that can sample: thin calls of the engine. Mixed into `Transfusion`."""
+    """The sampling methods of `Transfusion`: thin calls of the engine."""
 
-    # what is needed of the model beside `generation.context.Model`
+    # needed of the model beside `generation.runner.Model`
     vocabulary: Any
     modalities: Any
 
@@ -66,13 +66,14 @@ class SamplingMethods:
 
         A prompt is None, a text tensor, a modality (raw, encoded by its encoder) or `(type, modality)`, or a list of
         those; a returned sample is one too. One that ends in a `som` id, alone or behind `meta` and a shape, opens that
-        modality, which is drawn next. Each returned sample is a list that alternates text, markers included, with
-        `(type, modality)`, begins with sos, and ends with eos unless something cut it off; its `reason` says what.
-        Modalities of the prompt come back as they were given. One that is longer than `max_length` comes back as it is,
-        with a warning.
+        modality, which is generated next. A prompt longer than `max_length` comes back as it is, with a warning.
 
-        `options` are `SamplingOptions`, whose fields may also be keywords. Without `cache_kv` everything is read again
-        at every step; `progress` shows a bar.
+        Each returned sample is a list that alternates text, markers included, with `(type, modality)`. It begins with
+        sos, and ends with eos unless it was cut off; its `reason` says why it ended. Modalities of the prompt come back
+        as they were given.
+
+        `options` are `SamplingOptions`; keywords replace their fields. Without `cache_kv` everything is read again at
+        every step; `progress` shows a progress bar.
         """
         with gathered(self):
             engine = self.create_engine(max_batch=max_batch, cache_kv=cache_kv)
@@ -89,7 +90,7 @@ class SamplingMethods:
         **keywords: "Unpack[SamplingKeywords]",
     ) -> Iterator[Event]:
         """Continues one prompt and reports every step (`generation.events`): text as it is written, modalities as they
-        are denoised. The last event has the sample. Whoever stops listening stops the work.
+        are denoised. The last event has the sample. Closing or dropping the iterator cancels the request.
         """
         engine = self.create_engine(max_batch=1, cache_kv=cache_kv)
         return _while_gathered(self, engine.submit(prompt, options=options, **keywords))
@@ -115,8 +116,8 @@ class SamplingMethods:
         max_batch: int = MAX_BATCH,
         cache_kv: bool = True,
     ) -> Int[Tensor, "b m"]:
-        """Continues plain text until it is `seq_len` long, prompt included. Returns what was written, without the
-        prompt. The options are those of `SamplingOptions` for text.
+        """Continues plain text until it is `seq_len` long, prompt included. Returns the new ids, without the prompt.
+        The options are those of `SamplingOptions` for text.
         """
         check_text_batch(prompt, self.vocabulary.num_text)
         check_int(seq_len, "seq_len", least=0)
@@ -151,8 +152,8 @@ class SamplingMethods:
         max_batch: int = MAX_BATCH,
         return_unprocessed_modalities: bool = False,
     ) -> Tensor:
-        """Draws `(batch_size, ...)` of one modality without any text, as `model(images, modality_type=...)` trains
-        it. The options are those of `SamplingOptions` for drawing; all begin from the same `init_modality`.
+        """Generates `(batch_size, ...)` of one modality without any text, as `model(images, modality_type=...)` trains
+        it. The options are those of `SamplingOptions` for modalities; all begin from the same `init_modality`.
         """
         check_int(batch_size, "batch_size")
         check_type(modality_type, len(self.modalities), "modality_type")
@@ -174,7 +175,7 @@ class SamplingMethods:
 
 
 def _while_gathered(model: Any, request: Request) -> Iterator[Event]:
-    """The events of a request, from a model whose parameters are whole as long as somebody listens."""
+    """The events of a request; the parameters of a sharded model are whole until the iterator ends."""
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return request.events()
     return _gathered_events(model, request)

@@ -1,1 +1,1 @@
-"""What samples: token sampling, the shape grammar, and the engine."""
+"""Sampling: engine, scheduler, requests, forward passes, text sampler, denoiser."""

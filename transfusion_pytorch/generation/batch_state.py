@@ -1,4 +1,4 @@
-"""The rows that write text, as tensors on the device: what a decode step reads and advances.
+"""The state of decode steps: one row for each request that writes text, as tensors on the device.
 
 r rows, v vocabulary.
 """
@@ -31,8 +31,8 @@ class Decoded(NamedTuple):
 
 @dataclass(eq=False)
 class BatchState:
-    """A fixed set of rows. It is made when rows enter or leave, or may write other ids than before; while they only
-    write text, a decode step advances it on the device and nothing is uploaded.
+    """A fixed set of rows. It is made anew when a request enters or leaves, or when the ids that it may write change.
+    Otherwise each decode step advances it on the device, and nothing is uploaded.
 
     Tensors are changed in place and never replaced, and the host counts for itself: a step can be compiled, or captured
     in a CUDA graph.
@@ -141,7 +141,7 @@ class BatchState:
             self.num_left = STEPS_OF_NUMBERS
 
     def holds(self) -> bool:
-        """Whether all of its requests go on writing, and may write the same ids."""
+        """Whether all requests still write text, and may write the same ids as when this was made."""
         return all(
             request.is_writing and request.allowed is mask
             for request, mask in zip(self.requests, self.masks, strict=True)

@@ -1,4 +1,4 @@
-"""Denoising: modalities on their way from noise to data, one step of the solver for all of them together.
+"""Denoising: modalities between noise and data, and one solver step for all of them together.
 
 s denoisings, k latents of one, c their channels.
 """
@@ -22,18 +22,18 @@ from transfusion_pytorch.generation.runner import Branch, Model, Runner, SpanStr
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
 ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002
-LAYOUTS = 4  # kept: with guidance and without, for two solvers, take turns in a step
+LAYOUTS = 4  # kept: with guidance and without it, for two solvers
 
 
 @dataclass(eq=False)
 class Denoising:
-    """A modality in the making: `x` are its flat latents after `step` of the intervals between `times`.
+    """A modality between noise and data: `x` are its flat latents after `step` of the intervals between `times`.
 
-    - `conditional`: the branch that it stands behind; `without_text`, `without_all`: unconditional ones, without its
-      text, and without its earlier modalities too, where guidance asks for them
-    - `clean`, `stays`: what it started from, if not from noise, and which of its latents are to stay as they are;
-      `known_velocity` leads there
-    - `velocity`: the last that was evaluated, of `num_evaluations`
+    - `conditional`: the branch that it follows; `without_text`, `without_all`: unconditional branches, without the
+      text and without earlier modalities too, None where guidance does not need them
+    - `clean`, `stays`: `init_modality`, and which of its latents a mask keeps; `known_velocity` leads from the noise to
+      it
+    - `velocity`: the last of `num_evaluations`
     """
 
     type: int
@@ -83,7 +83,7 @@ class Denoising:
         return [it for it in (self.conditional, self.without_text, self.without_all) if it is not None]
 
     def time_at(self, fraction: float) -> float:
-        """The time so far into the current interval."""
+        """The time at this fraction of the current interval."""
         start, end = self.times[self.step : self.step + 2]
         return start + fraction * (end - start)
 
@@ -93,7 +93,7 @@ class Denoising:
         return self.branches if low - ROUNDING <= time <= high + ROUNDING else [self.conditional]
 
     def combine(self, velocities: Sequence[Float[Tensor, "k c"]]) -> Float[Tensor, "k c"]:
-        """The velocity to follow, from those behind each of `branches_at`."""
+        """The guided velocity, from those of each branch of `branches_at`."""
         options, conditional = self.options, velocities[0]
         text_scale, modality_scale = float(options.cfg_scale or 0.0), options.modality_cfg_scale
         velocity = conditional
@@ -114,7 +114,7 @@ class Denoising:
         return estimate_clean(self.x, self.velocity, torch.full_like(self.x[:, 0], self.times[self.step]))
 
     def latents(self) -> Float[Tensor, "..."]:
-        """Where it stands, in its axial shape. What was to stay is there to the last digit once it is done."""
+        """The current latents in their axial shape. Once it is done, kept latents are exactly the original ones."""
         x = self.x
         if self.is_done and self.stays is not None and self.clean is not None:
             x = torch.where(self.stays, self.clean, x)
@@ -125,10 +125,10 @@ class Denoising:
 
 
 class Denoiser:
-    """Moves denoisings on. Those of one solver take their step together, whatever their types, shapes and times.
+    """Takes solver steps. Denoisings of one solver step together, whatever their types, shapes and times.
 
-    It keeps the layouts of the last few sets of branches, which stay the same for many steps. At most `most_tokens`
-    (latents, those of unconditional branches included) are evaluated in one forward pass.
+    The streams of the last few sets of branches are kept, since they serve many steps. One forward pass evaluates at
+    most `most_tokens` (latents, those of unconditional branches included).
     """
 
     def __init__(self, model: Model, runner: Runner, halving: Halving, *, most_tokens: int):
@@ -137,8 +137,8 @@ class Denoiser:
         self._laid: dict[tuple, SpanStream] = {}
 
     def step(self, denoisings: Sequence[Denoising]) -> list[tuple[Denoising, Exception]]:
-        """One step each. A method that chooses its own steps, or needs its own history, takes all of them for one
-        denoising at a time. Returns those that failed, and why.
+        """One interval each. Adaptive and multi-step methods take all of their intervals at once, one denoising at a
+        time. Returns those that failed, with their errors.
         """
         failed = []
         for _, group in groupby(sorted(denoisings, key=_solver_key), key=_solver_key):
@@ -167,7 +167,7 @@ class Denoiser:
         yield part
 
     def _step_together(self, denoisings: Sequence[Denoising]) -> None:
-        """One interval each, all in one vector. Times stay on the host, which knows them."""
+        """One interval each, all in one flat vector. Times are numbers on the host."""
         sizes = [it.x.numel() for it in denoisings]
         rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], sizes, denoisings[0].x)
 
@@ -176,7 +176,7 @@ class Denoiser:
 
         flat = torch.cat([it.x.flatten() for it in denoisings])
         after = single_step((denoisings[0].options.odeint_kwargs or {})["method"], derivative, flat)
-        # copies hold nothing of the others, nor of earlier steps; all are there before any denoising moves
+        # clones, which keep no other latents alive; all are made before any denoising changes, so a failure leaves none
         moved = [part.view_as(it.x).clone() for part, it in zip(after.split(sizes), denoisings, strict=True)]
         for denoising, x in zip(denoisings, moved, strict=True):
             denoising.x = x
@@ -188,7 +188,7 @@ class Denoiser:
 
         def velocity(time: Tensor, flat: Tensor) -> Tensor:
             made = self._velocity([denoising], flat, [flat.numel()], [float(time)])
-            # over what is not finite, methods that choose their own steps may never come to an end
+            # an adaptive method may never finish on a velocity that is not finite
             if not made.isfinite().all():
                 raise ValueError("the velocity of a drawing is not finite")
             return made
@@ -214,7 +214,7 @@ class Denoiser:
         return torch.cat(velocities)
 
     def _lay_out(self, branches: Sequence[Branch], owners: Sequence[Denoising]) -> SpanStream:
-        """The stream of these branches, made once for as long as they stay the same and where they are."""
+        """The stream of these branches, used again until they or their rows change."""
         key = tuple((branch, branch.past, it.type, it.shape) for branch, it in zip(branches, owners, strict=True))
         laid = self._laid.pop(key, None)
         if laid is None or not self.runner.is_current(laid.rows, laid.stamp):

@@ -45,17 +45,17 @@ MAX_DENOISING_TOKENS = 32_768
 
 
 class QueueFull(RuntimeError):
-    """More requests wait than the engine allows: try again later."""
+    """`max_waiting` requests are in the queue already: try again later."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done so far, and the memory of its cache.
+    """Counters of an engine, and the memory of its cache.
 
-    - `steps` of the engine; `tokens_read` went through the transformer and stayed (a prompt that several requests share
-      is read once); `tokens_written` were chosen
-    - `drawings` were finished, after `evaluations` of the network, each for all that were denoised at the time
-    - `bytes_per_token` of the cache, `used_bytes` of those that hold something, `cache_bytes` of all that is reserved
+    - `steps` of the engine; `tokens_read`: tokens that were prefilled or decoded (a shared prompt counts once);
+      `tokens_written`: ids that were chosen
+    - `drawings`: finished modalities; `evaluations`: forward passes of denoising, each for a whole batch
+    - `bytes_per_token` of the cache; `used_bytes` by committed tokens; `cache_bytes` reserved
     - `active` and `waiting` requests
     """
 
@@ -72,7 +72,7 @@ class EngineStats:
 
 
 class Request:
-    """A prompt on its way through an engine, as its client sees it."""
+    """A client's handle of a request."""
 
     def __init__(self, engine: "Engine", request: RequestState):
         self._engine, self._request = engine, request
@@ -88,7 +88,7 @@ class Request:
         return self._request.reason
 
     def new_events(self) -> list[Event]:
-        """What has happened since the last call; `Ended` is the last of all."""
+        """Events since the last call; the last one of a request is `Ended`."""
         with self._engine.exclusive():
             self._engine.decode_finished(self._request)
             events = list(self._request.take_events())
@@ -99,8 +99,8 @@ class Request:
         return events
 
     def events(self) -> "EventStream":
-        """What happens, as it happens: the engine is stepped whenever there is no news. Whoever stops listening, or
-        drops the iterator, cancels the request. Raises the error that ends it, if one does.
+        """Iterates over events, and steps the engine whenever there are none. Closing or dropping the iterator cancels
+        the request. Raises the error that ends it, if one does.
         """
         return EventStream(self)
 
@@ -115,7 +115,7 @@ class Request:
         return self._request.sample()
 
     def cancel(self) -> None:
-        """Stops the work on it and frees its memory, from any thread. What there is so far is its result."""
+        """Ends it and frees its memory, from any thread. Its result is the sample so far."""
         self._engine.cancel(self._request)
 
 
@@ -161,8 +161,7 @@ class EventStream(Iterator[Event]):
 
 
 class Engine:
-    """Serves a model: takes prompts at any time, works on up to `max_batch` of them at once, and reports what becomes
-    of them.
+    """Continuous batching for a model: takes prompts at any time, and runs up to `max_batch` of them together.
 
     ```python
     engine = model.create_engine(max_batch=16)
@@ -174,17 +173,17 @@ class Engine:
     samples = [request.result() for request in requests]
     ```
 
-    - `max_batch`: requests at work; `max_waiting`: requests in the queue, beyond which `submit` raises `QueueFull`
-    - `max_cache_tokens`: a request enters when all that it may come to (`max_length`, or more where the caller asks for
-      it, for each of its branches) fits into the cache beside the others; None for no bound
+    - `max_batch`: requests in the batch; `max_waiting`: requests in the queue, beyond which `submit` raises `QueueFull`
+    - `max_cache_tokens`: a request enters the batch when the most tokens that it may need (`max_length`, or more where
+      a plan asks for it, for each of its branches) fit beside the others; None for no bound
     - `max_prefill_tokens`: long prompts are read in pieces of so many tokens while other requests go on
     - `max_denoising_tokens`: latents of one forward pass, those of unconditional branches included
 
-    The model may be trained while an engine lives, and its mode is never changed. Weights that change are noticed where
-    torch counts changes; otherwise call `weights_changed`. Requests at work are then read again.
+    The model may be trained meanwhile; its mode is never changed. Changed weights are noticed where torch counts
+    changes; otherwise call `weights_changed`. Requests in the batch are then read again.
 
-    One thread may use an engine at a time: another that comes in between, and calls from inside of a step other than
-    `submit` and `cancel`, get a `RuntimeError`. For clients in many threads there is `serving.AsyncEngine`.
+    One thread may use an engine at a time; another gets a `RuntimeError`, and so do calls from inside of a step other
+    than `submit` and `cancel`. For clients in many threads there is `serving.AsyncEngine`.
     """
 
     def __init__(
@@ -249,8 +248,8 @@ class Engine:
     ) -> Request:
         """Queues one prompt, with options of its own: `SamplingOptions`, or its fields as keywords.
 
-        Without `listen` it has no event but `Ended`. After `timeout` seconds it ends with what there is of it. Raises
-        `ValueError` or `TypeError` for a bad request, which harms no other, and `QueueFull`.
+        Without `listen` its only event is `Ended`. After `timeout` seconds it ends with the sample so far. Raises
+        `ValueError` or `TypeError` for a bad request, which affects no other, and `QueueFull`.
         """
         chosen = as_options(options, keywords)
         with self.exclusive(may_nest=True):
@@ -266,18 +265,18 @@ class Engine:
         return Request(self, request)
 
     def step(self) -> None:
-        """Every request that writes text chooses an id, every one that denoises takes a step of its solver."""
+        """One id for each request that writes text, one solver step for each that denoises."""
         with self.exclusive():
             self._step()
 
     def run(self) -> None:
-        """Works until there is nothing left to do."""
+        """Steps until no request is left."""
         with self.exclusive():
             while not self.is_idle:
                 self._step()
 
     def cancel(self, request: RequestState) -> None:
-        """Ends a request. While the engine is in a step, that is done at its end."""
+        """Ends a request: now, or at the end of the step that is running."""
         request.is_cancelled = True
         if not request.is_done and self._lock.acquire(blocking=False):
             try:
@@ -286,13 +285,13 @@ class Engine:
                 self._lock.release()
 
     def weights_changed(self) -> None:
-        """To be called, from any thread, after the weights of the model have changed in a way that torch does not
-        count: what was read with the old ones is read again.
+        """Call this, from any thread, after weights have changed in a way that torch does not count (fused optimizers,
+        `.data`): everything is then read again.
         """
         self._is_stale = True
 
     def reset(self) -> None:
-        """Cancels all requests and frees all memory of the cache."""
+        """Cancels all requests, frees the cache, and begins the statistics again."""
         with self.exclusive():
             self.scheduler.cancel([*self.scheduler.active, *self.scheduler.waiting])
             self.scheduler = Scheduler(self._view, self.limits, cache_kv=self.cache_kv)
@@ -324,7 +323,7 @@ class Engine:
             return [request.sample() for request in requests]
 
     def write_only(self, prompt: Int[Tensor, "b n"], options: SamplingOptions) -> Int[Tensor, "b m"]:
-        """Continues plain text to `max_length` ids, without markers. Returns what was written."""
+        """Continues plain text to `max_length` ids, without markers. Returns the new ids."""
         with self.exclusive():
             resolved, seeds = resolve(options, self._view), seeds_of(options.generator, len(prompt))
             requests = [
@@ -340,7 +339,7 @@ class Engine:
             resolved, seeds = resolve(options, self._view), seeds_of(options.generator, batch_size)
             init = None if resolved.init_modality is None else resolved.init_modality.shape
             shape = shape_of(self._view, resolved.fixed_modality_shape, modality, init)
-            resolved = replace(resolved, plan=Plan())  # it is drawn right here
+            resolved = replace(resolved, plan=Plan())  # `draw` below replaces it
             requests = [
                 RequestState(self._view, resolved, seed, f"instance {i}", is_framed=False)
                 for i, seed in enumerate(seeds)
@@ -356,7 +355,7 @@ class Engine:
 
     @contextmanager
     def exclusive(self, *, may_nest: bool = False) -> Iterator[None]:
-        """Without gradients, and without anybody else. Raises `RuntimeError` where the engine is in use."""
+        """Holds the engine, without gradients. Raises `RuntimeError` if it is in use."""
         here = threading.get_ident()
         if not self._lock.acquire(blocking=False):
             if self._owner != here:
@@ -443,7 +442,7 @@ class Engine:
                 self._generators[id(generator)] = WeakSet([request])
 
     def _finish(self, requests: Sequence[RequestState], progress: bool = False) -> None:
-        """Works until all of these are done. Raises the first error that ends one of them, and gives up the others."""
+        """Steps until all of these are done. Raises the first error that ends one of them, and cancels the others."""
         self.scheduler.add(requests)
         before = self.stats
         unfinished = [request for request in requests if not request.is_done]
@@ -462,9 +461,12 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished, together with what all others have: each modality once."""
-        if request.undecoded():
-            self._decode([request, *(it for it in self._requests if it is not request and it.is_observed)])
+        """Decodes what a request has finished and somebody may see now, together with the same of all others: each
+        modality once.
+        """
+        shown = [it for it in {request, *self._requests} if it.is_observed or it.is_done]
+        if request in shown and request.undecoded():
+            self._decode(shown)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
@@ -492,18 +494,18 @@ def _raise_first_error(requests: Sequence[RequestState]) -> None:
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
     """Once for all prompts of a call."""
-    long = [request for request in requests if request.is_too_long]
+    long = [request for request in requests if request.num_prompted > request.options.max_length]
     if long:
         others = f", and {len(long) - 1} more like it" if len(long) > 1 else ""
         warnings.warn(
-            f"{long[0].where} has {long[0].length} tokens with its markers, more than max_length="
-            f"{long[0].options.max_length}{others}: nothing is written behind it",
+            f"{long[0].where} has {long[0].num_prompted} tokens with its markers, more than max_length="
+            f"{long[0].options.max_length}{others}: the model writes nothing behind it",
             stacklevel=5,
         )
 
 
 def _versions(model: Any) -> int | None:
-    """How often torch has seen the parameters change; None where it does not count."""
+    """The sum of the version counters of all parameters; None where there are none."""
     try:
         return sum(parameter._version for parameter in model.parameters())
     except RuntimeError:  # inference tensors have no version

@@ -1,11 +1,11 @@
-"""What a sampler reports while it works.
+"""Samples, and the events of a request.
 
 The events of a request are its text as it is written and its modalities as they are denoised, in the order of the
 sample: `TextToken* (ModalityStarted DrawingProgress* ModalityDone TextToken*)* Ended`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -19,13 +19,13 @@ from transfusion_pytorch.sequence.samples import Shape
 class EndReason(str, Enum):
     """Why a sample ended.
 
-    - `EOS`: the model ended it; `PLAN`: its plan was completed
+    - `EOS`: the model wrote `eos`; `PLAN`: its plan is complete
     - `STOP`: one of its `stop_ids` was written
     - `LENGTH`: it is `max_length` long, or the modality that it opened does not fit into that
     - `SHAPE`: it opened a modality of a shape that cannot be drawn
-    - `CANCELLED`: it was cancelled; `TIMEOUT`: its time was over
-    - `ERROR`: something of the user's (a logits processor, an adapter, a decoder) or the solver raised an error, or
-      logits or latents were not finite
+    - `CANCELLED`: it was cancelled; `TIMEOUT`: its `timeout` is over
+    - `ERROR`: a user's logits processor, adapter or decoder, or the solver, raised an error, or logits or latents were
+      not finite
     """
 
     EOS = "eos"
@@ -39,11 +39,11 @@ class EndReason(str, Enum):
 
 
 class Sample(list):
-    """A returned sample: text, `(type, modality)`, text, ... and how it came to its end.
+    """A returned sample: text, `(type, modality)`, text, ... and why it ended.
 
     - `reason`: why it ended
     - `log_probabilities`: with `SamplingOptions.log_probabilities` an entry for each part: `(n,)` for text, NaN where
-      the model did not choose the id (prompt, markers that follow by themselves), None for a modality
+      the model did not choose the id (prompt, forced markers), None for a modality
     """
 
     reason: EndReason
@@ -71,7 +71,7 @@ class _Comparable:
 
 @dataclass(frozen=True)
 class TextToken:
-    """An id of text was written. Markers are not reported: the other events say what they would."""
+    """An id of text was written. Markers are not reported: the other events stand for them."""
 
     id: int
     log_probability: float | None = None
@@ -87,10 +87,10 @@ class ModalityStarted:
 
 @dataclass(frozen=True, eq=False)
 class DrawingProgress(_Comparable):
-    """`step` of `num_steps` intervals of the solver are done, and the flow stands at `time`.
+    """`step` of `num_steps` intervals of the solver are done, at `time` of the flow (0 is noise, 1 is data).
 
-    `latents` are channel-last, in the scale of the network, as noisy as that time says. `estimate` is where they land
-    if they keep their velocity. While nobody takes its events, a request keeps the latest 16 of these.
+    `latents` are channel-last, in the scale of the network, at the noise of that time. `estimate` is the clean latents
+    that the current velocity leads to. A request keeps the latest 16 of these until its events are taken.
     """
 
     type: int
@@ -99,7 +99,7 @@ class DrawingProgress(_Comparable):
     time: float
     latents: Float[Tensor, "..."]
     estimate: Float[Tensor, "..."]
-    decode: Callable[[int, Tensor], Tensor]
+    decode: Callable[[int, Tensor], Tensor] = field(compare=False, repr=False)
 
     def preview(self) -> Float[Tensor, "..."]:
         """The estimate as users see it: decoded, in their scale, channels where they have them."""

@@ -1,8 +1,8 @@
-"""What may be written next, so that every modality has a shape that can be drawn.
+"""Which ids may come next, so that every modality gets a valid shape.
 
 Text is free. After `meta` come digits and commas that spell a shape of the right number of axes that is not too large,
-then the som marker of a modality that has that many axes. An untrained model can neither crash the sampler nor ask for
-more memory than it was given.
+then the som marker of a modality that has that many axes. So even an untrained model writes valid shapes only, and
+none that is too large.
 
 An opening is what has been written since `meta`: `"4,"`; it is None in text.
 """
@@ -41,10 +41,9 @@ class MostLatents(NamedTuple):
 class Grammar:
     """Which ids may follow an opening, or text.
 
-    `axes` are the numbers of axes that each modality can have, none for one that must not be written; `most` says how
-    large a written shape may be (a number is that of its latents); `fixed_shape` is the only shape to be written, if
-    given.
-    What may be written can always be finished: after every allowed id another one is allowed, and som comes in the end.
+    `axes`: the numbers of axes that each modality can have, none for one that is not allowed. `most`: how large a
+    written shape may be, as a number of latents or `MostLatents`. `fixed_shape`: the only shape allowed, if given.
+    Every allowed beginning can be completed: some id is always allowed next, and `som` is reached in the end.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Grammar:
         return self._masks[ids]
 
     def text(self, *, eos: bool, meta: bool) -> Bool[Tensor, " v"]:
-        """The ids of text, and with them what ends a sentence and what opens a modality."""
+        """The ids of text, and with them `eos` and `meta` where those are allowed."""
         if (eos, meta) not in self._masks:
             ends = [self.vocabulary.eos] * eos + [self.vocabulary.meta] * meta
             self._masks[eos, meta] = self._mask(ends)
@@ -118,5 +117,5 @@ def _completed(sizes: Sequence[str], count: int) -> str:
 def shared_grammar(
     vocabulary: Vocabulary, axes: tuple[frozenset[int], ...], most: MostLatents, fixed_shape: Shape | None
 ) -> Grammar:
-    """One for all requests that have the same, so that rows of a batch share their masks."""
+    """One grammar for all requests with equal options, so that rows of a batch share their masks."""
     return Grammar(vocabulary, axes, most=most, fixed_shape=fixed_shape)

@@ -1,4 +1,4 @@
-"""Failures: what one request did wrong ends that one alone, and keeps no memory."""
+"""Failures: an error ends only the request at fault, and keeps no tensors alive."""
 
 import inspect
 import traceback
@@ -10,22 +10,22 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-# an error that was raised before may have come through a coroutine, and to clear the frame of one is to close it
+# frames of generators and coroutines are left alone: to clear one would close it
 SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Halving:
-    """Runs items together; if that fails, each half by itself, and so on, so that only those fail whose fault it is.
+    """Runs items as one batch; if that fails, each half by itself, and so on, until only items at fault fail.
 
-    A failed run is let go before the next begins, with all of its activations. Where memory was short, a warning says
-    once that less is run at a time.
+    The activations of a failed run are freed before the next begins. If memory was short, one warning says that smaller
+    batches are run.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
 
     def run(self, items: Sequence[Item], together: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
-        """Returns the items that failed, and why."""
+        """Returns the items that failed, with their errors."""
         try:
             together(items)
             return []
@@ -33,7 +33,7 @@ class Halving:
             failure = released(error)
         if len(items) == 1:
             return [(items[0], failure)]
-        if isinstance(failure, torch.OutOfMemoryError | MemoryError):
+        if _is_out_of_memory(failure):
             self._warn(len(items), failure)
         half = len(items) // 2
         return [*self.run(items[:half], together), *self.run(items[half:], together)]
@@ -42,7 +42,7 @@ class Halving:
         if self._has_warned:
             return
         self._has_warned = True
-        with suppress(UserWarning):  # which is an error where warnings are, and would end the step in its middle
+        with suppress(UserWarning):  # where warnings are errors, this one must not end the step
             warnings.warn(
                 f"memory is short: what was run for a batch of {count} did not fit ({error}), and is run in halves. A "
                 "smaller max_batch needs less",
@@ -50,15 +50,35 @@ class Halving:
             )
 
 
+class OriginalTraceback(Exception):
+    """Where an error was raised, as text: frames would keep their tensors alive, and those of whoever called them."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
 def released(error: Exception) -> Exception:
-    """The same error, whose traceback shows where it was raised but no longer holds the tensors of those frames."""
+    """The same error without the frames of its traceback, which becomes text in its cause (see `OriginalTraceback`)."""
+    if isinstance(error.__cause__, OriginalTraceback):  # raised for the second time
+        error.__cause__ = None
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     seen: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in seen:
+    chain: list[BaseException | None] = [error]
+    while chain:
+        each = chain.pop()
+        if each is None or id(each) in seen:
+            continue
         seen.add(id(each))
+        chain += [each.__cause__, each.__context__]
         for frame, _ in traceback.walk_tb(each.__traceback__):
             if not frame.f_code.co_flags & SUSPENDABLE:
                 with suppress(RuntimeError):  # a frame that is still running, such as the caller's
                     frame.clear()
-        each = each.__cause__ or each.__context__
+        each.__traceback__ = None
+    error.__context__, error.__cause__ = None, OriginalTraceback(text)
     return error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On any device; for a CPU torch has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""How to sample: the options of a request, checked.
+"""The options of a request, checked.
 
 v vocabulary, n ids, k latents.
 """
@@ -71,57 +71,57 @@ def takes_sampling_options(method: Method) -> Method:
 @checks_itself
 @dataclass(frozen=True, eq=False)
 class SamplingOptions:
-    """How to continue one prompt. Raises `ValueError` or `TypeError` for what makes no sense.
+    """How to continue one prompt. Raises `ValueError` or `TypeError` for values that are not valid.
 
     Length:
     - `max_length`: where the model stops writing, in tokens. A modality that it opens by itself and that does not fit
-      is not drawn. What the caller asks for (a modality that the prompt opens, `force_modality_at_start`, those of a
-      plan) is drawn even beyond it, and a longer prompt comes back as it is. The length changes nothing before the
-      cut: the same sample, given back as a prompt, goes on there
-    - `stop_ids`: text ids that end the sample once written
+      is not generated. What the caller asks for (a modality that the prompt opens, `force_modality_at_start`, those of
+      a plan) is generated even beyond it, and a longer prompt comes back as it is. Nothing before the cut depends on
+      the length: given back as a prompt, the sample continues there
+    - `stop_ids`: text ids that end the sample
 
-    Text, in this order; everything but the temperature looks at the model's own distribution:
+    Text, applied in this order; all filters act on the model's own distribution, before the temperature:
     - `logits_processors`: functions of the ids so far `(n,)`, markers included, and the logits `(v,)` to new logits;
       the ids are those of the engine and not to be changed
-    - `text_repetition_penalty`: logits of text that has come before are divided by it if positive and else multiplied
-      (CTRL, arXiv 1909.05858); 1 is none
-    - `text_top_k`: the likeliest so many; `text_top_p`: the likeliest that together have this probability (arXiv
-      1904.09751); `text_min_p`: those at least that times as likely as the likeliest (arXiv 2407.01082)
-    - `text_temperature`: 0 takes the likeliest
-    - `log_probabilities`: keep the natural logarithm of the probability that the model itself gave to each id that it
-      wrote, before all of the above
+    - `text_repetition_penalty`: logits of text ids that came before are divided by it if positive and else multiplied
+      (CTRL, arXiv 1909.05858); 1 is off
+    - `text_top_k`: keeps the k likeliest ids; `text_top_p`: the likeliest that together have this probability (arXiv
+      1904.09751); `text_min_p`: those with at least this share of the largest probability (arXiv 2407.01082)
+    - `text_temperature`: 0 is greedy
+    - `log_probabilities`: keep the natural logarithm of the model's own probability of each id, before all of the
+      above
 
     Structure:
-    - `force_modality_at_start`: a type or (type, shape) to draw right behind the prompt
-    - `plan`: all that is to come, in order, and nothing else: `"text"`, `("text", most)` with at most so many ids, a
+    - `force_modality_at_start`: a type or (type, shape) that comes right behind the prompt
+    - `plan`: the parts to come, in order, and nothing else: `"text"`, `("text", most)` for at most that many ids, a
       type, or (type, shape): `["text", (0, (4, 4)), ("text", 20)]`. The model chooses where a text ends
-    - `allowed_modalities`: the types that it may open by itself; None for all, `()` for text alone
-    - `fixed_modality_shape`: the shape of whatever is drawn
+    - `allowed_modalities`: the types that the model may open by itself; None for all, `()` for only text
+    - `fixed_modality_shape`: the shape of every generated modality
     - `max_modality_tokens`: how many latents a shape written by the model may have; None for as many as fit into
       `max_length` from the start
 
-    Drawing:
+    Modalities:
     - `modality_steps`: intervals of the ODE solver; `time_shift` > 1 makes those near the noise shorter (`t / (t +
-      shift (1 - t))`, arXiv 2403.03206); `odeint_kwargs` instead of the model's own
+      shift (1 - t))`, arXiv 2403.03206); `odeint_kwargs` replace the model's own
     - `cfg_scale`: guidance by the text before a modality, 3 where the model was trained for it (`prob_uncond`);
-      `modality_cfg_scale`: guidance by the modalities before it, for editing (InstructPix2Pix, arXiv 2211.09800). 1
-      turns each off, and costs nothing
-    - `cfg_interval`: guidance acts at times between these two (arXiv 2404.07724), and costs nothing elsewhere
+      `modality_cfg_scale`: guidance by the modalities before it, for editing (InstructPix2Pix, arXiv 2211.09800). A
+      scale of 1 is off and costs nothing
+    - `cfg_interval`: guidance acts at times between these two (arXiv 2404.07724), and costs nothing at others
     - `cfg_rescale`: how far, from 0 to 1, guided velocities are brought back to the spread of the unguided ones (arXiv
       2305.08891)
-    - `negative_prompt`: ids `(n,)` that guidance leads away from, instead of null text: they stand at the start of the
-      unconditional branch, whose only text they are; for many prompts, ids for all or a list with ids for each
-    - `init_modality_noise`: `(n, d)` noise to start from, as much of it as needed, the same for every modality
-    - `init_modality`: what the first modality starts from, as users have it (raw, or `(type, raw)`); it comes right
-      behind the prompt and has this one's shape. `strength` says how much of the way from noise to data is travelled
-      anew: 1 is all of it (`init_modality` then matters only behind a mask), 0.4 keeps most of what is there
-    - `modality_mask`: booleans of the latents' axial shape: True is drawn anew, False is kept from `init_modality`
+    - `negative_prompt`: ids `(n,)` that guidance leads away from. They are at the start of the unconditional branch, as
+      its only text, in place of null text; for many prompts, ids for all or a list with ids for each
+    - `init_modality_noise`: `(n, d)` noise to start from, the same for every modality; the first rows and channels are
+      used
+    - `init_modality`: start the first modality from this (raw, or `(type, raw)`) and not from noise; it has its shape
+      and comes right behind the prompt. `strength`: the part of the way from noise to data that is generated again; 1
+      is all of it (then `init_modality` matters only with a mask), 0.4 keeps most
+    - `modality_mask`: booleans of the latents' axial shape: True is generated, False is kept from `init_modality`
 
-    `return_unprocessed_modalities`: latents as they are, those of the prompt too, not decoded.
+    `return_unprocessed_modalities`: return latents that are not decoded, also those of the prompt.
 
-    `generator`: where the seed of a request comes from, which all of its random numbers follow from; for many prompts
-    a list with one for each, or one for all. What a request becomes depends on its seed and on nothing else in the
-    batch.
+    `generator`: the seed of a request is drawn from it, and all random numbers of the request follow from that seed;
+    for many prompts a list with one for each, or one for all. A sample does not depend on the others in the batch.
     """
 
     max_length: int = 2048
@@ -183,11 +183,11 @@ class SamplingOptions:
             raise ValueError(f"{name} says what to keep of an init_modality, and there is none: give one")
 
     def _set(self, name: str, value: Any) -> None:
-        """Numbers of any kind become plain ones, while it is made."""
+        """Sets a field of the frozen class while it is made: numbers of any type become plain ones."""
         object.__setattr__(self, name, value)
 
 
-# what is finite, and within these
+# options that are finite numbers, and their bounds
 BOUNDS: dict[str, dict[str, float]] = {
     "text_temperature": dict(least=0),
     "text_min_p": dict(least=0, most=1),

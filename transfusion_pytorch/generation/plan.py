@@ -1,4 +1,4 @@
-"""What a request comes to for a given model: its options with nothing left open, and the plan of its parts.
+"""Options resolved for a model: defaults filled in, and the plan of parts.
 
 k latents of a modality, c their channels.
 """
@@ -24,7 +24,7 @@ from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text
 
 
 class TextPart(NamedTuple):
-    """Text, of at most so many ids."""
+    """Text, of at most `most` ids."""
 
     most: int | None = None
 
@@ -42,8 +42,8 @@ ShapeOf = Callable[[int, Shape | None, str], Shape]
 
 @dataclass(frozen=True)
 class Plan:
-    """The `parts` to come, in order. After them the sample ends, or is `free` to go on as it likes. `name` is the
-    option that asked for it.
+    """The `parts` to come, in order. After them the model continues if `free`, else the sample ends. `name` is the
+    option that this was made of.
     """
 
     parts: tuple[Part, ...] = ()
@@ -52,11 +52,11 @@ class Plan:
 
 
 def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
-    """The same options with everything filled in that a model decides, and in its terms.
+    """The same options with everything filled in that depends on the model.
 
-    `plan` is a `Plan`, of which `force_modality_at_start` and `init_modality` are short forms; `init_modality` are
-    latents (a `Modality`), `cfg_scale` a number, `odeint_kwargs` those of the solver. Raises `ValueError` or
-    `TypeError` where options and model do not go together.
+    `plan` becomes a `Plan` (`force_modality_at_start` and `init_modality` are short forms of one), `init_modality`
+    latents (a `Modality`), `cfg_scale` a number, `odeint_kwargs` complete. Raises `ValueError` or `TypeError` where
+    options and model do not match.
     """
     own = model.odeint_kwargs
     tolerances = {name: own[name] for name in ("atol", "rtol") if name in own}
@@ -89,14 +89,14 @@ def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
 
 
 def axes_of(io: Any, fixed: Shape | None = None) -> set[int]:
-    """How many axes a modality can have; none where it cannot have the one shape that is to be."""
+    """The numbers of axes that a modality can have; none where it cannot have the `fixed` shape."""
     if fixed is not None:
         return {len(fixed)} if io.supports(fixed) else set()
     return set(range(MAX_AXES + 1)) if io.spec.num_dim is None else {io.spec.num_dim}
 
 
 def shape_of(model: Any, fixed: Shape | None, modality: int, shape: Shape | None, name: str = "") -> Shape:
-    """The shape asked for, or the fixed or default one. Raises `ValueError` for one that cannot be drawn."""
+    """The shape asked for, or the fixed or default one. Raises `ValueError` for one that the modality cannot have."""
     io, where = model.modalities[modality], f"{name}: " if name else ""
     if shape is not None and fixed is not None and shape != fixed:
         raise ValueError(f"{where}the shape {shape} is asked for, and fixed_modality_shape is {fixed}")
@@ -153,8 +153,8 @@ def _plan(options: SamplingOptions, init: Modality | None, model: Any) -> Plan:
 
 
 def parse_plan(plan: Any, num_modalities: int, shape_of: ShapeOf, *, first: Modality | None = None) -> Plan:
-    """A user's `plan`. `shape_of` gives a modality's shape, or says why it cannot have that; a bare type in the first
-    place has the shape of what comes there, if that is given.
+    """Parses a user's `plan`. `shape_of` completes or refuses the shape of a modality; a bare type in the first place
+    gets the shape of `first`, the `init_modality`.
     """
     if not isinstance(plan, (list, tuple)) or not plan:
         raise TypeError(f"plan must be a list of parts, such as ['text', (0, (4, 4)), 'text'], got {plan!r}")
@@ -185,8 +185,7 @@ def _parse_part(part: Any, where: str, num_modalities: int, shape_of: ShapeOf) -
     if isinstance(part, (tuple, list)) and len(part) == 2 and isinstance(part[0], str):
         if part[0] != "text":
             raise ValueError(f"{where}: expected 'text', ('text', most), a type or (type, shape), got {part!r}")
-        check_int(part[1], f"{where}: the most ids of a text")
-        return TextPart(part[1])
+        return TextPart(check_int(part[1], f"{where}: the most ids of a text"))
     if isinstance(part, str):
         raise ValueError(f"{where}: expected 'text', ('text', most), a type or (type, shape), got {part!r}")
     modality, shape = _type_and_shape(part, num_modalities, where)
@@ -260,7 +259,7 @@ def times_of(options: SamplingOptions, start: float = 0.0) -> list[float]:
 
 
 def _check_times(options: SamplingOptions, precision: torch.dtype) -> None:
-    """Times so close that the solver could not tell them apart."""
+    """Raises `ValueError` for times so close that they are equal in this precision."""
     for start in {0.0, 1 - options.strength}:
         times = torch.tensor(times_of(options, start), dtype=torch.float64, device="cpu").to(precision)
         if not (times.diff() > 0).all():

@@ -1,4 +1,4 @@
-"""The state of a request: one sample in the making.
+"""The state of a request: one sample while it is generated.
 
 v vocabulary, n ids.
 """
@@ -57,20 +57,21 @@ class FinishedModality(NamedTuple):
 
 
 class RequestState:
-    """A sample from its prompt to its end. It knows nothing of the batch.
+    """One sample, from its prompt to its end. It does not know the batch.
 
-    - `options`, `seed`: what it was asked to be, resolved for the model, and what its random numbers follow from
+    - `options`: resolved for the model; `seed`: of all of its random numbers
     - `where`: its name in error messages; `given`: the modalities of its prompt, as the user has them
-    - `is_framed`: it is a sample with markers, not plain text or a modality alone
-    - `is_observed`: someone takes its `events`
+    - `is_framed`: it is a sample with markers, not plain text or a single modality
+    - `is_observed`: its `events` are collected
     - `pieces`: the sample so far, markers included, but for the `ids` written behind the last of them; `length` is how
-      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote
+      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote and
+      `num_prompted` how many its prompt has
     - `branch`: the sample as the transformer reads it; `without_text`: its unconditional version for guidance
-    - `opening`: what was written of the shape of a modality; `denoising`: the modality that is being made
+    - `opening`: the characters of a shape so far, None in text; `denoising`: the current modality
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
     - `seen`: ids that came before, where they are to be penalised; `log_probabilities` of all ids, where asked for
     - `shown`: modalities by their number in the sample, as users see them
-    - `deadline`: when its time is over, as `time.monotonic()`; `is_cancelled`: to be ended by the next step
+    - `deadline`: in `time.monotonic()`; `is_cancelled`: the next step ends it
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class RequestState:
         self.error: Exception | None = None
         self.deadline: float | None = None
         self.is_cancelled = False
-        self.is_too_long = False
+        self.num_prompted = 0
         self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
         self._num_buffered = 0
@@ -126,27 +127,37 @@ class RequestState:
 
     @property
     def branches(self) -> list[Branch]:
-        """All that the transformer reads for it."""
+        """All sequences that the transformer reads for it."""
         without_all = None if self.denoising is None else self.denoising.without_all
         return [it for it in (self.branch, self.without_text, without_all) if it is not None]
 
     @property
     def to_prefill(self) -> list[Branch]:
-        """What has to be read before its next step: unconditional branches only in order to denoise."""
+        """The branches to be read before its next step; unconditional ones only before denoising."""
         if self.phase is Phase.DENOISING:
             return [branch for branch in self.branches if branch.is_pending]
         return [self.branch] if self.phase is Phase.TEXT and self.branch.needs_prefill else []
 
     @property
     def most_tokens(self) -> list[int]:
-        """How long each of its branches may become."""
-        planned = [part for part in self.plan.parts if isinstance(part, ModalityPart)]
-        drawn = sum(self._num_tokens(part.type, part.shape) + 2 for part in planned)
-        openings = sum(len(self.vocabulary.opening(part.type, part.shape)) for part in planned)
-        under_way = 0 if self.denoising is None else len(self.denoising.x) + 1
-        length = max(self.options.max_length, self.length + under_way + drawn + openings)
-        guides = (self.options.cfg_scale != 1) + (self.options.modality_cfg_scale != 1)
-        return [length] * (1 + guides)
+        """How long each of its branches may become: what the model writes stops at `max_length`, a plan does not."""
+        options, parts = self.options, list(self.plan.parts[self.part :])
+        most = self.length - self.part_length  # where the text under way began
+        if self.denoising is not None:
+            most += self._num_tokens(self.denoising.type, self.denoising.shape) + 1
+            parts = parts[isinstance(self._planned, ModalityPart) :]
+        for part in parts:
+            if isinstance(part, ModalityPart):
+                opening = len(self.vocabulary.opening(part.type, part.shape))
+                most += opening + self._num_tokens(part.type, part.shape) + 1
+            else:
+                room = options.max_length if part.most is None else most + part.most
+                most = max(most, min(options.max_length, room))
+        most = max(most, self.length)
+        most = max(most, options.max_length) if self.plan.free else most + 1
+        guides = 2 if options.modality_cfg_scale != 1 else int(options.cfg_scale != 1)
+        negative = 0 if options.negative_prompt is None else len(options.negative_prompt)
+        return [most, *[most + negative] * guides]
 
     @property
     def allowed(self) -> Bool[Tensor, " v"]:
@@ -159,7 +170,7 @@ class RequestState:
         return self.grammar.allowed(self.opening)
 
     def process(self, logits: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """The logits as its processors want them. Raises `ValueError` for what are no logits."""
+        """Applies its logits processors. Raises `ValueError` if one does not return logits of the same shape."""
         ids = self._ids_on(logits.device)
         for processor in self.options.logits_processors:
             made = processor(ids, logits.clone())
@@ -172,22 +183,23 @@ class RequestState:
     # what happens to it
 
     def begin(self, prompt: Prompt) -> "RequestState":
-        """Takes its prompt, and what that or the plan opens. Raises `ValueError` for an opening that is none."""
+        """Takes its prompt, and starts what that or the plan opens. Raises `ValueError` for an invalid opening."""
         if self.options.text_repetition_penalty != 1:
             self.seen = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
         for piece in mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces:
             self._append(piece)
-        self.is_too_long = self.length + len(prompt.opening) > self.options.max_length
         self.events.clear()  # a prompt is no news
-        if prompt.opening and not self.plan.parts:  # a plan says itself what comes there
-            self._open(prompt.opening)
+        opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
+        self.num_prompted = self.length + len(opening)
+        if opening:
+            self._open(opening)
         else:
             self._follow_plan()
         self._check_length()
         return self
 
     def accept(self, token: int, log_probability: float | None = None) -> None:
-        """Takes an id that was `allowed`."""
+        """Appends a chosen id, which was `allowed`, and does what follows from it."""
         self.num_chosen += 1
         is_planned = self.opening is None and isinstance(self._planned, TextPart)
         if is_planned and token == self.vocabulary.meta:
@@ -211,7 +223,7 @@ class RequestState:
             self._check_length()
 
     def report_progress(self) -> None:
-        """Reports how far its denoising has come. Of reports that nobody takes the latest are kept."""
+        """Adds a `DrawingProgress`. The latest `MOST_PROGRESS` are kept until they are taken."""
         it = self.denoising
         if not self.is_observed or it is None:
             return
@@ -223,7 +235,7 @@ class RequestState:
         self.events.append(DrawingProgress(it.type, it.step, num_steps, time, latents, estimate, self._show))
 
     def finish_denoising(self) -> None:
-        """Keeps the clean latents, like anything else that was written; they are read next."""
+        """Appends the clean latents, which are read next, like anything else that was written."""
         it = self.denoising
         assert it is not None
         piece = Modality(it.type, it.latents().to(self.model.dtype))
@@ -262,8 +274,8 @@ class RequestState:
         self._follow_plan()
 
     def _follow_plan(self) -> None:
-        """Does what the plan has next: opens its modality, lets text be written, or ends. Text beyond `max_length` is
-        empty, a modality is drawn all the same.
+        """Starts the next part of the plan: opens its modality, lets text be written, or ends. Text beyond `max_length`
+        is empty, a modality is generated all the same.
         """
         while isinstance(self._planned, TextPart) and self._is_full:
             self.part += 1
@@ -281,7 +293,7 @@ class RequestState:
     # modalities
 
     def draw(self, modality: int, shape: Shape) -> None:
-        """Starts a modality right here."""
+        """Starts denoising a modality here."""
         options, number = self.options, self.num_modalities
         noise = initial_noise(options, modality, shape, self.model, seed=self.seed, number=number)
         if options.init_modality is not None and number == self.num_given:
@@ -298,8 +310,8 @@ class RequestState:
             self.events.append(ModalityStarted(modality, shape))
 
     def _open(self, opening: Sequence[int]) -> None:
-        """Takes what the prompt opens at its end: a modality to be drawn, marked as in training, or a shape to be
-        written on.
+        """Continues the opening at the end of the prompt: denoises its modality, or lets the model complete its
+        shape.
         """
         chars = [token for token in opening if self.vocabulary.is_char(token)]
         if opening[-1] in self.vocabulary.som:
@@ -335,7 +347,7 @@ class RequestState:
         )
 
     def _written_shape(self, modality: int, written: str) -> Shape | None:
-        """What was written, or else the default shape if that is to serve; None for no shape that can be drawn."""
+        """The written shape if it is valid, else the default shape if that is the fallback, else None."""
         fixed, io = self.options.fixed_modality_shape, self.model.modalities[modality]
         if fixed is not None:
             return fixed
@@ -353,7 +365,7 @@ class RequestState:
             self.draw(modality, shape)
 
     def _branch_without_text(self) -> Branch:
-        """The sample with null for its text; or with a negative prompt at the start, and no other text."""
+        """The sample with null in place of its text, or with the negative prompt as its only text, at the start."""
         branch, negative, vocabulary = Branch(), self.options.negative_prompt, self.vocabulary
         pieces = merge_texts([*self.pieces, *as_text(self.ids)])
         if negative is None:
@@ -369,7 +381,7 @@ class RequestState:
         return branch
 
     def _branch_without_all(self, modality: int, shape: Shape) -> Branch:
-        """As much null text as there is text, or the negative prompt, and then this modality."""
+        """Null for each id of text, or the negative prompt, then the opening of this modality."""
         vocabulary, negative = self.vocabulary, self.options.negative_prompt
         text = [vocabulary.null] * self.num_text if negative is None else negative.tolist()
         return Branch(ids=[vocabulary.sos, *text, *vocabulary.opening(modality, shape).tolist()])
@@ -418,7 +430,7 @@ class RequestState:
             self.without_text.append(piece)
 
     def _ids_on(self, device: torch.device) -> Int[Tensor, " n"]:
-        """Its text and markers, without modalities: a view of a buffer that grows, so every id costs the same."""
+        """Its text and markers, without modalities: a view of a growing buffer, so each id is uploaded once."""
         count, buffer = len(self._all_ids), self._ids_buffer
         if buffer is None or count > len(buffer) or buffer.device != device:
             buffer = self._ids_buffer = torch.zeros(max(64, 2 * count), dtype=torch.long, device=device)
@@ -431,12 +443,12 @@ class RequestState:
     # what its client gets
 
     def undecoded(self) -> list[tuple[int, Modality]]:
-        """Finished modalities, by their number in the sample, that nobody has seen yet."""
+        """Finished modalities that are not decoded yet, by their number in the sample."""
         modalities = [piece for piece in self.pieces if isinstance(piece, Modality)]
         return [(i, piece) for i, piece in enumerate(modalities) if i not in self.shown]
 
     def take_events(self) -> Iterator[Event]:
-        """What happened since the last call. Its modalities are decoded first."""
+        """Events since the last call. Finished modalities have to be decoded before."""
         events, self.events = self.events, []
         kinds = [piece.type for piece in self.pieces if isinstance(piece, Modality)]
         for event in events:
@@ -447,7 +459,7 @@ class RequestState:
                 yield event
 
     def sample(self) -> Sample:
-        """What there is of the sample: text, `(type, modality)`, text, ... All of its modalities are decoded first."""
+        """The sample so far: text, `(type, modality)`, text, ... Its modalities have to be decoded before."""
         device, parts, log_probabilities = self.model.device, [], []
         numbers, start = iter(range(self.num_modalities)), 0  # of modalities, and of the first id of a text
         for piece in merge_texts([*self.pieces, *as_text(self.ids)]):

@@ -1,4 +1,4 @@
-"""Forward passes for sampling: prefill, decode step, velocities of spans. With a KV cache, or everything read again.
+"""Forward passes for sampling: prefill, decode step, velocities of spans. With a KV cache, or without one.
 
 r branches, k latents of a span, c their channels, d model.
 """
@@ -20,12 +20,12 @@ from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
-READ_AT_ONCE = 8192  # tokens of one prefill: 64 long prompts at once would take the memory of a training batch
+READ_AT_ONCE = 8192  # tokens of one prefill forward pass: 64 long prompts at once would need too much memory
 
 
 @runtime_checkable
 class Model(Protocol):
-    """All that sampling needs to know of a model."""
+    """What sampling needs of a model."""
 
     vocabulary: Any
     modalities: Any
@@ -53,10 +53,10 @@ class Model(Protocol):
 class Branch:
     """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
 
-    - `pieces`, `ids`: what is to be read next: pieces, then ids of text. A decode step reads a single id
-    - `read`: what was read, pieces and single ids in order; `past` says how many tokens and positions that is
+    - `pieces`, `ids`: pending, in this order. A decode step reads a single id
+    - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
     - `hidden`: the transformer's output at the last token that was read
-    - `row`: its row in the cache; `prefix_key`: what it begins with, until that is read
+    - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -84,12 +84,12 @@ class Branch:
 
     @property
     def needs_prefill(self) -> bool:
-        """Whether more is to be read than one id behind others."""
+        """Whether more is pending than the single id of a decode step."""
         return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
 
     def take(self, most: int | None, num_tokens: Any) -> list[Piece]:
-        """The first pieces that are pending, of at most so many tokens, but at least one id or span. Text may be
-        split, a span is not. `num_tokens` counts those of a piece.
+        """The first pending pieces, of at most `most` tokens, but at least one id or span. Text may be split, a span is
+        not. `num_tokens` counts the tokens of a piece.
         """
         taken: list[Piece] = []
         for piece in self.pending:
@@ -104,7 +104,7 @@ class Branch:
         return taken
 
     def mark_read(self, taken: Sequence[Piece], length: int, hidden: Shaped[Tensor, " d"]) -> None:
-        """The first pieces that were pending are read: `length` tokens. A span takes one position."""
+        """Notes that the first pending pieces, `length` tokens, are read. A span takes one position."""
         rest: list[Piece] = self.pending[len(taken) :]
         last = taken[-1]
         if isinstance(last, Text) and len(last.ids) < len(whole := self.pending[len(taken) - 1].ids):  # type: ignore[union-attr]
@@ -126,7 +126,7 @@ class Branch:
         self.hidden = hidden
 
     def everything(self) -> list[Piece]:
-        """All that was read, as pieces."""
+        """What was read, as pieces."""
         pieces: list[Piece] = []
         for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
             members: list[Any] = list(group)
@@ -134,7 +134,7 @@ class Branch:
         return pieces
 
     def rewind(self) -> None:
-        """Nothing counts as read any more."""
+        """Makes everything pending again."""
         pieces, self.pieces, self.ids = [*self.everything(), *self.pending], [], []
         for piece in pieces:
             self.append(piece)
@@ -143,7 +143,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class SpanStream:
-    """A stream of spans that are evaluated many times, each behind its branch.
+    """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
     - `spans`: where they are in its span table; `history`: latents by type of the modalities before them, if it has any
     - `positions`: the position embeddings, by type
@@ -160,7 +160,7 @@ class SpanStream:
 
 
 class Prefix(NamedTuple):
-    """What several branches begin with: rows that hold it, its size, and the output at its last token."""
+    """A prompt that branches share: rows that hold it, its size, and the output at its last token."""
 
     rows: list[Any]
     past: Past
@@ -168,8 +168,8 @@ class Prefix(NamedTuple):
 
 
 class CachedRunner:
-    """Reads every token once. What several branches begin with is read once, and copied: samples of one prompt, and
-    histories without text.
+    """Reads every token once. Branches with equal prompts are read once and copied: samples of one prompt, and
+    unconditional branches of equal length.
     """
 
     def __init__(self, model: Model):
@@ -180,7 +180,7 @@ class CachedRunner:
         self._prefixes: dict[Hashable, Prefix] = {}
 
     def prepare(self) -> None:
-        """Keys and values are kept in the type that the forward pass computes in."""
+        """Sets the type of the cache to that of the forward pass, which autocast may change."""
         kind = self.model.device.type
         self.cache.set_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype)
 
@@ -195,7 +195,7 @@ class CachedRunner:
             self.cache.release(row)
 
     def rewind(self, branch: Branch) -> None:
-        """Has a branch read again from its start."""
+        """Makes everything of a branch pending again."""
         branch.rewind()
         if branch.row is not None:
             self._forget(branch.row)
@@ -211,7 +211,7 @@ class CachedRunner:
     # prefill
 
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
-        """Reads what is pending: at most so many tokens in all, if given, but always something."""
+        """Reads what is pending: at most `most` tokens in all, but at least one id or span."""
         readers, followers, claimed = [], [], set()
         for branch in [branch for branch in branches if branch.is_pending]:  # others were read before a failure
             if not branch.past.length and branch.prefix_key is None:
@@ -229,7 +229,7 @@ class CachedRunner:
         self._copy_prefixes(followers)
 
     def _keep_prefix(self, branch: Branch) -> None:
-        """What a branch begins with can be copied, once it is read to its end."""
+        """Offers the prompt of a branch to others, once it is read to its end."""
         if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
             self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
             branch.prefix_key = None
@@ -251,8 +251,8 @@ class CachedRunner:
                 branch.prefix_key = None
 
     def _groups(self, branches: Sequence[Branch], most: int | None) -> Iterable[list[tuple[Branch, list[Piece]]]]:
-        """What is read in one forward pass: not too much at once, and branches of one length together, which are one
-        plain batch.
+        """Splits a prefill into forward passes: not too many tokens in one, and branches of equal length together,
+        since those are one plain batch.
         """
         shares: list[tuple[int, Branch, list[Piece]]] = []
         for branch in branches:
@@ -379,8 +379,8 @@ class CachedRunner:
 
 
 class UncachedRunner:
-    """Reads everything again each time: slower, and right by construction. The cache is held to it by the tests, and a
-    transformer without `create_cache` can sample.
+    """Reads everything again at every step: slow, and right by construction. Tests compare the cache with it, and a
+    transformer without `create_cache` samples through it.
     """
 
     def __init__(self, model: Model):
@@ -442,7 +442,7 @@ Runner = CachedRunner | UncachedRunner
 
 
 def create_runner(model: Model, *, cache_kv: bool = True) -> Runner:
-    """With a cache, unless that is not wanted or the transformer is a user's own and has none."""
+    """With a cache, if that is wanted and the transformer has one (a user's own may not)."""
     return CachedRunner(model) if cache_kv and hasattr(model.transformer, "create_cache") else UncachedRunner(model)
 
 

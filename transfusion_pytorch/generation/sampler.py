@@ -17,8 +17,8 @@ NO_CHOICE = -1
 
 
 class SamplingColumns(NamedTuple):
-    """The options of text as tensors, a number for each row. None for what no row asks for. `is_warm`: all
-    temperatures are 1.
+    """The text options as tensors, a number for each row; None for an option that no row uses. `is_warm`: all
+    temperatures are 1, so none has to be applied.
     """
 
     temperature: Float[Tensor, "r 1"] | None
@@ -70,8 +70,8 @@ def sample_tokens(
 ) -> Int[Tensor, " r"]:
     """An id for each row, none of those `forbidden`, or `NO_CHOICE` where its logits are not finite.
 
-    `uniform` is a random number in [0, 1) for each row: what a row becomes depends only on its own. `seen` are the ids
-    to be penalised. Nothing is read back from the device.
+    `uniform` is a random number in [0, 1) for each row, so a row does not depend on others. `seen` are the ids to be
+    penalised. Nothing is read back from the device.
     """
     logits = _precise(logits)
     if seen is not None and columns.penalty is not None:
@@ -88,12 +88,12 @@ def sample_tokens(
 def penalize(
     logits: Float[Tensor, "r v"], seen: Bool[Tensor, "r v"], penalty: Float[Tensor, "r 1"]
 ) -> Float[Tensor, "r v"]:
-    """Makes what was `seen` less likely (CTRL, arXiv 1909.05858)."""
+    """Makes `seen` ids less likely (CTRL, arXiv 1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits: Float[Tensor, "r v"], columns: SamplingColumns) -> Float[Tensor, "r v"]:
-    """Cuts off what each row's options rule out. The largest logit of a row is 0."""
+    """Sets logits to -inf by the filters of each row. The largest logit of a row has to be 0."""
     if columns.top_k is not None:
         logits = keep_top_k(logits, columns.top_k, columns.most_k)
     if columns.top_p is not None:
@@ -104,8 +104,8 @@ def filter_logits(logits: Float[Tensor, "r v"], columns: SamplingColumns) -> Flo
 
 
 def keep_top_k(logits: Float[Tensor, "r v"], k: Int[Tensor, "r 1"], most: int) -> Float[Tensor, "r v"]:
-    """Keeps the `k` likeliest tokens of each row, and what ties with the last of them. `most` is the largest k that is
-    a limit; rows with a greater one keep all.
+    """Keeps the `k` likeliest tokens of each row, and those that tie with the last of them. Rows with `k > most` keep
+    all.
     """
     most = min(most, logits.shape[-1])
     ranked = logits.topk(most, dim=-1).values
@@ -129,13 +129,13 @@ def keep_min_p(logits: Float[Tensor, "r v"], log_min_p: Float[Tensor, "r 1"]) ->
 
 
 def log_probabilities(logits: Shaped[Tensor, "r v"], tokens: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
-    """What the model itself gave to the chosen ids, of all that it can write."""
+    """Log-probabilities of the chosen ids under the model's own distribution over the whole vocabulary."""
     return _precise(logits).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
 
 
 def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
     """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # which that device has not
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
     at = uniform[:, None].to(precise) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""Continuous batching: which requests take part in a step, and what is done for each of them.
+"""Continuous batching: admits requests, and runs one step for all of them.
 
 r rows that write, d model, v vocabulary.
 """
@@ -22,11 +22,11 @@ from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities
 
 
 class Limits(NamedTuple):
-    """What a scheduler may do at once.
+    """Bounds of a scheduler.
 
-    - `max_batch`: requests at work
+    - `max_batch`: requests in the batch
     - `max_waiting`: requests in the queue; `max_cache_tokens`: tokens of the cache, for all rows together
-    - `max_prefill_tokens`: tokens that are read in one step while other requests go on
+    - `max_prefill_tokens`: tokens that are prefilled in one step while other requests go on
     - `max_denoising_tokens`: latents of one forward pass, those of unconditional branches included
     """
 
@@ -40,9 +40,9 @@ class Limits(NamedTuple):
 class Scheduler:
     """Runs requests through a model.
 
-    In a step, every request that writes text chooses one id, and every one that denoises takes one interval of its
-    solver, whatever their types and shapes. What a request becomes does not depend on the others, and one that fails
-    ends alone.
+    A step prefills what is pending, then decodes one id for every request that writes text, then takes one solver step
+    for every request that denoises, whatever their types and shapes. A request does not depend on the others, and one
+    that fails ends alone.
     """
 
     def __init__(self, model: Model, limits: Limits, *, cache_kv: bool):
@@ -60,7 +60,7 @@ class Scheduler:
         return not self.active and not self.waiting
 
     def cache_tokens(self, request: RequestState) -> int:
-        """How many tokens of the cache a request may come to take."""
+        """The most tokens of the cache that a request may need."""
         return self.runner.cache_tokens(request.most_tokens)
 
     def add(self, requests: Sequence[RequestState]) -> None:
@@ -74,11 +74,11 @@ class Scheduler:
         self._retire()
 
     def rewind(self) -> None:
-        """Has everything that was read read again: the weights are others now."""
+        """Makes everything pending again, after the weights have changed."""
         for request in self.active:
             for branch in request.branches:
                 self.runner.rewind(branch)
-        self._state = None
+        self._state = None  # whose views hold what follows from the weights, as those of the layouts do
         self.denoiser.reset()
 
     def step(self) -> None:
@@ -94,7 +94,7 @@ class Scheduler:
         self._end_overdue()
         self._retire()
 
-    # who takes part
+    # admission and ends
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -135,7 +135,7 @@ class Scheduler:
     # prefill
 
     def _prefill(self) -> None:
-        """Reads prompts and finished modalities: of long ones a part in each step while other requests can go on."""
+        """Reads prompts and finished modalities; long ones in pieces, one a step, while other requests go on."""
         owners = {branch: request for request in self.active for branch in request.to_prefill}
         if not owners:
             return
@@ -164,7 +164,7 @@ class Scheduler:
         self._accept(state, chosen, log_p)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
-        """A decode step. Nothing of it is kept before all ids are chosen, so it can be tried again."""
+        """A decode step. Nothing is committed before all ids are chosen, so a failed one can be run again."""
         requests = [request for request in requests if not request.is_done]
         state = self._state_of(requests)
         decoded = self.runner.decode(state)
@@ -173,7 +173,7 @@ class Scheduler:
         self._state = state if self._accept(state, chosen, log_p) else None
 
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
-        """The state of the step before, as long as it holds."""
+        """The state of the previous step if it is still valid, else a new one."""
         state, self._state = self._state, None
         if state is not None and not state.is_used_up and set(state.requests) == set(requests):
             rows = [branch.row for branch in state.branches]
@@ -193,7 +193,7 @@ class Scheduler:
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
-        """Gives every request its id. Returns whether the state holds for the next step."""
+        """Gives every request its id. Returns whether the state is valid for the next step."""
         for i, (request, token) in enumerate(zip(state.requests, chosen, strict=True)):
             if request.is_done:  # a processor of its own failed
                 continue
@@ -210,7 +210,7 @@ class Scheduler:
         return state.holds()
 
     def _processed(self, logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
-        """Logits as the processors of each row leave them. One that raises an error ends its own request."""
+        """Logits after the processors of each row. One that raises an error ends its own request."""
         if not any(request.options.logits_processors for request in requests):
             return logits
         rows = list(logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind())
@@ -231,7 +231,7 @@ class Scheduler:
         if not requests:
             return
         made = {it: it.denoising for it in requests if it.denoising is not None}
-        unfinished = [denoising for denoising in made.values() if not denoising.is_done]  # others were interrupted
+        unfinished = [denoising for denoising in made.values() if not denoising.is_done]  # done: a step was interrupted
         errors = dict(self.denoiser.step(unfinished)) if unfinished else {}
         finite = _are_finite([it for it in made.values() if it.is_done and it not in errors])
         for request, denoising in made.items():

@@ -1,4 +1,4 @@
-"""Keys and values of tokens that were read already, preallocated and written in place.
+"""The KV cache: keys and values of tokens that were read, preallocated and written in place.
 
 A cache is made of blocks, one per capacity of 64, 128, 256, ... slots. A row lies in the smallest block that holds it
 and moves to the next when it outgrows it, so one long row does not make the short ones larger. The rows of a block
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 SMALLEST = 64  # slots
+GROWTH = 4096  # tokens by which a block grows at most, and so what it reserves in vain
 _VERSIONS = count()
 
 
 @dataclass(eq=False)
 class CacheRow:
-    """Where one sequence lies: row `index` of a `block`, of which `length` slots are committed."""
+    """Where one sequence is stored: row `index` of a `block`, with `length` committed slots."""
 
     block: "CacheBlock"
     index: int
@@ -34,7 +35,7 @@ class CacheBlock:
 
     - `rows`: those in use, by index; the tensors may have room for more
     - `written`: how many slots of each index may hold anything, committed or not
-    - `version`: a number that no block had before, whenever a row moves or a tensor is replaced
+    - `version`: changes whenever a row moves or a tensor is replaced; no two blocks ever have the same
     """
 
     capacity: int
@@ -46,14 +47,14 @@ class CacheBlock:
 
     @property
     def room(self) -> int:
-        """For how many rows there is memory."""
+        """The number of rows that there is memory for."""
         return self.keys[0].shape[0] if self.keys else 0
 
     def tensors(self) -> Iterable[Tensor]:
         return (*self.keys, *self.values)
 
     def clear(self, index: int, start: int = 0) -> None:
-        """Zeros what was written from `start` on. A masked slot weighs nothing, but nothing times NaN is NaN."""
+        """Zeros what was written from `start` on. A masked slot has weight 0, but 0 times NaN is NaN."""
         if self.written[index] > start:
             for tensor in self.tensors():
                 tensor[index, :, start : self.written[index]] = 0
@@ -122,7 +123,7 @@ class KVCache:
         return row
 
     def stamp(self, rows: Sequence[CacheRow]) -> Hashable:
-        """Stays the same as long as none of these rows has moved: a view is void once it has changed."""
+        """Stays the same while none of these rows moves. Views are void once it has changed."""
         return tuple(sorted({row.block.version for row in rows}))
 
     def release(self, row: CacheRow) -> None:
@@ -191,13 +192,14 @@ class KVCache:
         """The block of a capacity, with memory for one row more."""
         block = self.blocks.get(capacity) or CacheBlock(capacity)
         if len(block.rows) == block.room:
-            self._resize(block, max(1, 2 * block.room))
+            more = max(1, min(block.room, GROWTH // capacity))  # twice as many, but of long rows one at a time
+            self._resize(block, block.room + more)
         self.blocks[capacity] = block
         self.blocks = dict(sorted(self.blocks.items()))
         return block
 
     def _resize(self, block: CacheBlock, room: int) -> None:
-        """Copies what was written only: on a CPU, memory that was never touched costs nothing."""
+        """Reallocates a block. Copies only what was written: on a CPU, untouched memory costs nothing."""
         shape, count = (room, self.kv_heads, block.capacity, self.dim_head), len(block.rows)
         used = max(block.written[:count], default=0)
         made = [
@@ -210,7 +212,7 @@ class KVCache:
         block.version = next(_VERSIONS)
 
     def _move(self, row: CacheRow, capacity: int) -> None:
-        """To a block of a larger capacity."""
+        """Moves a row to a block of a larger capacity."""
         target = self._block_with_room(capacity)
         old = CacheRow(row.block, row.index, row.length)
         old.block.rows[old.index] = old
@@ -221,7 +223,7 @@ class KVCache:
         self.release(old)
 
     def _copy_row(self, row: CacheRow, block: CacheBlock, index: int) -> None:
-        """Gives the committed tokens of a row another place."""
+        """Copies the committed tokens of a row to another place, where it lies from then on."""
         source, start = row.block, row.index
         for tensors in ("keys", "values"):
             for new, old in zip(getattr(block, tensors), getattr(source, tensors), strict=True):
@@ -236,5 +238,5 @@ class KVCache:
         if not block.rows:
             del self.blocks[block.capacity]
         elif 4 * len(block.rows) <= block.room:
-            with suppress(RuntimeError, MemoryError):  # no memory for the smaller copy just now: the larger one goes on
+            with suppress(RuntimeError, MemoryError):  # no memory for the smaller copy now: the larger one stays
                 self._resize(block, block.room // 2)

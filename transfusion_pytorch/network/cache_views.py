@@ -1,6 +1,6 @@
-"""What attention sees of a cache in one forward pass: where new keys and values go, and what queries may see.
+"""Views of the KV cache: where the new keys and values of a forward pass go, and what its queries may see.
 
-Everything that does not change from layer to layer, or from one evaluation to the next, is made once.
+Whatever is equal for all layers, or from one evaluation to the next, is computed once.
 
 g rows, h key/value heads, s slots, e channels of a head, t new tokens of a row, n tokens of the stream.
 """
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
         return cls([it.view(-1, it.shape[-1]) for it in tensors], [it[rows, :, :num_keys] for it in tensors])
 
     def update(self, layer: int, slots: Int[Tensor, " n_h"], new: Shaped[Tensor, "n h e"]) -> Tensor:
-        """Writes what is new. Returns all that may be seen."""
+        """Writes the new keys or values. Returns a view of all that may be seen."""
         flat = self.flat[layer]
         flat.index_copy_(0, slots, new.reshape(-1, flat.shape[-1]))
         return self.seen[layer]

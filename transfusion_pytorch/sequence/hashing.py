@@ -1,6 +1,6 @@
 """Random numbers as a function of a seed and a counter, on any device.
 
-A counter has no state to keep, move or copy: number `i` of a seed is the same wherever and whenever it is made. The
+A counter has no state to keep, move or copy: number `i` of a seed is the same on every device, at any time. The
 function is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
@@ -15,9 +15,9 @@ MIX = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))  # shift
 
 
 def mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """A bijection of 64 bits that leaves no pattern of its input."""
+    """A bijection of 64 bits whose output looks random."""
     for shift, factor in MIX:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # `>>` of int64 copies the sign: it is cut off
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # `>>` of int64 copies the sign: masked
     return x
 
 

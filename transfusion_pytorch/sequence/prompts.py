@@ -77,7 +77,7 @@ def split_unfinished_modality(pieces: Sequence[Piece], vocabulary: Vocabulary, w
 
 
 def without_text(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:
-    """What guidance compares with: text becomes null, structure and modalities stay."""
+    """The unconditional version for guidance: text becomes null, markers and modalities stay."""
     return [
         piece
         if isinstance(piece, Modality)

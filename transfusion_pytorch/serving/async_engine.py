@@ -61,8 +61,8 @@ class AsyncEngine:
         return ended.sample
 
     def stream(self, prompt: Any = None, **options: Any) -> "EventStream":
-        """Continues one prompt, and tells of it while it is made. The work begins at once; errors, also those of a bad
-        prompt, are raised while the stream is read.
+        """Continues one prompt, and streams its events. It is submitted at once. Errors, also of a bad prompt, are
+        raised while the stream is read.
         """
         return EventStream(self, prompt, options, listen=True)
 
@@ -73,8 +73,8 @@ class AsyncEngine:
         return await asyncio.wrap_future(future)
 
     def weights_changed(self) -> None:
-        """To be called after the model's weights have changed: requests that are submitted from here on see no trace of
-        the old ones. Does not wait.
+        """Call this after the model's weights have changed: requests that are submitted from now on use the new weights
+        only. Does not wait.
         """
         self._thread.weights_changed()
 
@@ -89,7 +89,7 @@ class AsyncEngine:
         """
         self._thread.stop()
         await asyncio.wrap_future(self._thread.ended)
-        self._thread.join()  # it has nothing left to do
+        self._thread.join()  # returns at once: `ended` is done
 
     async def __aenter__(self) -> "AsyncEngine":
         return self

@@ -1,4 +1,4 @@
-"""The thread that alone touches an engine."""
+"""The thread that runs an engine, the only one that touches it."""
 
 import atexit
 import threading

@@ -9,6 +9,8 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from transfusion_pytorch.evaluating import weights_changed
+
 SAMPLING_METHODS = (
     "sample",
     "sample_one",
@@ -18,6 +20,24 @@ SAMPLING_METHODS = (
     "generate_text_only",
     "generate_modality_only",
 )
+
+
+class MovingAverage(EMA):
+    """An `EMA` that tells engines when it has changed weights: it writes to `.data`, where torch does not see it."""
+
+    def copy_params_from_model_to_ema(self) -> None:
+        super().copy_params_from_model_to_ema()
+        weights_changed(cast(nn.Module, self.ema_model))
+
+    def copy_params_from_ema_to_model(self) -> None:
+        super().copy_params_from_ema_to_model()
+        weights_changed(cast(nn.Module, self.model))
+
+    def update_moving_average(
+        self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
+    ) -> None:
+        super().update_moving_average(ma_model, current_model, current_decay)
+        weights_changed(ma_model)
 
 
 def create_ema(
@@ -42,7 +62,7 @@ def create_ema(
     average = copy.deepcopy(model, {id(module): module for module in frozen.values()})
     options = dict(include_online_model=False) | options
     ignored = {f"{name}." for name in frozen} | set(options.pop("ignore_startswith_names", ()))
-    ema = EMA(
+    ema = MovingAverage(
         model,
         ema_model=average,
         beta=beta,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from transfusion_pytorch.evaluating import weights_changed
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.training.agreement import Agreement
 from transfusion_pytorch.training.checkpoint_files import LoadedCheckpoint
@@ -85,6 +86,7 @@ class TrainStep:
         if problem is None and not overflowed:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
+            weights_changed(self.model)  # fused optimizers change them behind torch's back
             if self.ema is not None:
                 self.ema.update()
             self.usual.append(norm)
