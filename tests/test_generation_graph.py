@@ -4,6 +4,7 @@ no GPU is at hand), compiled, and run where no number can be read.
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ SAMPLED = dict(text_temperature=1.0, text_top_p=0.9, text_repetition_penalty=1.1
 def recorded_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", RecordedCapture)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     RecordedGraph.replays = 0
 
 

@@ -23,7 +23,7 @@ class StepGraphs:
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self.model = model
+        self.model, self.device = model, device
         self.is_used = device.type == "cuda"
 
     def may_capture(self) -> bool:
@@ -51,6 +51,10 @@ class StepGraph:
         self._graph: Any = None
         self._results: Any = None
 
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
     def run(self, step: Callable[[], Any]) -> Any:
         """The results of one step. `step` is the same function each time."""
         if self._graph is None and self._num_steps >= STEPS_BEFORE_CAPTURE and self._graphs.may_capture():
@@ -66,7 +70,7 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads (training, data loading) may go on using CUDA in the meantime
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.device(self._graphs.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._results = step()
         except Exception as error:
             self._results = None
