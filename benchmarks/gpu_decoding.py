@@ -205,7 +205,8 @@ def draw(run: Run, model: nn.Module, size: Size) -> None:
     section = run.page.section(
         "Drawing",
         f"Images of {size.side} x {size.side} latents behind 4 ids of text, {INTERVALS} intervals of midpoint, "
-        f"guidance {GUIDANCE}, so {4 * INTERVALS} evaluations of an image each; bf16 weights, after one call to warm up.",
+        f"guidance {GUIDANCE}, so {4 * INTERVALS} evaluations of an image each; bf16 weights, after one call to "
+        "warm up.",
     )
     for images in (1, 2) if run.quick else ROWS:
         if reason := run.lacks(20):
