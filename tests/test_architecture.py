@@ -23,7 +23,7 @@ ALLOWED = {
     "modalities": ["sequence", "flow", "network", "saving.components"],
     "display.terminal": [],
     "display.progress": [],
-    "generation": ["sequence", "flow", "evaluating", "display.progress"],
+    "generation": ["sequence", "flow", "evaluating", "display.progress", "network.step_graph"],
     "sampling": ["generation", "evaluating", "sequence"],
     "display": ["generation.events"],
     "serving": ["generation.engine", "generation.events", "sampling"],

@@ -169,10 +169,7 @@ class Denoiser:
     def _step_together(self, denoisings: Sequence[Denoising]) -> None:
         """One interval each, all in one flat vector. Times are numbers on the host."""
         sizes = [it.x.numel() for it in denoisings]
-        intervals = [it.times[it.step + 1] - it.times[it.step] for it in denoisings]
-        lengths = torch.tensor(sizes, device="cpu")
-        like = denoisings[0].x
-        rates = torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(lengths).to(like)
+        rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], sizes, denoisings[0].x)
 
         def derivative(fraction: float, flat: Tensor) -> Tensor:
             return rates * self._velocity(denoisings, flat, sizes, [it.time_at(fraction) for it in denoisings])
@@ -207,8 +204,7 @@ class Denoiser:
         branches = [it.branches_at(time) for it, time in zip(denoisings, times, strict=True)]
         owners = [i for i, own in enumerate(branches) for _ in own]
         laid = self._lay_out([branch for own in branches for branch in own], [denoisings[i] for i in owners])
-        at = torch.tensor([times[i] for i in owners], dtype=torch.float64, device="cpu").to(flat)
-        every = iter(self.runner.velocities(laid, [x[i] for i in owners], at))
+        every = iter(self.runner.velocities(laid, [x[i] for i in owners], [times[i] for i in owners]))
         self.evaluations += 1
         velocities = []
         for denoising, own in zip(denoisings, branches, strict=True):
@@ -228,6 +224,14 @@ class Denoiser:
             self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it.rows, it.stamp)}
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])
         return laid
+
+
+def _rates(intervals: Sequence[float], sizes: Sequence[int], like: Tensor) -> float | Float[Tensor, " n"]:
+    """The length of the interval of every number, or one for all."""
+    if len(set(intervals)) == 1:
+        return intervals[0]
+    lengths = torch.tensor(sizes, device="cpu")
+    return torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(lengths).to(like)
 
 
 def _solver_key(denoising: Denoising) -> Any:

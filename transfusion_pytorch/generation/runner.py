@@ -5,16 +5,18 @@ r branches, k latents of a span, c their channels, d model.
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.generation.batch_state import BatchState
+from transfusion_pytorch.generation.batch_state import BatchState, Decoded
+from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
@@ -39,7 +41,10 @@ class Model(Protocol):
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> dict[int, Tensor]: ...
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
     def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
-    def forward_stream(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
+    def forward_stream(
+        self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None, positions: Any = None
+    ) -> Any: ...
+    def embed_positions(self, stream: TokenStream) -> Any: ...
     def velocities(self, output: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -141,15 +146,15 @@ class Branch:
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    - `spans`: where they are in its span table, `index` the same on the device; `history`: latents by type of the
-      modalities before them, if it has any
+    - `spans`: where they are in its span table; `history`: latents by type of the modalities before them, if it has any
+    - `positions`: the position embeddings, by type
     - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
     history: dict[int, Tensor]
     spans: list[int]
-    index: Int[Tensor, " r"]
+    positions: Any
     view: Any = None
     rows: Sequence[Any] = ()
     stamp: Hashable = None
@@ -171,6 +176,7 @@ class CachedRunner:
     def __init__(self, model: Model):
         self.model = model
         self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
+        self.graphs = StepGraphs(model, model.device)
         self.tokens_read = 0
         self._prefixes: dict[Hashable, Prefix] = {}
 
@@ -313,16 +319,31 @@ class CachedRunner:
         ordered = sorted(requests, key=lambda request: _place(request.branch))
         rows = [request.branch.row for request in ordered]
         positions = [request.branch.past.position for request in ordered]
-        stamp, view = self.cache.stamp(rows), self.model.transformer.decode_view(self.cache, rows, positions)
-        return BatchState.of(ordered, stamp=stamp, view=view, device=self.model.device, dtype=self.model.dtype)
+        view = self.model.transformer.decode_view(self.cache, rows, positions, is_fixed=self.graphs.is_used)
+        graph = StepGraph(self.graphs) if self.graphs.is_used and view.prepared is not None else None
+        device, dtype = self.model.device, self.model.dtype
+        return BatchState.of(ordered, stamp=self.cache.stamp(rows), view=view, graph=graph, device=device, dtype=dtype)
 
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         """Whether none of these rows has moved since the stamp was made."""
         return stamp == self.cache.stamp(rows)
 
-    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
-        """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
-        return self.model.forward_stream(state.stream(), {}, state.no_times, state.view).hidden
+    def decode(self, state: BatchState) -> Decoded:
+        """Reads the one pending id of every branch, in the order of the state, and chooses the next unless processors
+        are to see the logits first. `commit` makes what was read permanent.
+        """
+        step = partial(self._step, state)
+        with torch.inference_mode():
+            if state.graph is None:
+                return step()
+            decoded = state.graph.run(step)
+            return decoded._replace(hidden=decoded.hidden.clone())  # branches keep it; a replay writes the next there
+
+    def _step(self, state: BatchState) -> Decoded:
+        """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
+        hidden = self.model.forward_stream(state.stream, {}, state.no_times, state.view).hidden
+        logits = self.model.logits(hidden)
+        return Decoded(hidden, logits, None if state.has_processors else state.choose(logits))
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
@@ -346,15 +367,14 @@ class CachedRunner:
         order = sorted(range(len(branches)), key=keys.__getitem__)
         samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
         stream = self.model.pack_stream(samples, past).to(self.model.device)
-        locations = _inverse(order)
-        index = _index(locations, self.model.device)
+        locations, positions = _inverse(order), self.model.embed_positions(stream)
         if not has_history:
-            return SpanStream(stream, {}, locations, index)
+            return SpanStream(stream, {}, locations, positions)
         rows = [branches[i].row for i in order]
         view = self._view(rows, stream)
-        return SpanStream(stream, {}, locations, index, view, rows, self.cache.stamp(rows))
+        return SpanStream(stream, {}, locations, positions, view, rows, self.cache.stamp(rows))
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
         """The velocity of each span laid out, flat `(k, c)`, at its own time."""
         return _evaluate(self.model, laid, x_t, times)
 
@@ -400,8 +420,9 @@ class UncachedRunner:
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         return True
 
-    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
-        return self._read(state.branches)[1]
+    def decode(self, state: BatchState) -> Decoded:
+        hidden = self._read(state.branches)[1]
+        return Decoded(hidden, self.model.logits(hidden), None)
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         for branch, own in zip(state.branches, hidden.unbind(), strict=True):
@@ -412,9 +433,9 @@ class UncachedRunner:
         stream = self.model.pack_stream(samples).to(self.model.device)
         owners = stream.spans.sample.tolist()
         last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
-        return SpanStream(stream, self.model.latents_by_type(samples), last, _index(last, self.model.device))
+        return SpanStream(stream, self.model.latents_by_type(samples), last, self.model.embed_positions(stream))
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
         return _evaluate(self.model, laid, x_t, times)
 
 
@@ -449,25 +470,22 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return locations
 
 
-def _index(values: Sequence[int], device: torch.device) -> Int[Tensor, " r"]:
-    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
-
-
 def _clean_times(model: Model, stream: TokenStream) -> Tensor:
     return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
 
 
-def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
+def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
     spans = laid.stream.spans
-    now = dict(zip(laid.spans, x_t, strict=True))
-    t = _clean_times(model, laid.stream)
-    t.index_copy_(0, laid.index, times.to(t.dtype))
+    now, at = dict(zip(laid.spans, x_t, strict=True)), dict(zip(laid.spans, times, strict=True))
+    every_time = [at.get(span, CLEAN) for span in range(len(spans))]
+    t = torch.tensor(every_time, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
     latents = {}
     for modality in sorted(set(spans.types)):
         members = spans.of_type(modality)
         every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
         latents[modality] = torch.cat([every[span] for span in members])
-    velocities = model.velocities(model.forward_stream(laid.stream, latents, t, laid.view), laid.stream, latents, t)
+    output = model.forward_stream(laid.stream, latents, t, laid.view, laid.positions)
+    velocities = model.velocities(output, laid.stream, latents, t)
     by_span: dict[int, Tensor] = {}
     for modality, flat in velocities.items():
         by_span |= _split(flat, spans, spans.of_type(modality))

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from transfusion_pytorch.generation.batch_state import BatchState
+from transfusion_pytorch.generation.batch_state import BatchState, Decoded
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.generation.isolation import Halving, released
 from transfusion_pytorch.generation.request import Phase, RequestState
 from transfusion_pytorch.generation.runner import Branch, Model, create_runner
-from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, sample_tokens
+from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities
 
 
 class Limits(NamedTuple):
@@ -108,6 +108,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Takes waiting requests in order, while there is room for what they may come to."""
+        if not self.waiting:
+            return
         taken = sum(map(self.cache_tokens, self.active))
         while self.waiting and len(self.active) < self.limits.max_batch:
             taken += self.cache_tokens(self.waiting[0])
@@ -158,16 +160,16 @@ class Scheduler:
     def _choose_first(self, requests: Sequence[RequestState]) -> None:
         hidden = torch.stack([request.branch.hidden for request in requests if request.branch.hidden is not None])
         state = BatchState.of(requests, device=self.model.device, dtype=hidden.dtype)
-        chosen, log_p = self._choose(state, hidden)
+        chosen, log_p = self._choose(state, Decoded(hidden, self.model.logits(hidden), None))
         self._accept(state, chosen, log_p)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         """A decode step. Nothing is committed before all ids are chosen, so a failed one can be run again."""
         requests = [request for request in requests if not request.is_done]
         state = self._state_of(requests)
-        hidden = self.runner.decode(state)
-        chosen, log_p = self._choose(state, hidden)
-        self.runner.commit(state, hidden)
+        decoded = self.runner.decode(state)
+        chosen, log_p = self._choose(state, decoded)
+        self.runner.commit(state, decoded.hidden)
         self._state = state if self._accept(state, chosen, log_p) else None
 
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
@@ -179,15 +181,15 @@ class Scheduler:
                 return state
         return self.runner.batch_state(requests)
 
-    def _choose(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> tuple[list[int], list[float] | None]:
+    def _choose(self, state: BatchState, decoded: Decoded) -> tuple[list[int], list[float] | None]:
         """The next id of every row, with its log-probability where any row wants that."""
-        logits = self.model.logits(hidden)
-        processed = self._processed(logits, state.requests)
-        tokens = sample_tokens(processed, state.forbidden, state.columns, state.uniform, state.seen)
+        tokens = decoded.tokens
+        if tokens is None:
+            tokens = state.choose(self._processed(decoded.logits, state.requests))
         wants = any(request.log_probabilities is not None for request in state.requests)
-        log_p = log_probabilities(logits, tokens).tolist() if wants else None
+        log_p = log_probabilities(decoded.logits, tokens).tolist() if wants else None
         chosen = tokens.tolist()  # the one copy back to the host
-        state.advance(tokens)
+        state.count_step()
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:

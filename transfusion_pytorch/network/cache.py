@@ -79,12 +79,15 @@ class KVCache:
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
     Memory is allocated before anything else changes: where that fails, the cache is as it was.
+
+    `phases` are the rotary phases of the first positions, `(p, f, 2)`, once decode steps have asked for them.
     """
 
     def __init__(self, *, layers: int, kv_heads: int, dim_head: int, device: torch.device, dtype: torch.dtype):
         self.layers, self.kv_heads, self.dim_head = layers, kv_heads, dim_head
         self.device, self.dtype = device, dtype
         self.blocks: dict[int, CacheBlock] = {}
+        self.phases: Tensor | None = None
 
     @property
     def rows(self) -> list[CacheRow]:
