@@ -4,6 +4,7 @@ b samples, n tokens of the packed stream, m spans (instances of a modality), d m
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -256,15 +257,16 @@ class Transfusion(
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> LatentsByType:
         return latents_by_type(samples)
 
-    def embed_positions(self, stream: TokenStream) -> dict[int, Tensor]:
-        """The position embeddings of a stream's tokens by modality, for passes that share them."""
+    def with_positions(self, stream: TokenStream) -> TokenStream:
+        """The same stream with its `position_embeddings`."""
         embedded = {
             modality: self.modalities[modality].embed_positions(
                 placement.shapes, device=self.device, dtype=self.precision
             )
             for modality, placement in stream.placements.items()
         }
-        return {modality: each for modality, each in embedded.items() if each is not None}
+        made = {modality: each for modality, each in embedded.items() if each is not None}
+        return replace(stream, position_embeddings=made)
 
     def forward_stream(
         self,
@@ -272,11 +274,8 @@ class Transfusion(
         latents: LatentsByType,
         t: Float[Tensor, " m"],
         cache: CacheView | DecodeView | None = None,
-        positions: Mapping[int, Tensor] | None = None,
     ) -> StreamOutput:
-        """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it. `positions` are
-        those of `embed_positions`, where they were made before.
-        """
+        """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
         condition, adapter_state = self._condition(stream, t), {}
         x = None if self._is_one_modality(stream) else self.text_embedding(stream.token)
         for modality, values in latents.items():
@@ -285,7 +284,7 @@ class Transfusion(
                 values.to(self.dtype),
                 placement.shapes,
                 condition if x is None else condition.index_select(0, placement.spans),
-                (positions or {}).get(modality),
+                (stream.position_embeddings or {}).get(modality),
             )
             x = tokens.to(self.dtype) if x is None else x.index_copy(0, placement.slots, tokens.to(x.dtype))
         assert x is not None

@@ -4,7 +4,8 @@ r rows, v vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transfusion_pytorch.generation.sampler import SamplingColumns, sample_tokens
 from transfusion_pytorch.sequence.hashing import uniform
 from transfusion_pytorch.sequence.masks import Layout
+from transfusion_pytorch.sequence.samples import Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import NO_SPANS, Past, TokenStream
 
 STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
@@ -27,6 +29,99 @@ class Decoded(NamedTuple):
     hidden: Shaped[Tensor, "r d"]
     logits: Shaped[Tensor, "r v"]
     tokens: Int[Tensor, " r"] | None
+
+
+@dataclass(eq=False)
+class Branch:
+    """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
+
+    - `pieces`, `ids`: pending, in this order. A decode step reads a single id
+    - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
+    - `hidden`: the transformer's output at the last token that was read
+    - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    read: list[Piece | int] = field(default_factory=list)
+    past: Past = field(default_factory=Past)
+    hidden: Shaped[Tensor, " d"] | None = None
+    row: Any = None
+    prefix_key: Hashable = None
+
+    def append(self, piece: Piece) -> None:
+        if isinstance(piece, Text):
+            self.ids += piece.ids.tolist()
+        else:
+            self.pieces = [*self.pending, piece]
+            self.ids = []
+
+    @property
+    def pending(self) -> list[Piece]:
+        return [*self.pieces, *as_text(self.ids)]
+
+    @property
+    def is_pending(self) -> bool:
+        return bool(self.ids or self.pieces)
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether more is pending than the single id of a decode step."""
+        return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
+
+    def take(self, most: int | None, num_tokens: Any) -> list[Piece]:
+        """The first pending pieces, of at most `most` tokens, but at least one id or span. Text may be split, a span is
+        not. `num_tokens` counts the tokens of a piece.
+        """
+        taken: list[Piece] = []
+        for piece in self.pending:
+            size = num_tokens(piece)
+            if most is None or size <= most or (not taken and not isinstance(piece, Text)):
+                taken.append(piece)
+                most = None if most is None else max(0, most - size)
+                continue
+            if isinstance(piece, Text) and (most or not taken):
+                taken.append(Text(piece.ids[: max(1, most)]))
+            break
+        return taken
+
+    def mark_read(self, taken: Sequence[Piece], length: int, hidden: Shaped[Tensor, " d"]) -> None:
+        """Notes that the first pending pieces, `length` tokens, are read. A span takes one position."""
+        rest: list[Piece] = self.pending[len(taken) :]
+        last = taken[-1]
+        if isinstance(last, Text) and len(last.ids) < len(whole := self.pending[len(taken) - 1].ids):  # type: ignore[union-attr]
+            rest = [Text(whole[len(last.ids) :]), *rest]
+        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in taken)
+        self.pieces, self.ids = [], []
+        for piece in rest:
+            self.append(piece)
+        self._advance(taken, length, positions, hidden)
+
+    def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
+        """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
+        [token], self.ids = self.ids, []
+        self.prefix_key = None
+        self._advance([token], 1, 1, hidden)
+
+    def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:
+        self.read.extend(read)
+        self.past = Past(self.past.length + length, self.past.position + positions)
+        self.hidden = hidden
+
+    def everything(self) -> list[Piece]:
+        """What was read, as pieces."""
+        pieces: list[Piece] = []
+        for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
+            members: list[Any] = list(group)
+            pieces += as_text(members) if is_id else members
+        return pieces
+
+    def rewind(self) -> None:
+        """Makes everything pending again."""
+        pieces, self.pieces, self.ids = [*self.everything(), *self.pending], [], []
+        for piece in pieces:
+            self.append(piece)
+        self.read, self.past, self.hidden, self.prefix_key = [], Past(), None, None
 
 
 @dataclass(eq=False)

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from transfusion_pytorch.failures import Halving
 from transfusion_pytorch.flow.guidance import guided, guided_twice, rescaled
 from transfusion_pytorch.flow.path import estimate_clean, interpolate
 from transfusion_pytorch.flow.solver import integrate, is_single_step, single_step
-from transfusion_pytorch.generation.isolation import Halving
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import times_of
-from transfusion_pytorch.generation.runner import Branch, Model, Runner, SpanStream
+from transfusion_pytorch.generation.runner import Model, Runner, SpanStream
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
 ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002

@@ -228,9 +228,9 @@ class KVCache:
         for tensors in ("keys", "values"):
             for new, old in zip(getattr(block, tensors), getattr(source, tensors), strict=True):
                 new[index, :, : row.length] = old[start, :, : row.length]
-        block.rows[index] = row
-        row.block, row.index = block, index
         block.clear(index, row.length)
+        block.rows[index] = row  # from here on nothing can fail
+        row.block, row.index = block, index
         block.written[index] = max(block.written[index], row.length)
 
     def _shrink(self, block: CacheBlock) -> None:
