@@ -1,8 +1,8 @@
 """Everything that needs a GPU to be proved, in one go: `python benchmarks/gpu.py`, at most 8 minutes.
 
 The most valuable first: versions, equal results by every path, no wait for the device, throughput of training with
-traces, the PyPI package. The page `results/gpu.md` is written again after every row. `--quick` shows on a CPU, in
-tiny sizes, that everything runs.
+traces and of decoding, the PyPI package. The page `results/gpu.md` is written again after every row. `--quick` shows
+on a CPU, in tiny sizes, that everything runs.
 """
 
 import argparse
@@ -22,12 +22,15 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the package of this checkout, wh
 
 import torch  # noqa: E402
 from gpu_checks import check_equality, check_waits  # noqa: E402
+from gpu_decoding import check_sampling, decode  # noqa: E402
 from gpu_device import Run  # noqa: E402
 from gpu_page import Page  # noqa: E402
 from gpu_training import train_large, train_small  # noqa: E402
 from gpu_workloads import LARGE, QUICK_LARGE, QUICK_SMALL, SMALL, Size  # noqa: E402
 
-PARTS = ("where", "equality", "waits", "135M", "1B", "peer")
+from transfusion_pytorch.training.flops import peak_flops  # noqa: E402
+
+PARTS = ("where", "equality", "sampling", "waits", "135M", "decoding 135M", "1B", "decoding 1B", "peer")
 PEER_SECONDS = 100
 
 
@@ -46,9 +49,12 @@ def main() -> None:
     parts = {
         "where": lambda: where(run),
         "equality": lambda: check_equality(run),
+        "sampling": lambda: check_sampling(run),
         "waits": lambda: check_waits(run),
         small.name: lambda: results.update({small.name: train_small(run, small)}),
+        f"decoding {small.name}": lambda: results.update({f"decoding {small.name}": decode(run, small)}),
         large.name: lambda: results.update({large.name: train_large(run, large)}),
+        f"decoding {large.name}": lambda: results.update({f"decoding {large.name}": decode(run, large)}),
         "peer": lambda: results.update(peer=compare_peer(run, small)),
     }
     for name in options.parts:
@@ -126,8 +132,20 @@ def compare_peer(run: Run, size: Size) -> dict[str, Any] | None:
         return None
     answer, failure = run.page.attempt("peer", lambda: ask_peer(run, size))
     answer = answer or dict(failure=failure)
+    decoding = answer.pop("decoding", [])
     run.page.add(section, **answer | {"tried before": "; ".join(answer.pop("tried", [])) or None})
-    return answer if "tokens" in answer else None
+    compare_decoding(run, decoding)
+    return dict(answer, decoding=decoding) if "tokens" in answer or decoding else None
+
+
+def compare_decoding(run: Run, rows: list[dict[str, Any]]) -> None:
+    section = run.page.section(
+        "PyPI package, decoding",
+        "`generate_text_only` of the same package and size with its cache, from 130 ids, prefill included, after one "
+        "call to warm up.",
+    )
+    for row in rows:
+        run.page.add(section, **row)
 
 
 def ask_peer(run: Run, size: Size) -> dict[str, Any]:
@@ -145,7 +163,7 @@ def ask_peer(run: Run, size: Size) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
     answer = json.loads(done.stdout.splitlines()[-1])
-    if "tokens" in answer:
+    if "milliseconds" in answer:
         answer["tokens/s"] = 1000 * answer["tokens"] / answer["milliseconds"]
     return answer
 
@@ -165,10 +183,30 @@ def write_targets(run: Run, results: dict[str, Any]) -> None:
         found = mixed["ms"] / causal["ms"] if mixed and causal else None
         rows.append(dict(target=f"{name}: time of mixed / causal", wanted="<= 1.10", found=found))
     ours, peer = (results.get("135M") or {}).get("compiled mixed"), results.get("peer")
-    found = ours["tokens/s"] / peer["tokens/s"] if ours and peer else None
+    found = ours["tokens/s"] / peer["tokens/s"] if ours and peer and "tokens/s" in peer else None
     rows.append(dict(target="135M: tokens/s of ours / PyPI package", wanted=">= 5", found=found))
+    rows += decoding_targets(results)
     section.rows[:] = rows
     run.page.write()
+
+
+def decoding_targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, least in (("135M", 30), ("1B", 60)):
+        made = results.get(f"decoding {name}") or {}
+        single = made.get("1 graph") or {}
+        target = f"{name}: decoding at batch 1, % of reading the weights once a token"
+        rows.append(dict(target=target, wanted=f">= {least}", found=single.get("% of limit")))
+    made, peer = results.get("decoding 135M") or {}, (results.get("peer") or {}).get("decoding", [])
+    ratios = [
+        mine["tokens/s"] / row["tokens/s"]
+        for row in peer
+        if "tokens/s" in row and (mine := made.get(f"{row['rows']} graph") or made.get(f"{row['rows']} eager"))
+    ]
+    rows.append(
+        dict(target="135M: decoding, ours / PyPI package (least)", wanted=">= 8", found=min(ratios, default=None))
+    )
+    return rows
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from gpu_device import intervals, mark, num_parameters, synchronize
 from gpu_workloads import QUICK_SMALL, SMALL, Size, mixed_samples
 
 TOKEN_BUDGETS = (16_384, 8_192, 4_096, 2_048)
+ROWS, PROMPT = (1, 8, 64), 130
 OWN_OPTIONS = ("kv_heads",)  # of ours: the peer has as many keys and values as queries
 
 
@@ -40,16 +41,43 @@ def main() -> None:
                 torch.cuda.empty_cache()
         if answer is not None:
             break
-    print(json.dumps((answer or {}) | dict(tried=tried)), flush=True)
+    decoded = [decode(size, device, rows, quick=options["quick"]) for rows in ((1, 2) if options["quick"] else ROWS)]
+    print(json.dumps((answer or {}) | dict(tried=tried, decoding=decoded)), flush=True)
 
 
-def train(size: Size, device: torch.device, dtype: torch.dtype | None, steps: int) -> dict[str, Any]:
-    """Steps of forward (in autocast if there is a `dtype`), backward and fused AdamW, as ours are timed."""
+def build(size: Size, device: torch.device) -> Any:
     from transfusion_pytorch import Transfusion
 
     torch.manual_seed(0)
     transformer = {name: value for name, value in size.transformer.items() if name not in OWN_OPTIONS}
-    model = Transfusion(**size.model_arguments, transformer=transformer, add_pos_emb=True).to(device)
+    return Transfusion(**size.model_arguments, transformer=transformer, add_pos_emb=True).to(device)
+
+
+@torch.no_grad()
+def decode(size: Size, device: torch.device, rows: int, *, quick: bool) -> dict[str, Any]:
+    """Text tokens/s with its cache, in bf16 autocast or, where that fails, in fp32."""
+    tokens, model = 4 if quick else 48, build(size, device).eval()
+    prompt = torch.randint(0, size.vocabulary, (rows, PROMPT), device=device)
+    row: dict[str, Any] = dict(rows=rows)
+    for dtype in (torch.bfloat16, None):
+        try:
+            with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
+                for _ in range(2):
+                    synchronize(device)
+                    start = time.monotonic()
+                    model.generate_text_only(prompt, PROMPT + tokens, cache_kv=True)
+                    synchronize(device)
+                    seconds = time.monotonic() - start
+        except Exception as error:
+            row["failure"] = f"{type(error).__name__}: {str(error)[:120]}"
+            continue
+        return row | {"tokens/s": rows * tokens / seconds, "precision": "fp32" if dtype is None else "bf16 autocast"}
+    return row
+
+
+def train(size: Size, device: torch.device, dtype: torch.dtype | None, steps: int) -> dict[str, Any]:
+    """Steps of forward (in autocast if there is a `dtype`), backward and fused AdamW, as ours are timed."""
+    model = build(size, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(3)
     marks, seconds = [], time.monotonic()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from transfusion_pytorch import Transfusion
-from transfusion_pytorch.generation.grammar import Grammar
+from transfusion_pytorch.sequence.grammar import Grammar
 from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Text
 
 VECTOR, LINE, IMAGE, VIDEO = range(4)  # the modalities of `build`, of 0 to 3 axes

@@ -28,8 +28,9 @@ from generation_models import (
 from torch import Tensor, nn
 
 from transfusion_pytorch import UNetDown, UNetUp
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.runner import Branch, CachedRunner, fingerprint
+from transfusion_pytorch.generation.runner import CachedRunner, fingerprint
 from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Piece, Text, merge_texts
 

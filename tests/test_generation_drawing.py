@@ -23,7 +23,7 @@ from generation_models import (
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.flow.solver import ADAPTIVE_METHODS, OTHER_METHODS, SINGLE_STEP_METHODS
-from transfusion_pytorch.generation.runner import Branch
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Text
 

@@ -24,7 +24,7 @@ from generation_models import (
 from transfusion_pytorch import UNetDown, UNetUp
 from transfusion_pytorch.generation import plan
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.grammar import Grammar, MostLatents
+from transfusion_pytorch.sequence.grammar import Grammar, MostLatents
 from transfusion_pytorch.sequence.vocabulary import ALPHABET, Vocabulary, format_shape, parse_shape
 
 ANY = (0, 1, 2, 3)

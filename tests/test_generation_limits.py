@@ -23,6 +23,7 @@ from generation_models import (
     to_pieces,
 )
 
+from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.engine import QueueFull
 from transfusion_pytorch.generation.events import Ended, EndReason
 
@@ -108,7 +109,7 @@ def test_a_request_whose_time_is_over_ends_with_what_there_is(clock, steps):
     clock[0] += 4.999
     assert not request.is_done
     engine.decode_finished(request._request)
-    so_far = slots_of(model, request._request.sample())
+    so_far = slots_of(model, sample_of(request._request))
     clock[0] += 0.001
     engine.step()
     assert request.is_done
@@ -286,7 +287,7 @@ def test_no_request_outgrows_what_it_was_admitted_with(name):
                 longest[i] = max(longest[i], length)
     assert all(length <= bound for length, bound in zip(longest, bounds, strict=True)), (longest, bounds)
     engine.decode_finished(state)
-    whole = len(slots_of(model, state.sample()))
+    whole = len(slots_of(model, sample_of(state)))
     assert whole <= bounds[0] <= max(whole, options["max_length"]) + 2, "no more is asked for than it may need"
 
 

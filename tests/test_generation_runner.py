@@ -20,7 +20,8 @@ from generation_models import (
 )
 
 from transfusion_pytorch.generation import runner as runner_module
-from transfusion_pytorch.generation.runner import Branch, CachedRunner, UncachedRunner, create_runner
+from transfusion_pytorch.generation.batch_state import Branch
+from transfusion_pytorch.generation.runner import CachedRunner, UncachedRunner, create_runner
 from transfusion_pytorch.sequence.samples import Modality, Text
 
 WRITES = dict(meta=-9.0, eos=-9.0)

@@ -22,6 +22,7 @@ from tiny import CHANNELS, tiny
 
 from transfusion_pytorch import TrainConfig, Trainer
 from transfusion_pytorch.evaluating import watch_weights, weights_changed
+from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.events import EndReason
 
 WRITES = dict(meta=-9.0, eos=-9.0)
@@ -140,7 +141,7 @@ def test_a_reset_engine_is_a_new_one(steps):
     requests = [engine.submit(text(i), **options_with(plan=PLAN)) for i in range(4)]
     for _ in range(steps):
         engine.step()
-    so_far = [slots_of(model, request._request.sample()) for request in requests] if steps < 5 else None
+    so_far = [slots_of(model, sample_of(request._request)) for request in requests] if steps < 5 else None
     engine.reset()
     assert engine.is_idle
     assert (engine.stats.cache_bytes, engine.stats.active, engine.stats.waiting) == (0, 0, 0)

@@ -4,6 +4,7 @@ b samples, n tokens of the packed stream, m spans (instances of a modality), d m
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -256,6 +257,17 @@ class Transfusion(
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> LatentsByType:
         return latents_by_type(samples)
 
+    def with_positions(self, stream: TokenStream) -> TokenStream:
+        """The same stream with its `position_embeddings`."""
+        embedded = {
+            modality: self.modalities[modality].embed_positions(
+                placement.shapes, device=self.device, dtype=self.precision
+            )
+            for modality, placement in stream.placements.items()
+        }
+        made = {modality: each for modality, each in embedded.items() if each is not None}
+        return replace(stream, position_embeddings=made)
+
     def forward_stream(
         self,
         stream: TokenStream,
@@ -264,15 +276,18 @@ class Transfusion(
         cache: CacheView | DecodeView | None = None,
     ) -> StreamOutput:
         """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
-        x = self.text_embedding(stream.token)
-        condition = self._condition(stream, t)
-        adapter_state = {}
+        condition, adapter_state = self._condition(stream, t), {}
+        x = None if self._is_one_modality(stream) else self.text_embedding(stream.token)
         for modality, values in latents.items():
             placement = stream.placements[modality]
             tokens, adapter_state[modality] = self.modalities[modality].embed(
-                values.to(self.dtype), placement.shapes, condition.index_select(0, placement.spans)
+                values.to(self.dtype),
+                placement.shapes,
+                condition if x is None else condition.index_select(0, placement.spans),
+                (stream.position_embeddings or {}).get(modality),
             )
-            x = x.index_copy(0, placement.slots, tokens.to(x.dtype))
+            x = tokens.to(self.dtype) if x is None else x.index_copy(0, placement.slots, tokens.to(x.dtype))
+        assert x is not None
         hidden = self.transformer(
             x,
             position=stream.position,
@@ -281,6 +296,12 @@ class Transfusion(
             cache=cache,
         )
         return StreamOutput(hidden, condition, adapter_state)
+
+    def _is_one_modality(self, stream: TokenStream) -> bool:
+        """Whether tokens and spans are those of one modality, in its order, and need not be looked up. In training they
+        are, so that text embeddings have a gradient.
+        """
+        return len(stream.placements) == 1 and stream.has_equal_spans and not torch.is_grad_enabled()
 
     def _condition(self, stream: TokenStream, t: Float[Tensor, " m"]) -> Shaped[Tensor, "m d"]:
         """The vector that modulates each span: its time and its type."""
@@ -310,11 +331,11 @@ class Transfusion(
         """The velocity of every latent; predictions of the clean latent are converted."""
         velocities = {}
         for modality, values in x_t.items():
-            placement = stream.placements[modality]
+            placement, is_all = stream.placements[modality], self._is_one_modality(stream)
             predicted = self.modalities[modality].read(
-                output.hidden.index_select(0, placement.slots),
+                output.hidden if is_all else output.hidden.index_select(0, placement.slots),
                 placement.shapes,
-                output.condition.index_select(0, placement.spans),
+                output.condition if is_all else output.condition.index_select(0, placement.spans),
                 output.adapter_state[modality],
             )
             predicted = predicted.to(values.dtype)

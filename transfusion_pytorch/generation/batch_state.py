@@ -4,19 +4,124 @@ r rows, v vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.generation.sampler import SamplingColumns
+from transfusion_pytorch.generation.sampler import SamplingColumns, sample_tokens
 from transfusion_pytorch.sequence.hashing import uniform
 from transfusion_pytorch.sequence.masks import Layout
+from transfusion_pytorch.sequence.samples import Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import NO_SPANS, Past, TokenStream
 
 STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
+
+
+class Decoded(NamedTuple):
+    """What a decode step makes, on the device. `tokens` are the ids that were chosen, None where that is still to be
+    done.
+    """
+
+    hidden: Shaped[Tensor, "r d"]
+    logits: Shaped[Tensor, "r v"]
+    tokens: Int[Tensor, " r"] | None
+
+
+@dataclass(eq=False)
+class Branch:
+    """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
+
+    - `pieces`, `ids`: pending, in this order. A decode step reads a single id
+    - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
+    - `hidden`: the transformer's output at the last token that was read
+    - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    read: list[Piece | int] = field(default_factory=list)
+    past: Past = field(default_factory=Past)
+    hidden: Shaped[Tensor, " d"] | None = None
+    row: Any = None
+    prefix_key: Hashable = None
+
+    def append(self, piece: Piece) -> None:
+        if isinstance(piece, Text):
+            self.ids += piece.ids.tolist()
+        else:
+            self.pieces = [*self.pending, piece]
+            self.ids = []
+
+    @property
+    def pending(self) -> list[Piece]:
+        return [*self.pieces, *as_text(self.ids)]
+
+    @property
+    def is_pending(self) -> bool:
+        return bool(self.ids or self.pieces)
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether more is pending than the single id of a decode step."""
+        return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
+
+    def take(self, most: int | None, num_tokens: Any) -> list[Piece]:
+        """The first pending pieces, of at most `most` tokens, but at least one id or span. Text may be split, a span is
+        not. `num_tokens` counts the tokens of a piece.
+        """
+        taken: list[Piece] = []
+        for piece in self.pending:
+            size = num_tokens(piece)
+            if most is None or size <= most or (not taken and not isinstance(piece, Text)):
+                taken.append(piece)
+                most = None if most is None else max(0, most - size)
+                continue
+            if isinstance(piece, Text) and (most or not taken):
+                taken.append(Text(piece.ids[: max(1, most)]))
+            break
+        return taken
+
+    def mark_read(self, taken: Sequence[Piece], length: int, hidden: Shaped[Tensor, " d"]) -> None:
+        """Notes that the first pending pieces, `length` tokens, are read. A span takes one position."""
+        rest: list[Piece] = self.pending[len(taken) :]
+        last = taken[-1]
+        if isinstance(last, Text) and len(last.ids) < len(whole := self.pending[len(taken) - 1].ids):  # type: ignore[union-attr]
+            rest = [Text(whole[len(last.ids) :]), *rest]
+        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in taken)
+        self.pieces, self.ids = [], []
+        for piece in rest:
+            self.append(piece)
+        self._advance(taken, length, positions, hidden)
+
+    def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
+        """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
+        [token], self.ids = self.ids, []
+        self.prefix_key = None
+        self._advance([token], 1, 1, hidden)
+
+    def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:
+        self.read.extend(read)
+        self.past = Past(self.past.length + length, self.past.position + positions)
+        self.hidden = hidden
+
+    def everything(self) -> list[Piece]:
+        """What was read, as pieces."""
+        pieces: list[Piece] = []
+        for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
+            members: list[Any] = list(group)
+            pieces += as_text(members) if is_id else members
+        return pieces
+
+    def rewind(self) -> None:
+        """Makes everything pending again."""
+        pieces, self.pieces, self.ids = [*self.everything(), *self.pending], [], []
+        for piece in pieces:
+            self.append(piece)
+        self.read, self.past, self.hidden, self.prefix_key = [], Past(), None, None
 
 
 @dataclass(eq=False)
@@ -24,29 +129,36 @@ class BatchState:
     """A fixed set of rows. It is made anew when a request enters or leaves, or when the ids that it may write change.
     Otherwise each decode step advances it on the device, and nothing is uploaded.
 
+    Tensors are changed in place and never replaced, and the host counts for itself: a step can be compiled, or captured
+    in a CUDA graph.
+
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
-    - `view`: what attention sees of the cache, if there is one
-    - `token`: the id to be read next; `position`: its rotary position
+    - `view`: what attention sees of the cache, if there is one; `graph` runs the steps, if they can be captured
+    - `stream`: the id of every row to be read next, and its position
     - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
       that may, of each request when it was made
     - `columns`: the options of text; `seen`: ids to be penalised, of the first `num_text`: markers never are
-    - `numbers`: random numbers of the next steps, of which `step` were used
+    - `numbers`: random numbers of the next steps, made of `seeds` and `counters`; `step` is the row of this step
+    - `num_left`: steps for which it has random numbers, counted by the host
     """
 
     requests: list[Any]
     branches: list[Any]
     stamp: Hashable
     view: Any
-    token: Int[Tensor, " r"]
-    position: Int[Tensor, " r"]
+    graph: Any
+    stream: TokenStream
     forbidden: Bool[Tensor, "#r v"]
     masks: list[Bool[Tensor, " v"]]
     columns: SamplingColumns
-    numbers: Float[Tensor, "r steps"]
+    seeds: Int[Tensor, " r"]
+    counters: Int[Tensor, "steps r"]
+    numbers: Float[Tensor, "steps r"]
+    step: Int[Tensor, " 1"]
     seen: Bool[Tensor, "r v"] | None
     num_text: int
     no_times: Float[Tensor, " none"]
-    step: int = 0
+    num_left: int = STEPS_OF_NUMBERS
 
     @classmethod
     def of(
@@ -55,6 +167,7 @@ class BatchState:
         *,
         stamp: Hashable = None,
         view: Any = None,
+        graph: Any = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> "BatchState":
@@ -67,20 +180,24 @@ class BatchState:
         if any(request.seen is not None for request in requests):
             none = torch.zeros_like(masks[0])
             seen = _to(torch.stack([none if it.seen is None else it.seen for it in requests]), device)
-        counters = torch.tensor([request.num_chosen for request in requests], device="cpu")
-        steps = torch.arange(STEPS_OF_NUMBERS, device="cpu")
-        seeds = torch.tensor([request.seed for request in requests], device="cpu")
+        first = torch.tensor([request.num_chosen for request in requests], device="cpu")
+        counters = _to(first + torch.arange(STEPS_OF_NUMBERS, device="cpu")[:, None], device)
+        seeds = _to(torch.tensor([request.seed for request in requests], device="cpu"), device)
+        token = _to(torch.tensor([it.ids[-1] if it.ids else 0 for it in branches], device="cpu"), device)
         return cls(
             requests=list(requests),
             branches=branches,
             stamp=stamp,
             view=view,
-            token=_to(torch.tensor([branch.ids[-1] if branch.ids else 0 for branch in branches], device="cpu"), device),
-            position=_to(torch.tensor([branch.past.position for branch in branches], device="cpu"), device),
+            graph=graph,
+            stream=_stream(token, token if view is None else view.position, [it.past for it in branches]),
             forbidden=_to(~(masks[0][None] if same else torch.stack(masks)), device),
             masks=masks,
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
-            numbers=uniform(seeds[:, None], counters[:, None] + steps, device).clamp(max=1 - 1e-7),
+            seeds=seeds,
+            counters=counters,
+            numbers=_numbers(seeds, counters),
+            step=torch.zeros(1, dtype=torch.long, device=device),
             seen=seen,
             num_text=requests[0].vocabulary.num_text,
             no_times=torch.empty(0, device=device, dtype=dtype),
@@ -88,24 +205,38 @@ class BatchState:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether it cannot serve another step: no random numbers are left, or the rows are full."""
-        return self.step == STEPS_OF_NUMBERS or (self.view is not None and not self.view.num_steps)
+        """Whether it cannot serve another step, because a row of the cache is full."""
+        return self.view is not None and not self.view.num_steps
 
     @property
-    def uniform(self) -> Float[Tensor, " r"]:
-        """The random number of every row for this step."""
-        return self.numbers[:, self.step]
+    def has_processors(self) -> bool:
+        """Whether a user's code sees the logits before an id is chosen."""
+        return any(request.options.logits_processors for request in self.requests)
 
-    def advance(self, tokens: Int[Tensor, " r"]) -> None:
-        """To the next step, in which these ids are read."""
-        self.token = tokens
-        self.position += 1
-        self.step += 1
+    @torch.inference_mode()
+    def choose(self, logits: Shaped[Tensor, "r v"]) -> Int[Tensor, " r"]:
+        """The next id of every row; they are the ones to be read next. On the device alone."""
+        uniform = self.numbers.index_select(0, self.step)[0]
+        tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen)
+        self.stream.token.copy_(tokens)
+        self.step.add_(1)
         if self.view is not None:
             self.view.advance()
         if self.seen is not None:
             last = tokens.clamp(min=0)[:, None]  # a row without a choice ends
             self.seen.scatter_(1, last, self.seen.gather(1, last) | (last < self.num_text))
+        return tokens
+
+    def count_step(self) -> None:
+        """What the host keeps of a step: how many more there may be. New random numbers are made where they end."""
+        self.num_left -= 1
+        if self.view is not None:
+            self.view.num_steps -= 1
+        if not self.num_left:
+            self.counters.add_(STEPS_OF_NUMBERS)
+            self.numbers.copy_(_numbers(self.seeds, self.counters))
+            self.step.zero_()
+            self.num_left = STEPS_OF_NUMBERS
 
     def holds(self) -> bool:
         """Whether all requests still write text, and may write the same ids as when this was made."""
@@ -114,25 +245,29 @@ class BatchState:
             for request, mask in zip(self.requests, self.masks, strict=True)
         )
 
-    def stream(self) -> TokenStream:
-        """The ids to be read as a stream of one token for each row. What only training asks for is left as it is."""
-        past = tuple(Past(branch.past.length, branch.past.position) for branch in self.branches)
-        lengths = (1,) * len(past)
-        return TokenStream(
-            token=self.token,
-            sample=self.token,
-            modulation_index=self.token,
-            position=self.position,
-            label=self.token,
-            layout=Layout(
-                end=self.token, lengths=lengths, past=tuple(row.length for row in past), device=self.token.device
-            ),
-            spans=NO_SPANS,
-            placements={},
-            lengths=lengths,
-            past=past,
-            ignore_index=-1,
-        )
+
+def _stream(token: Int[Tensor, " r"], position: Int[Tensor, " r"], past: Sequence[Past]) -> TokenStream:
+    """One token for each row. It serves all steps, whose ids and positions are written into it; the rest, which only
+    training and prefill ask for, is left as it is.
+    """
+    lengths = (1,) * len(past)
+    return TokenStream(
+        token=token,
+        sample=token,
+        modulation_index=token,
+        position=position,
+        label=token,
+        layout=Layout(end=token, lengths=lengths, past=tuple(row.length for row in past), device=token.device),
+        spans=NO_SPANS,
+        placements={},
+        lengths=lengths,
+        past=tuple(past),
+        ignore_index=-1,
+    )
+
+
+def _numbers(seeds: Int[Tensor, " r"], counters: Int[Tensor, "steps r"]) -> Float[Tensor, "steps r"]:
+    return uniform(seeds, counters, counters.device).clamp(max=1 - 1e-7)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from transfusion_pytorch.failures import Halving
 from transfusion_pytorch.flow.guidance import guided, guided_twice, rescaled
 from transfusion_pytorch.flow.path import estimate_clean, interpolate
 from transfusion_pytorch.flow.solver import integrate, is_single_step, single_step
-from transfusion_pytorch.generation.isolation import Halving
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import times_of
-from transfusion_pytorch.generation.runner import Branch, Model, Runner, SpanStream
+from transfusion_pytorch.generation.runner import Model, Runner, SpanStream
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
 ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002
@@ -169,10 +170,7 @@ class Denoiser:
     def _step_together(self, denoisings: Sequence[Denoising]) -> None:
         """One interval each, all in one flat vector. Times are numbers on the host."""
         sizes = [it.x.numel() for it in denoisings]
-        intervals = [it.times[it.step + 1] - it.times[it.step] for it in denoisings]
-        lengths = torch.tensor(sizes, device="cpu")
-        like = denoisings[0].x
-        rates = torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(lengths).to(like)
+        rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], sizes, denoisings[0].x)
 
         def derivative(fraction: float, flat: Tensor) -> Tensor:
             return rates * self._velocity(denoisings, flat, sizes, [it.time_at(fraction) for it in denoisings])
@@ -207,8 +205,7 @@ class Denoiser:
         branches = [it.branches_at(time) for it, time in zip(denoisings, times, strict=True)]
         owners = [i for i, own in enumerate(branches) for _ in own]
         laid = self._lay_out([branch for own in branches for branch in own], [denoisings[i] for i in owners])
-        at = torch.tensor([times[i] for i in owners], dtype=torch.float64, device="cpu").to(flat)
-        every = iter(self.runner.velocities(laid, [x[i] for i in owners], at))
+        every = iter(self.runner.velocities(laid, [x[i] for i in owners], [times[i] for i in owners]))
         self.evaluations += 1
         velocities = []
         for denoising, own in zip(denoisings, branches, strict=True):
@@ -228,6 +225,14 @@ class Denoiser:
             self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it.rows, it.stamp)}
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])
         return laid
+
+
+def _rates(intervals: Sequence[float], sizes: Sequence[int], like: Tensor) -> float | Float[Tensor, " n"]:
+    """The length of the interval of every number, or one for all."""
+    if len(set(intervals)) == 1:
+        return intervals[0]
+    lengths = torch.tensor(sizes, device="cpu")
+    return torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(lengths).to(like)
 
 
 def _solver_key(denoising: Denoising) -> Any:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.evaluating import evaluation_view, watch_weights
-from transfusion_pytorch.generation.events import Ended, EndReason, Event, Sample
+from transfusion_pytorch.generation.delivery import Request, decode_modalities, sample_of, undecoded
+from transfusion_pytorch.generation.events import EndReason, Sample
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
     SamplingOptions,
@@ -70,95 +71,6 @@ class EngineStats:
     cache_bytes: int
     active: int
     waiting: int
-
-
-class Request:
-    """A client's handle of a request."""
-
-    def __init__(self, engine: "Engine", request: RequestState):
-        self._engine, self._request = engine, request
-        self._has_ended = False
-
-    @property
-    def is_done(self) -> bool:
-        return self._request.is_done
-
-    @property
-    def reason(self) -> EndReason | None:
-        """Why it ended, once it has."""
-        return self._request.reason
-
-    def new_events(self) -> list[Event]:
-        """Events since the last call; the last one of a request is `Ended`."""
-        with self._engine.exclusive():
-            self._engine.decode_finished(self._request)
-            events = list(self._request.take_events())
-            if self.is_done and not self._has_ended:
-                self._has_ended = True
-                assert self.reason is not None
-                events.append(Ended(self._request.sample(), self.reason, self._request.error))
-        return events
-
-    def events(self) -> "EventStream":
-        """Iterates over events, and steps the engine whenever there are none. Closing or dropping the iterator cancels
-        the request. Raises the error that ends it, if one does.
-        """
-        return EventStream(self)
-
-    def result(self) -> Sample:
-        """The finished sample. Raises the error that ended it, if one did, and `RuntimeError` while it goes on."""
-        if not self.is_done:
-            raise RuntimeError("this request is not done yet: call step() of its engine until it is, or run()")
-        with self._engine.exclusive():
-            self._engine.decode_finished(self._request)
-        if self._request.error is not None:
-            raise self._request.error
-        return self._request.sample()
-
-    def cancel(self) -> None:
-        """Ends it and frees its memory, from any thread. Its result is the sample so far."""
-        self._engine.cancel(self._request)
-
-
-class EventStream(Iterator[Event]):
-    """The events of a request, which is cancelled when this is closed or dropped."""
-
-    def __init__(self, handle: Request):
-        self._handle = handle
-        self._events: list[Event] = []
-        self._is_over = False
-
-    def __iter__(self) -> "EventStream":
-        return self
-
-    def __next__(self) -> Event:
-        if self._is_over:
-            raise StopIteration
-        handle = self._handle
-        try:
-            while not self._events:
-                self._events = handle.new_events()
-                if not self._events and not handle._has_ended:
-                    handle._engine.step()
-                elif not self._events:
-                    self.close()
-                    if handle._request.error is not None:
-                        raise handle._request.error
-                    raise StopIteration
-        except BaseException:
-            self.close()
-            raise
-        return self._events.pop(0)
-
-    def close(self) -> None:
-        """Cancels the request, if it is not done yet."""
-        if not self._is_over:
-            self._is_over = True
-            self._handle.cancel()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_is_over"):
-            self.close()
 
 
 class Engine:
@@ -321,7 +233,7 @@ class Engine:
             self._finish(requests, progress)
             self._decode(requests)
             _raise_first_error(requests)
-            return [request.sample() for request in requests]
+            return [sample_of(request) for request in requests]
 
     def write_only(self, prompt: Int[Tensor, "b n"], options: SamplingOptions) -> Int[Tensor, "b m"]:
         """Continues plain text to `max_length` ids, without markers. Returns the new ids."""
@@ -350,7 +262,7 @@ class Engine:
             self._finish(requests)
             self._decode(requests)
             _raise_first_error(requests)
-            return [instance for [(_, instance)] in (request.sample() for request in requests)]
+            return [instance for [(_, instance)] in (sample_of(request) for request in requests)]
 
     # one thread at a time
 
@@ -465,28 +377,16 @@ class Engine:
         """Decodes what a request has finished and somebody may see now, together with the same of up to `max_batch`
         others: each modality once.
         """
-        if (request.is_observed or request.is_done) and request.undecoded():
+        if (request.is_observed or request.is_done) and undecoded(request):
             shown = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
-            others = islice((it for it in shown if it.undecoded()), self.limits.max_batch)
+            others = islice((it for it in shown if undecoded(it)), self.limits.max_batch)
             self._decode([request, *others])
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
-        pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
-        for raw in (True, False):
-            members = [it for it in pieces if it[0].options.return_unprocessed_modalities is raw]
-            if not members:
-                continue
-
-            def decode(some: Sequence[tuple[RequestState, int, Modality]], raw: bool = raw) -> None:
-                [parts] = self._view.decode([[piece for _, _, piece in some]], raw=raw)
-                for (request, number, _), (_, shown) in zip(some, parts, strict=True):
-                    request.shown[number] = shown
-
-            for (request, number, piece), error in self.scheduler.halving.run(members, decode):
-                [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
-                if request.error is None:
-                    request.end(EndReason.ERROR, error)
-                    self.scheduler.cancel([request])  # frees its rows
+        for request, error in decode_modalities(self._view, requests, self.scheduler.halving):
+            if request.error is None:
+                request.end(EndReason.ERROR, error)
+                self.scheduler.cancel([request])  # frees its rows
 
 
 def _raise_first_error(requests: Sequence[RequestState]) -> None:

@@ -7,7 +7,7 @@ sample: `TextToken* (ModalityStarted DrawingProgress* ModalityDone TextToken*)* 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -122,6 +122,13 @@ class Ended(_Comparable):
     sample: list[Any]
     reason: EndReason
     error: Exception | None = None
+
+
+class FinishedModality(NamedTuple):
+    """An event to come: `ModalityDone`, once modality `number` of the sample is decoded."""
+
+    number: int
+    num_evaluations: int
 
 
 Event = TextToken | ModalityStarted | DrawingProgress | ModalityDone | Ended

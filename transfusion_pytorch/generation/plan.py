@@ -16,9 +16,9 @@ from torch import Tensor
 
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import shift_times
-from transfusion_pytorch.generation.grammar import MostLatents
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.sequence.checks import check_int, check_shape, check_type
+from transfusion_pytorch.sequence.grammar import MostLatents
 from transfusion_pytorch.sequence.hashing import normal
 from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, is_sequence, parse_part
 

@@ -3,26 +3,24 @@
 v vocabulary, n ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
 from math import nan, prod
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.denoiser import Denoising
 from transfusion_pytorch.generation.events import (
     DrawingProgress,
     EndReason,
     Event,
-    ModalityDone,
+    FinishedModality,
     ModalityStarted,
-    Sample,
     TextToken,
 )
-from transfusion_pytorch.generation.grammar import Grammar, shared_grammar
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import (
     ModalityPart,
@@ -33,7 +31,8 @@ from transfusion_pytorch.generation.plan import (
     most_latents,
     shape_of,
 )
-from transfusion_pytorch.generation.runner import Branch, Model
+from transfusion_pytorch.generation.runner import Model
+from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
 from transfusion_pytorch.sequence.prompts import Prompt, without_text
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_ids, as_text, mark, merge_texts
 from transfusion_pytorch.sequence.vocabulary import format_shape
@@ -47,13 +46,6 @@ class Phase(Enum):
     TEXT = auto()
     DENOISING = auto()
     DONE = auto()
-
-
-class FinishedModality(NamedTuple):
-    """An event to come: `ModalityDone`, once modality `number` of the sample is decoded."""
-
-    number: int
-    num_evaluations: int
 
 
 class RequestState:
@@ -439,44 +431,6 @@ class RequestState:
             buffer[self._num_buffered : count] = torch.tensor(self._all_ids[self._num_buffered :], device=device)
             self._num_buffered = count
         return buffer[:count]
-
-    # what its client gets
-
-    def undecoded(self) -> list[tuple[int, Modality]]:
-        """Finished modalities that are not decoded yet, by their number in the sample."""
-        modalities = [piece for piece in self.pieces if isinstance(piece, Modality)]
-        return [(i, piece) for i, piece in enumerate(modalities) if i not in self.shown]
-
-    def take_events(self) -> Iterator[Event]:
-        """Events since the last call. Finished modalities have to be decoded before."""
-        events, self.events = self.events, []
-        kinds = [piece.type for piece in self.pieces if isinstance(piece, Modality)]
-        for event in events:
-            if isinstance(event, FinishedModality):
-                shown = self.shown[event.number].clone()
-                yield ModalityDone(kinds[event.number], shown, event.num_evaluations)
-            else:
-                yield event
-
-    def sample(self) -> Sample:
-        """The sample so far: text, `(type, modality)`, text, ... Its modalities have to be decoded before."""
-        device, parts, log_probabilities = self.model.device, [], []
-        numbers, start = iter(range(self.num_modalities)), 0  # of modalities, and of the first id of a text
-        for piece in merge_texts([*self.pieces, *as_text(self.ids)]):
-            if isinstance(piece, Modality):
-                parts.append((piece.type, self.shown[next(numbers)].detach().clone().to(device)))
-                log_probabilities.append(None)
-                continue
-            parts.append(piece.ids.clone().to(device))
-            if self.log_probabilities is not None:
-                stop = start + len(piece.ids)
-                log_probabilities.append(torch.tensor(self.log_probabilities[start:stop], device=device))
-                start = stop
-        return Sample(
-            parts,
-            reason=self.reason or EndReason.CANCELLED,
-            log_probabilities=None if self.log_probabilities is None else log_probabilities,
-        )
 
 
 def _grammar(options: SamplingOptions, model: Model) -> Grammar:

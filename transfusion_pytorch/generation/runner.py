@@ -4,18 +4,19 @@ r branches, k latents of a span, c their channels, d model.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.generation.batch_state import BatchState
-from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
+from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
+from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
+from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
 READ_AT_ONCE = 8192  # tokens of one prefill forward pass: 64 long prompts at once would need too much memory
@@ -39,117 +40,23 @@ class Model(Protocol):
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> dict[int, Tensor]: ...
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
     def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
+    def with_positions(self, stream: TokenStream) -> TokenStream: ...
     def forward_stream(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
     def velocities(self, output: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
-
-
-@dataclass(eq=False)
-class Branch:
-    """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
-
-    - `pieces`, `ids`: pending, in this order. A decode step reads a single id
-    - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
-    - `hidden`: the transformer's output at the last token that was read
-    - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
-    """
-
-    pieces: list[Piece] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    read: list[Piece | int] = field(default_factory=list)
-    past: Past = field(default_factory=Past)
-    hidden: Shaped[Tensor, " d"] | None = None
-    row: Any = None
-    prefix_key: Hashable = None
-
-    def append(self, piece: Piece) -> None:
-        if isinstance(piece, Text):
-            self.ids += piece.ids.tolist()
-        else:
-            self.pieces = [*self.pending, piece]
-            self.ids = []
-
-    @property
-    def pending(self) -> list[Piece]:
-        return [*self.pieces, *as_text(self.ids)]
-
-    @property
-    def is_pending(self) -> bool:
-        return bool(self.ids or self.pieces)
-
-    @property
-    def needs_prefill(self) -> bool:
-        """Whether more is pending than the single id of a decode step."""
-        return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
-
-    def take(self, most: int | None, num_tokens: Any) -> list[Piece]:
-        """The first pending pieces, of at most `most` tokens, but at least one id or span. Text may be split, a span is
-        not. `num_tokens` counts the tokens of a piece.
-        """
-        taken: list[Piece] = []
-        for piece in self.pending:
-            size = num_tokens(piece)
-            if most is None or size <= most or (not taken and not isinstance(piece, Text)):
-                taken.append(piece)
-                most = None if most is None else max(0, most - size)
-                continue
-            if isinstance(piece, Text) and (most or not taken):
-                taken.append(Text(piece.ids[: max(1, most)]))
-            break
-        return taken
-
-    def mark_read(self, taken: Sequence[Piece], length: int, hidden: Shaped[Tensor, " d"]) -> None:
-        """Notes that the first pending pieces, `length` tokens, are read. A span takes one position."""
-        rest: list[Piece] = self.pending[len(taken) :]
-        last = taken[-1]
-        if isinstance(last, Text) and len(last.ids) < len(whole := self.pending[len(taken) - 1].ids):  # type: ignore[union-attr]
-            rest = [Text(whole[len(last.ids) :]), *rest]
-        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in taken)
-        self.pieces, self.ids = [], []
-        for piece in rest:
-            self.append(piece)
-        self._advance(taken, length, positions, hidden)
-
-    def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
-        """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
-        [token], self.ids = self.ids, []
-        self.prefix_key = None
-        self._advance([token], 1, 1, hidden)
-
-    def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:
-        self.read.extend(read)
-        self.past = Past(self.past.length + length, self.past.position + positions)
-        self.hidden = hidden
-
-    def everything(self) -> list[Piece]:
-        """What was read, as pieces."""
-        pieces: list[Piece] = []
-        for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
-            members: list[Any] = list(group)
-            pieces += as_text(members) if is_id else members
-        return pieces
-
-    def rewind(self) -> None:
-        """Makes everything pending again."""
-        pieces, self.pieces, self.ids = [*self.everything(), *self.pending], [], []
-        for piece in pieces:
-            self.append(piece)
-        self.read, self.past, self.hidden, self.prefix_key = [], Past(), None, None
 
 
 @dataclass(frozen=True)
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    - `spans`: where they are in its span table, `index` the same on the device; `history`: latents by type of the
-      modalities before them, if it has any
+    - `spans`: where they are in its span table; `history`: latents by type of the modalities before them, if it has any
     - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
     history: dict[int, Tensor]
     spans: list[int]
-    index: Int[Tensor, " r"]
     view: Any = None
     rows: Sequence[Any] = ()
     stamp: Hashable = None
@@ -171,6 +78,7 @@ class CachedRunner:
     def __init__(self, model: Model):
         self.model = model
         self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
+        self.graphs = StepGraphs(model, model.device)
         self.tokens_read = 0
         self._prefixes: dict[Hashable, Prefix] = {}
 
@@ -185,9 +93,9 @@ class CachedRunner:
 
     def close(self, branch: Branch) -> None:
         if branch.row is not None:
-            row, branch.row = branch.row, None
-            self._forget(row)
-            self.cache.release(row)
+            self._forget(branch.row)
+            self.cache.release(branch.row)
+            branch.row = None
 
     def rewind(self, branch: Branch) -> None:
         """Makes everything of a branch pending again."""
@@ -313,21 +221,37 @@ class CachedRunner:
         ordered = sorted(requests, key=lambda request: _place(request.branch))
         rows = [request.branch.row for request in ordered]
         positions = [request.branch.past.position for request in ordered]
-        stamp, view = self.cache.stamp(rows), self.model.transformer.decode_view(self.cache, rows, positions)
-        return BatchState.of(ordered, stamp=stamp, view=view, device=self.model.device, dtype=self.model.dtype)
+        view = self.model.transformer.decode_view(self.cache, rows, positions, is_fixed=self.graphs.is_used)
+        graph = StepGraph(self.graphs) if self.graphs.is_used and view.prepared is not None else None
+        device, dtype = self.model.device, self.model.dtype
+        return BatchState.of(ordered, stamp=self.cache.stamp(rows), view=view, graph=graph, device=device, dtype=dtype)
 
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         """Whether none of these rows has moved since the stamp was made."""
         return stamp == self.cache.stamp(rows)
 
-    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
-        """The output at the one pending id of every branch, in the order of the state. `commit` makes it permanent."""
-        return self.model.forward_stream(state.stream(), {}, state.no_times, state.view).hidden
+    def decode(self, state: BatchState) -> Decoded:
+        """Reads the one pending id of every branch, in the order of the state, and chooses the next unless processors
+        are to see the logits first. `commit` makes what was read permanent.
+        """
+        step = partial(self._step, state)
+        with torch.inference_mode():
+            if state.graph is None:
+                return step()
+            decoded = state.graph.run(step)
+            return decoded._replace(hidden=decoded.hidden.clone())  # branches keep it; a replay writes the next there
+
+    def _step(self, state: BatchState) -> Decoded:
+        """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
+        hidden = self.model.forward_stream(state.stream, {}, state.no_times, state.view).hidden
+        logits = self.model.logits(hidden)
+        return Decoded(hidden, logits, None if state.has_processors else state.choose(logits))
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
+        outputs = hidden.unbind()  # from here on nothing can fail
         self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
         self.tokens_read += len(state.branches)
-        for branch, own in zip(state.branches, hidden.unbind(), strict=True):
+        for branch, own in zip(state.branches, outputs, strict=True):
             branch.mark_id_read(own)
 
     # velocities
@@ -346,15 +270,14 @@ class CachedRunner:
         order = sorted(range(len(branches)), key=keys.__getitem__)
         samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
         stream = self.model.pack_stream(samples, past).to(self.model.device)
-        locations = _inverse(order)
-        index = _index(locations, self.model.device)
+        locations, stream = _inverse(order), self.model.with_positions(stream)
         if not has_history:
-            return SpanStream(stream, {}, locations, index)
+            return SpanStream(stream, {}, locations)
         rows = [branches[i].row for i in order]
         view = self._view(rows, stream)
-        return SpanStream(stream, {}, locations, index, view, rows, self.cache.stamp(rows))
+        return SpanStream(stream, {}, locations, view, rows, self.cache.stamp(rows))
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
         """The velocity of each span laid out, flat `(k, c)`, at its own time."""
         return _evaluate(self.model, laid, x_t, times)
 
@@ -400,8 +323,9 @@ class UncachedRunner:
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         return True
 
-    def decode(self, state: BatchState) -> Shaped[Tensor, "r d"]:
-        return self._read(state.branches)[1]
+    def decode(self, state: BatchState) -> Decoded:
+        hidden = self._read(state.branches)[1]
+        return Decoded(hidden, self.model.logits(hidden), None)
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
         for branch, own in zip(state.branches, hidden.unbind(), strict=True):
@@ -412,9 +336,9 @@ class UncachedRunner:
         stream = self.model.pack_stream(samples).to(self.model.device)
         owners = stream.spans.sample.tolist()
         last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
-        return SpanStream(stream, self.model.latents_by_type(samples), last, _index(last, self.model.device))
+        return SpanStream(self.model.with_positions(stream), self.model.latents_by_type(samples), last)
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Float[Tensor, " r"]) -> list[Tensor]:
+    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
         return _evaluate(self.model, laid, x_t, times)
 
 
@@ -449,25 +373,22 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return locations
 
 
-def _index(values: Sequence[int], device: torch.device) -> Int[Tensor, " r"]:
-    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
-
-
 def _clean_times(model: Model, stream: TokenStream) -> Tensor:
     return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
 
 
-def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Tensor) -> list[Tensor]:
+def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
     spans = laid.stream.spans
-    now = dict(zip(laid.spans, x_t, strict=True))
-    t = _clean_times(model, laid.stream)
-    t.index_copy_(0, laid.index, times.to(t.dtype))
+    now, at = dict(zip(laid.spans, x_t, strict=True)), dict(zip(laid.spans, times, strict=True))
+    every_time = [at.get(span, CLEAN) for span in range(len(spans))]
+    t = torch.tensor(every_time, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
     latents = {}
     for modality in sorted(set(spans.types)):
         members = spans.of_type(modality)
         every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
         latents[modality] = torch.cat([every[span] for span in members])
-    velocities = model.velocities(model.forward_stream(laid.stream, latents, t, laid.view), laid.stream, latents, t)
+    output = model.forward_stream(laid.stream, latents, t, laid.view)
+    velocities = model.velocities(output, laid.stream, latents, t)
     by_span: dict[int, Tensor] = {}
     for modality, flat in velocities.items():
         by_span |= _split(flat, spans, spans.of_type(modality))

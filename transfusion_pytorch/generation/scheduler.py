@@ -5,20 +5,21 @@ r rows that write, d model, v vocabulary.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from transfusion_pytorch.generation.batch_state import BatchState
+from transfusion_pytorch.failures import Halving, released
+from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.isolation import Halving, released
 from transfusion_pytorch.generation.request import Phase, RequestState
-from transfusion_pytorch.generation.runner import Branch, Model, create_runner
-from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, sample_tokens
+from transfusion_pytorch.generation.runner import Model, create_runner
+from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities
 
 
 class Limits(NamedTuple):
@@ -54,6 +55,7 @@ class Scheduler:
         self.active: list[RequestState] = []
         self.steps = self.tokens_written = self.modalities = 0
         self._state: BatchState | None = None
+        self._unreleased: list[Branch] = []
 
     @property
     def is_idle(self) -> bool:
@@ -108,6 +110,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Takes waiting requests in order, while there is room for what they may come to."""
+        if not self.waiting:
+            return
         taken = sum(map(self.cache_tokens, self.active))
         while self.waiting and len(self.active) < self.limits.max_batch:
             taken += self.cache_tokens(self.waiting[0])
@@ -116,9 +120,7 @@ class Scheduler:
             self.active.append(self.waiting.popleft())
 
     def _retire(self) -> None:
-        for request in self.active:
-            if request.is_done:
-                self._close(request.branches)
+        self._close([branch for request in self.active if request.is_done for branch in request.branches])
         if any(request.is_done for request in (*self.active, *self.waiting)):
             self.active = [request for request in self.active if not request.is_done]
             self.waiting = deque(request for request in self.waiting if not request.is_done)
@@ -127,8 +129,14 @@ class Scheduler:
             self.denoiser.reset()
 
     def _close(self, branches: Sequence[Branch]) -> None:
-        for branch in branches:
-            self.runner.close(branch)
+        """Frees the rows of branches; what cannot be freed now, for lack of memory to move others, is tried again."""
+        left = []
+        for branch in (*self._unreleased, *branches):
+            try:
+                self.runner.close(branch)
+            except Exception:
+                left.append(branch)
+        self._unreleased = left
 
     # prefill
 
@@ -158,16 +166,16 @@ class Scheduler:
     def _choose_first(self, requests: Sequence[RequestState]) -> None:
         hidden = torch.stack([request.branch.hidden for request in requests if request.branch.hidden is not None])
         state = BatchState.of(requests, device=self.model.device, dtype=hidden.dtype)
-        chosen, log_p = self._choose(state, hidden)
+        chosen, log_p = self._choose(state, Decoded(hidden, self.model.logits(hidden), None))
         self._accept(state, chosen, log_p)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         """A decode step. Nothing is committed before all ids are chosen, so a failed one can be run again."""
         requests = [request for request in requests if not request.is_done]
         state = self._state_of(requests)
-        hidden = self.runner.decode(state)
-        chosen, log_p = self._choose(state, hidden)
-        self.runner.commit(state, hidden)
+        decoded = self.runner.decode(state)
+        chosen, log_p = self._choose(state, decoded)
+        self.runner.commit(state, decoded.hidden)
         self._state = state if self._accept(state, chosen, log_p) else None
 
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
@@ -179,15 +187,15 @@ class Scheduler:
                 return state
         return self.runner.batch_state(requests)
 
-    def _choose(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> tuple[list[int], list[float] | None]:
+    def _choose(self, state: BatchState, decoded: Decoded) -> tuple[list[int], list[float] | None]:
         """The next id of every row, with its log-probability where any row wants that."""
-        logits = self.model.logits(hidden)
-        processed = self._processed(logits, state.requests)
-        tokens = sample_tokens(processed, state.forbidden, state.columns, state.uniform, state.seen)
+        tokens = decoded.tokens
+        if tokens is None:
+            tokens = state.choose(self._processed(decoded.logits, state.requests))
         wants = any(request.log_probabilities is not None for request in state.requests)
-        log_p = log_probabilities(logits, tokens).tolist() if wants else None
+        log_p = log_probabilities(decoded.logits, tokens).tolist() if wants else None
         chosen = tokens.tolist()  # the one copy back to the host
-        state.advance(tokens)
+        state.count_step()
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
@@ -233,32 +241,28 @@ class Scheduler:
         made = {it: it.denoising for it in requests if it.denoising is not None}
         unfinished = [denoising for denoising in made.values() if not denoising.is_done]  # done: a step was interrupted
         errors = dict(self.denoiser.step(unfinished)) if unfinished else {}
-        finite = _are_finite([it for it in made.values() if it.is_done and it not in errors])
+        done = [it for it in made.values() if it.is_done and it not in errors]
+        names = {denoising: request.where for request, denoising in made.items()}
+        errors |= dict(self.halving.run(done, partial(_check_finite, names))) if done else {}
         for request, denoising in made.items():
-            if denoising in errors:
-                request.end(EndReason.ERROR, errors[denoising])
-                continue
-            if not finite.get(denoising, True):
-                message = f"{request.where}: the latents of modality {denoising.type} are not finite"
-                request.end(EndReason.ERROR, ValueError(message))
-                continue
-            if denoising in unfinished:
-                request.report_progress()
-            if denoising.is_done:
-                self._finish_modality(request)
+            try:
+                if denoising in errors:
+                    raise errors[denoising]
+                if denoising in unfinished:
+                    request.report_progress()
+                if denoising.is_done:
+                    self._finish_modality(request, denoising)
+            except Exception as error:
+                request.end(EndReason.ERROR, released(error))
 
-    def _finish_modality(self, request: RequestState) -> None:
+    def _finish_modality(self, request: RequestState, denoising: Denoising) -> None:
+        request.finish_denoising()
         self.modalities += 1
-        if request.denoising is not None and request.denoising.without_all is not None:
-            self._close([request.denoising.without_all])
-        try:
-            request.finish_denoising()
-        except Exception as error:
-            request.end(EndReason.ERROR, released(error))
+        if denoising.without_all is not None:
+            self._close([denoising.without_all])
 
 
-def _are_finite(done: Sequence[Denoising]) -> dict[Denoising, bool]:
-    """Whether finished latents have neither NaN nor infinity: one copy back to the host."""
-    if not done:
-        return {}
-    return dict(zip(done, torch.stack([it.x.isfinite().all() for it in done]).tolist(), strict=True))
+def _check_finite(names: Mapping[Denoising, str], done: Sequence[Denoising]) -> None:
+    """Raises `ValueError` for finished latents with NaN or infinity: one copy back to the host."""
+    if not torch.stack([it.x.isfinite().all() for it in done]).all():
+        raise ValueError(f"{names[done[0]]}: the latents of modality {done[0].type} are not finite")

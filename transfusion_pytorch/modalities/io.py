@@ -204,19 +204,33 @@ class ModalityIO(nn.Module):
         return self.spec.from_channel_last(self.statistics.denormalize(latents))
 
     def embed(
-        self, latents: Float[Tensor, "k c"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"]
+        self,
+        latents: Float[Tensor, "k c"],
+        shapes: Sequence[Shape],
+        condition: Shaped[Tensor, "m d"],
+        positions: Shaped[Tensor, "t d"] | None = None,
     ) -> tuple[Shaped[Tensor, "t d"], Any]:
-        """Flat latents of all spans to tokens, with their positions; and what `read` must see again."""
+        """Flat latents of all spans to tokens, with their positions; and what `read` must see again. `positions` are
+        those of `embed_positions`, where they were made before.
+        """
         tokens, memory = self.adapter.embed(latents, shapes, condition)
+        if positions is None:
+            precise = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 cannot count beyond 256
+            positions = self.embed_positions(shapes, device=tokens.device, dtype=precise)
+        return tokens if positions is None else tokens + positions, memory
+
+    def embed_positions(
+        self, shapes: Sequence[Shape], *, device: torch.device, dtype: torch.dtype
+    ) -> Shaped[Tensor, "t d"] | None:
+        """The position embedding of every token, None if there is none. Coordinates are of this `dtype`."""
         if self.positions is None:
-            return tokens, memory
+            return None
         token_shapes = [self.token_shape(shape) for shape in shapes]
-        precise = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 cannot count beyond 256
         embedded = {
-            shape: self.positions(axial_coordinates(shape, device=tokens.device, dtype=precise))
+            shape: self.positions(axial_coordinates(shape, device=device, dtype=dtype))
             for shape in dict.fromkeys(token_shapes)
         }
-        return tokens + torch.cat([embedded[shape] for shape in token_shapes]), memory
+        return torch.cat([embedded[shape] for shape in token_shapes])
 
     def read(
         self, tokens: Shaped[Tensor, "t d"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"], memory: Any

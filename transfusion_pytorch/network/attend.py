@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from transfusion_pytorch.network.cache_views import CacheView, DecodeView
+from transfusion_pytorch.network.cache_views import CacheRun, CacheView, DecodeRun, DecodeView
 from transfusion_pytorch.network.cpu.attention import PackedAttention
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.precision import precise, without_autocast
@@ -109,29 +109,33 @@ class CachedAttention(NamedTuple):
         outs = [self._attend(run, q[run.tokens], k[run.tokens], v[run.tokens], layer, softcap) for run in runs]
         return torch.cat(outs)
 
-    def _attend(self, run: Any, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None) -> Tensor:
+    def _attend(self, run: CacheRun, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None) -> Tensor:
         keys, values = run.update(layer, k, v)
         return attend_chunks(run.chunks, run.batched(q), keys, values, softcap)
 
 
 class DecodeAttention(NamedTuple):
-    """One query for each row of the cache. All shapes are those of the view, and nothing is copied."""
+    """One query for each row of the cache. All shapes are those of the view, and nothing is copied. `biases` say which
+    keys the rows of each run may see.
+    """
 
     cache: DecodeView
+    biases: Sequence[Tensor]
 
     def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
-        runs = self.cache.runs
+        runs = list(zip(self.cache.runs, self.biases, strict=True))
         if len(runs) == 1:
-            return self._attend(runs[0], q, k, v, layer, softcap)
-        outs = [self._attend(run, q[run.tokens], k[run.tokens], v[run.tokens], layer, softcap) for run in runs]
+            return self._attend(*runs[0], q, k, v, layer, softcap)
+        outs = [self._attend(run, bias, *(x[run.tokens] for x in (q, k, v)), layer, softcap) for run, bias in runs]
         return torch.cat(outs)
 
-    def _attend(self, run: Any, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None) -> Tensor:
+    def _attend(
+        self, run: DecodeRun, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, layer: int, softcap: float | None
+    ) -> Tensor:
         keys, values = run.update(layer, k, v)
         # query heads that share keys become queries of one head: (g, k, h / k, e), and no key is repeated
         queries = q.view(len(q), k.shape[1], -1, q.shape[-1])
-        mask = run.bias if run.bias.dtype == q.dtype else run.bias.to(q.dtype)
-        return attend_masked(queries, keys, values, mask=mask, softcap=softcap).view_as(q)
+        return attend_masked(queries, keys, values, mask=bias, softcap=softcap).reshape(q.shape)
 
 
 AttentionPlan = RaggedAttention | FlexAttention | DenseAttention | CachedAttention | DecodeAttention
@@ -143,7 +147,9 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan for a stream that continues the rows of a `cache`, or stands alone, on the device of the layout."""
     if cache is not None:
-        return DecodeAttention(cache) if isinstance(cache, DecodeView) else CachedAttention(cache)
+        if isinstance(cache, DecodeView):
+            return DecodeAttention(cache, [run.bias() for run in cache.runs])
+        return CachedAttention(cache)
     kind = choose_attention(kind, torch.device(layout.device).type, trains)
     if kind == "ragged":
         return RaggedAttention(layout.runs)

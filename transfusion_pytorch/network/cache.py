@@ -79,12 +79,15 @@ class KVCache:
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
     Memory is allocated before anything else changes: where that fails, the cache is as it was.
+
+    `phases` are the rotary phases of the first positions, `(p, f, 2)`, once decode steps have asked for them.
     """
 
     def __init__(self, *, layers: int, kv_heads: int, dim_head: int, device: torch.device, dtype: torch.dtype):
         self.layers, self.kv_heads, self.dim_head = layers, kv_heads, dim_head
         self.device, self.dtype = device, dtype
         self.blocks: dict[int, CacheBlock] = {}
+        self.phases: Tensor | None = None
 
     @property
     def rows(self) -> list[CacheRow]:
@@ -225,9 +228,9 @@ class KVCache:
         for tensors in ("keys", "values"):
             for new, old in zip(getattr(block, tensors), getattr(source, tensors), strict=True):
                 new[index, :, : row.length] = old[start, :, : row.length]
-        block.rows[index] = row
-        row.block, row.index = block, index
         block.clear(index, row.length)
+        block.rows[index] = row  # from here on nothing can fail
+        row.block, row.index = block, index
         block.written[index] = max(block.written[index], row.length)
 
     def _shrink(self, block: CacheBlock) -> None:

@@ -67,13 +67,14 @@ class CacheRun(NamedTuple):
 class CacheView:
     """The rows that take part in a forward pass over a stream: sample i of the `layout` continues `rows[i]`.
 
-    It may serve many passes, whose writes replace each other, until one of the rows moves. `prepared` are the layers as
-    `inference.py` runs them, if it does.
+    It may serve many passes over the stream, whose writes replace each other, until one of the rows moves. `prepared`
+    are the layers as `inference.py` runs them, if it does; `phases` the rotary phases, which the first pass makes.
     """
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout, *, prepared: Any = None):
         cache.reserve(rows, layout.lengths)
         self.prepared = prepared
+        self.phases: Tensor | None = None
         numbers = tuple(row.block.capacity << 32 | row.index for row in rows)  # no neighbours in different blocks
         self.runs: list[CacheRun] = []
         for run in layout.runs_in(numbers):
@@ -92,51 +93,54 @@ class DecodeRun:
 
     - `tokens`: their slots in the stream
     - `slots`: where their keys and values go in the block, heads and slots flattened
-    - `bias`: 0 for the keys that each row may see, -inf for the others; `newest`: those of the new tokens in it
+    - `newest`: the slot of the new token in its row; `numbers` are those of all slots that are attended to
+    - `zero`: of the type of the keys
     """
 
     tokens: slice
     count: int
     slots: Int[Tensor, " g_h"]
-    bias: Float[Tensor, "g 1 1 k"]
-    newest: Int[Tensor, " g"]
+    newest: Int[Tensor, "g 1 1 1"]
+    numbers: Int[Tensor, " k"]
+    zero: Float[Tensor, ""]
     keys: Stored
     values: Stored
+
+    def bias(self) -> Float[Tensor, "g 1 1 k"]:
+        """0 for the keys that each row may see, -inf for the others. All layers share it."""
+        return self.zero.masked_fill(self.numbers > self.newest, float("-inf"))
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Shaped[Tensor, "g h k e"], Shaped[Tensor, "g h k e"]]:
         """Writes the new keys and values of its tokens. Returns views of all that its queries may see."""
         return self.keys.update(layer, self.slots, k), self.values.update(layer, self.slots, v)
 
-    def advance(self) -> None:
-        """To the next token of each row."""
-        self.slots += 1
-        self.newest += 1
-        self.bias.view(-1).index_fill_(0, self.newest, 0.0)
-
 
 class DecodeView:
     """The rows of decode steps, which get one token each. `rows` stand at the front of their blocks, in order.
 
-    All shapes stay the same from step to step, and `advance` changes the tensors in place: a step can be compiled or
-    captured in a graph. A view serves `num_steps` more, or until one of the rows moves. `is_fixed` views attend to all
-    slots of their blocks; others leave out what no row will need soon.
+    All shapes stay the same from step to step, and what changes are tensors on the device, in place: a step can be
+    compiled, or captured in a CUDA graph. A view serves `num_steps` more, which the host counts, or until one of the
+    rows moves. `is_fixed` views attend to all slots of their blocks; others leave out what no row will need soon.
 
-    - `rotations`: the rotary phases of the next steps; `prepared`: see `CacheView`
+    - `position`: the rotary position of each row's next token; `phases`: those of all positions that may come
+    - `prepared`: see `CacheView`
     """
 
     def __init__(
         self,
         cache: KVCache,
         rows: Sequence[CacheRow],
-        rotations: Shaped[Tensor, "steps r 1 f"],
+        positions: Sequence[int],
+        phases: Float[Tensor, "p f 2"],
         *,
         prepared: Any = None,
         is_fixed: bool = False,
     ):
         cache.reserve(rows, [1] * len(rows))
-        self.rotations, self.prepared, self.step = rotations, prepared, 0
+        self.position = torch.tensor(positions, device="cpu").to(cache.device, non_blocking=True)
+        self.phases, self.prepared = phases, prepared
         self.runs: list[DecodeRun] = []
-        self.num_steps = KEYS_AT_ONCE
+        self.num_steps = len(phases) - max(positions)
         start = 0
         while start < len(rows):
             block = rows[start].block
@@ -152,29 +156,32 @@ class DecodeView:
             self.num_steps = min(self.num_steps, num_keys - longest)
             start = tokens.stop
 
-    @property
-    def rotation(self) -> Shaped[Tensor, "r 1 f"]:
+    def rotation(self) -> Float[Tensor, "r f 2"]:
         """The rotary phases of this step."""
-        return self.rotations[self.step]
+        return self.phases.index_select(0, self.position)
 
     def advance(self) -> None:
-        """To the next token of each row."""
-        self.num_steps -= 1
-        self.step += 1
-        if self.num_steps:
-            for run in self.runs:
-                run.advance()
+        """To the next token of each row, on the device alone: `num_steps` is counted by whoever takes the step."""
+        self.position.add_(1)
+        for run in self.runs:
+            run.slots.add_(1)
+            run.newest.add_(1)
 
 
 def _decode_run(cache: KVCache, block: CacheBlock, rows: Sequence[CacheRow], tokens: slice, num_keys: int) -> DecodeRun:
     count, held = len(rows), slice(0, len(rows))
-    past = torch.tensor([row.length for row in rows], device="cpu")
-    is_seen = torch.arange(num_keys, device="cpu") <= past[:, None]
-    bias = torch.zeros(is_seen.shape, dtype=cache.dtype, device="cpu").masked_fill_(~is_seen, float("-inf"))
-    newest = past + torch.arange(count, device="cpu") * num_keys
+    newest = torch.tensor([row.length for row in rows], device="cpu")[:, None, None, None]
     keys, values = (Stored.of(tensors, held, num_keys) for tensors in (block.keys, block.values))
-    bias, newest = (it.to(cache.device, non_blocking=True) for it in (bias[:, None, None], newest))
-    return DecodeRun(tokens, count, _slots(cache, rows, 1), bias, newest, keys, values)
+    return DecodeRun(
+        tokens=tokens,
+        count=count,
+        slots=_slots(cache, rows, 1),
+        newest=newest.to(cache.device, non_blocking=True),
+        numbers=torch.arange(num_keys, device=cache.device),
+        zero=torch.zeros((), device=cache.device, dtype=cache.dtype),
+        keys=keys,
+        values=values,
+    )
 
 
 def _slots(cache: KVCache, rows: Sequence[CacheRow], length: int) -> Int[Tensor, " g_t_h"]:

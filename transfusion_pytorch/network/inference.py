@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
@@ -22,6 +22,7 @@ from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, RMSNorm
 from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
+from transfusion_pytorch.sequence.positions import rotate
 
 
 def has_plain_layers(layers: nn.ModuleList) -> bool:
@@ -96,12 +97,14 @@ def run_layers(
     *,
     prepared: PreparedLayers,
     conditioning: Conditioning | None,
-    rotation: Shaped[Tensor, "n 1 f"],
+    phases: Float[Tensor, "n f 2"],
     plan: CachedAttention | DecodeAttention,
 ) -> Shaped[Tensor, "n d"]:
-    """All layers over a stream of text alone (`conditioning` is None) or of spans alone. `rotation` are the rotary
-    phases as complex numbers.
+    """All layers over a stream of text alone (`conditioning` is None) or of spans alone. `phases` are those of the
+    rotary positions.
     """
+    # generated code does without complex numbers, and eager code is shorter with them
+    rotation = phases if torch.compiler.is_compiling() else torch.view_as_complex(phases)[:, None]
     modulations = prepared.text if conditioning is None else _of_spans(_norms(layers), conditioning)
     shape = x.shape
     if conditioning is not None and conditioning.modulation_index is None:
@@ -131,12 +134,16 @@ def _attend(
     qk, v = F.linear(x, attn.to_qkv.weight).view(n, -1, e).split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
     qk = qk.unflatten(-1, (-1, 2))
     exact = F.rms_norm(qk if qk.dtype == gain.dtype else qk.to(gain.dtype), (e // 2, 2), eps=RMS_NORM_EPS).mul_(gain)
-    torch.view_as_complex(exact).mul_(rotation)
+    if torch.compiler.is_compiling():
+        exact = rotate(exact.flatten(-2), rotation)
+    else:
+        torch.view_as_complex(exact).mul_(rotation)
     qk = exact if exact.dtype == x.dtype else exact.to(x.dtype)
     q, k = qk.view(n, -1, e).split((attn.heads, attn.kv_heads), dim=1)
     out = plan.attend(q, k, v, layer=index)
     gates = F.linear(x, attn.to_gates.weight, attn.to_gates.bias).sigmoid_()  # type: ignore[union-attr]
-    return F.linear((out * gates.view(n, -1, 1)).reshape(*x.shape[:-1], -1), attn.to_out.weight)  # out may be strided
+    # how the output of attention lies in memory differs from kernel to kernel
+    return F.linear((out * gates.view(n, -1, 1)).reshape(*x.shape[:-1], -1), attn.to_out.weight)
 
 
 def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:

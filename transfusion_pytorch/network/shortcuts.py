@@ -50,6 +50,13 @@ def is_untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
     return is_plain and not any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
 
 
+def is_hooked(model: nn.Module) -> bool:
+    """Whether anybody waits for the call of any of its modules."""
+    return any(getattr(module, name) for module in model.modules() for name in HOOKS) or any(
+        getattr(nn.modules.module, f"_global{name}") for name in HOOKS
+    )
+
+
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is stored as it is, and not quantised or otherwise of a subclass."""
     return type(weight) in (nn.Parameter, Tensor)

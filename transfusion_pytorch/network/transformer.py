@@ -125,24 +125,26 @@ class Transformer(nn.Module):
         `position` are rotary positions, `conditioning` is that of the spans (None for text alone). Nothing is read from
         the device that computes.
         """
-        if cache is not None and not torch.is_inference_mode_enabled():
+        if cache is not None and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # A decode step is hundreds of tiny operations: without counting versions and views each takes less time.
             with torch.inference_mode():
                 return self(x, position=position, layout=layout, conditioning=conditioning, cache=cache)
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
         if cache is not None and cache.prepared is not None:
-            rotation = cache.rotation if isinstance(cache, DecodeView) else self._rotation(position, x.dtype)
+            if isinstance(cache, CacheView) and cache.phases is None:
+                cache.phases = self._phases(position)
+            phases = cache.rotation() if isinstance(cache, DecodeView) else cache.phases
             x = run_layers(
                 self.layers,
                 x,
                 prepared=cache.prepared,
                 conditioning=conditioning,
-                rotation=rotation,
+                phases=phases,
                 plan=plan,  # type: ignore[arg-type]
             )
             return self.final_norm(x, self.final_norm.modulation(conditioning))
-        phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=x.dtype)
+        phases = self._phases(position, x.dtype)
         call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
         if conditioning is not None and self._adds_up_by_segments(plan):
             conditioning = conditioning.with_segments()
@@ -202,19 +204,20 @@ class Transformer(nn.Module):
         """For forward passes over a stream whose samples continue these rows."""
         return CacheView(cache, rows, layout, prepared=None if has_text and has_spans else self._prepared())
 
-    def decode_view(self, cache: KVCache, rows: Sequence[CacheRow], positions: Sequence[int]) -> DecodeView:
+    def decode_view(
+        self, cache: KVCache, rows: Sequence[CacheRow], positions: Sequence[int], *, is_fixed: bool = False
+    ) -> DecodeView:
         """For decode steps of these rows, which stand at the front of their blocks (`KVCache.gather`). `positions` are
-        the rotary positions of their next tokens.
+        the rotary positions of their next tokens. See `DecodeView` for `is_fixed`.
         """
-        first = torch.tensor(positions, device="cpu")
-        every = first + torch.arange(KEYS_AT_ONCE, device="cpu")[:, None]
-        rotations = self._rotation(every.flatten().to(cache.device), self.final_norm.text_scale.dtype)
-        return DecodeView(cache, rows, rotations.unflatten(0, (KEYS_AT_ONCE, -1)), prepared=self._prepared())
+        most = max(positions) + max(KEYS_AT_ONCE, *(row.block.capacity for row in rows))
+        if cache.phases is None or len(cache.phases) < most:
+            cache.phases = self._phases(torch.arange(1 << (most - 1).bit_length(), device=cache.device))
+        return DecodeView(cache, rows, positions, cache.phases, prepared=self._prepared(), is_fixed=is_fixed)
 
-    def _rotation(self, position: Int[Tensor, " n"], dtype: torch.dtype) -> Shaped[Tensor, "n 1 f"]:
-        """The rotary phases as complex numbers, for all heads."""
-        phases = rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=dtype)
-        return torch.view_as_complex(phases)[:, None]
+    def _phases(self, position: Int[Tensor, " n"], dtype: torch.dtype | None = None) -> Float[Tensor, "n f 2"]:
+        dtype = self.final_norm.text_scale.dtype if dtype is None else dtype
+        return rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=dtype)
 
     def _prepared(self) -> PreparedLayers | None:
         """For the shorter way through the layers, where that is possible (`inference.py`)."""

@@ -125,7 +125,8 @@ class TokenStream(Moving):
     modality that occurs.
 
     A stream may be padded at its end: then `num_padding` tokens belong to no sample and see only themselves, and
-    `num_modulations`, if given, is the number of spans to which the span table is filled up.
+    `num_modulations`, if given, is the number of spans to which the span table is filled up. `position_embeddings` are
+    those of the latents by modality, where they were made before, for passes that share them.
     """
 
     token: Int[Tensor, " n"]
@@ -141,6 +142,7 @@ class TokenStream(Moving):
     ignore_index: int
     num_padding: int = 0
     num_modulations: int | None = None
+    position_embeddings: Mapping[int, Tensor] | None = None
 
     @property
     def is_text(self) -> Bool[Tensor, " n"]:

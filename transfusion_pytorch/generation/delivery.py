@@ -1,0 +1,166 @@
+"""What clients get of a request: its events and its sample, with modalities as users see them.
+
+n ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfusion_pytorch.failures import Halving
+from transfusion_pytorch.generation.events import Ended, EndReason, Event, FinishedModality, ModalityDone, Sample
+from transfusion_pytorch.generation.request import RequestState
+from transfusion_pytorch.sequence.samples import Modality, as_text, merge_texts
+
+
+class Request:
+    """A client's handle of a request."""
+
+    def __init__(self, engine: Any, request: RequestState):
+        self._engine, self._request = engine, request
+        self._has_ended = False
+
+    @property
+    def is_done(self) -> bool:
+        return self._request.is_done
+
+    @property
+    def reason(self) -> EndReason | None:
+        """Why it ended, once it has."""
+        return self._request.reason
+
+    def new_events(self) -> list[Event]:
+        """Events since the last call; the last one of a request is `Ended`."""
+        with self._engine.exclusive():
+            self._engine.decode_finished(self._request)
+            events = list(take_events(self._request))
+            if self.is_done and not self._has_ended:
+                self._has_ended = True
+                assert self.reason is not None
+                events.append(Ended(sample_of(self._request), self.reason, self._request.error))
+        return events
+
+    def events(self) -> "EventStream":
+        """Iterates over events, and steps the engine whenever there are none. Closing or dropping the iterator cancels
+        the request. Raises the error that ends it, if one does.
+        """
+        return EventStream(self)
+
+    def result(self) -> Sample:
+        """The finished sample. Raises the error that ended it, if one did, and `RuntimeError` while it goes on."""
+        if not self.is_done:
+            raise RuntimeError("this request is not done yet: call step() of its engine until it is, or run()")
+        with self._engine.exclusive():
+            self._engine.decode_finished(self._request)
+        if self._request.error is not None:
+            raise self._request.error
+        return sample_of(self._request)
+
+    def cancel(self) -> None:
+        """Ends it and frees its memory, from any thread. Its result is the sample so far."""
+        self._engine.cancel(self._request)
+
+
+class EventStream(Iterator[Event]):
+    """The events of a request, which is cancelled when this is closed or dropped."""
+
+    def __init__(self, handle: Request):
+        self._handle = handle
+        self._events: list[Event] = []
+        self._is_over = False
+
+    def __iter__(self) -> "EventStream":
+        return self
+
+    def __next__(self) -> Event:
+        if self._is_over:
+            raise StopIteration
+        handle = self._handle
+        try:
+            while not self._events:
+                self._events = handle.new_events()
+                if not self._events and not handle._has_ended:
+                    handle._engine.step()
+                elif not self._events:
+                    self.close()
+                    if handle._request.error is not None:
+                        raise handle._request.error
+                    raise StopIteration
+        except BaseException:
+            self.close()
+            raise
+        return self._events.pop(0)
+
+    def close(self) -> None:
+        """Cancels the request, if it is not done yet."""
+        if not self._is_over:
+            self._is_over = True
+            self._handle.cancel()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_is_over"):
+            self.close()
+
+
+def undecoded(request: RequestState) -> list[tuple[int, Modality]]:
+    """Finished modalities that are not decoded yet, by their number in the sample."""
+    modalities = [piece for piece in request.pieces if isinstance(piece, Modality)]
+    return [(i, piece) for i, piece in enumerate(modalities) if i not in request.shown]
+
+
+def decode_modalities(
+    model: Any, requests: Sequence[RequestState], halving: Halving
+) -> list[tuple[RequestState, Exception]]:
+    """Decodes what these requests have finished, all of a shape at once. Returns the requests whose decoder fails, and
+    why; they have latents in its place.
+    """
+    pieces = [(it, number, piece) for it in requests for number, piece in undecoded(it)]
+    failed = []
+    for raw in (True, False):
+
+        def decode(some: Sequence[tuple[RequestState, int, Modality]], raw: bool = raw) -> None:
+            [parts] = model.decode([[piece for _, _, piece in some]], raw=raw)
+            for (request, number, _), (_, shown) in zip(some, parts, strict=True):
+                request.shown[number] = shown
+
+        members = [it for it in pieces if it[0].options.return_unprocessed_modalities is raw]
+        for (request, number, piece), error in halving.run(members, decode) if members else ():
+            [[(_, request.shown[number])]] = model.decode([[piece]], raw=True)
+            failed.append((request, error))
+    return failed
+
+
+def take_events(request: RequestState) -> Iterator[Event]:
+    """Events since the last call. Finished modalities have to be decoded before."""
+    events, request.events = request.events, []
+    kinds = [piece.type for piece in request.pieces if isinstance(piece, Modality)]
+    for event in events:
+        if isinstance(event, FinishedModality):
+            shown = request.shown[event.number].clone()
+            yield ModalityDone(kinds[event.number], shown, event.num_evaluations)
+        else:
+            yield event
+
+
+def sample_of(request: RequestState) -> Sample:
+    """The sample so far: text, `(type, modality)`, text, ... Its modalities have to be decoded before."""
+    device, parts, chosen = request.model.device, [], request.log_probabilities
+    log_probabilities: list[Tensor | None] = []
+    numbers, start = iter(range(request.num_modalities)), 0  # of modalities, and of the first id of a text
+    for piece in merge_texts([*request.pieces, *as_text(request.ids)]):
+        if isinstance(piece, Modality):
+            parts.append((piece.type, request.shown[next(numbers)].detach().clone().to(device)))
+            log_probabilities.append(None)
+            continue
+        parts.append(piece.ids.clone().to(device))
+        if chosen is not None:
+            stop = start + len(piece.ids)
+            log_probabilities.append(torch.tensor(chosen[start:stop], device=device))
+            start = stop
+    return Sample(
+        parts,
+        reason=request.reason or EndReason.CANCELLED,
+        log_probabilities=None if chosen is None else log_probabilities,
+    )
