@@ -6,15 +6,17 @@ from generation_models import IMAGE, LINE, VECTOR, VIDEO, build, noise
 from torchdiffeq import odeint
 
 from transfusion_pytorch import UNetDown, UNetUp
+from transfusion_pytorch.generation import plan
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.text import keep_min_p, sample_tokens
+from transfusion_pytorch.generation.sampler import SamplingColumns, keep_min_p, sample_tokens
 from transfusion_pytorch.sequence.samples import Modality
 
 
 def choose(logits, allowed, *, temperature=1.0, min_p=0.0):
     """A token for each row, all with the same options."""
     options = [SamplingOptions(text_temperature=temperature, text_min_p=min_p)] * len(logits)
-    return torch.tensor(sample_tokens(logits, allowed, options, torch.rand(len(logits)).tolist()))
+    columns = SamplingColumns.of(options, device=logits.device, dtype=logits.dtype)
+    return sample_tokens(logits, ~allowed, columns, torch.rand(len(logits)))
 
 
 def naive(model, ids, seq_len):
@@ -86,7 +88,7 @@ def test_modalities_of_a_batch_do_not_see_each_other(monkeypatch):
     options = dict(modality_type=LINE, fixed_modality_shape=(4,), modality_steps=2)
     alone = [model.generate_modality_only(init_modality_noise=start, **options) for start in starts]
     waiting = iter(starts)
-    monkeypatch.setattr(torch, "randn", lambda *size, **options: next(waiting))
+    monkeypatch.setattr(plan, "normal", lambda *seed_and_shape: next(waiting))
     batch = model.generate_modality_only(3, **options)
     torch.testing.assert_close(batch, torch.cat(alone), atol=1e-9, rtol=0)
 
@@ -136,9 +138,10 @@ def logits_of(*probabilities: float) -> torch.Tensor:
 )
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p, kept):
     logits = logits_of(0.5, 0.3, 0.15, 0.05)
-    filtered = keep_min_p(logits, torch.tensor([[min_p]]))
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    filtered = keep_min_p(logits - likeliest, torch.tensor([[min_p]]).log()) + likeliest
     assert set(filtered.isfinite().nonzero()[:, 1].tolist()) == kept
-    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
+    torch.testing.assert_close(filtered[filtered.isfinite()], logits[filtered.isfinite()])
     tokens = choose(logits.expand(500, -1), torch.ones(1, 4, dtype=torch.bool), temperature=3.0, min_p=min_p)
     assert set(tokens.tolist()) == kept
 

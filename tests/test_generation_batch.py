@@ -24,8 +24,8 @@ from generation_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transfusion_pytorch.generation.request import Phase
 from transfusion_pytorch.generation.scheduler import Scheduler
-from transfusion_pytorch.generation.state import Phase
 
 PROMPTS = [
     None,
@@ -49,13 +49,13 @@ def options_with(**options):
 
 
 def test_many_prompts_at_once_are_as_one_by_one(monkeypatch):
-    together, step = set(), Scheduler._step
+    together, write = set(), Scheduler._write
     monkeypatch.setattr(
-        Scheduler, "_step", lambda *args: together.add(frozenset(state.phase for state in args[1])) or step(*args)
+        Scheduler, "_write", lambda self: together.add(frozenset(it.phase for it in self.active)) or write(self)
     )
     model, options = build(seed=4), options_with(max_length=32, cfg_scale=2.0)
     batch = model.sample_many(PROMPTS, **options)
-    assert {Phase.WRITING, Phase.DRAWING} in together
+    assert {Phase.TEXT, Phase.DENOISING} in together
     for sample, single in zip(batch, alone(model, PROMPTS, **options), strict=True):
         assert_same(sample, single)
     assert {part[0] for sample in batch for part in drawn(sample)} == {VECTOR, LINE, IMAGE, VIDEO}

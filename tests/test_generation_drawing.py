@@ -23,7 +23,7 @@ from generation_models import (
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.flow.solver import ADAPTIVE_METHODS, OTHER_METHODS, SINGLE_STEP_METHODS
-from transfusion_pytorch.generation.context import CachedContext
+from transfusion_pytorch.generation.runner import Branch
 from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Text
 
@@ -198,17 +198,15 @@ def test_guided_and_unguided_rows_stand_in_one_batch(monkeypatch):
         assert_drawn(model, sample, scale=3.0)
 
 
-def tokens_read(monkeypatch) -> list[tuple[int, int]]:
-    """For everything that is read and kept from now on: the row, and how many tokens."""
-    read, advance = [], CachedContext.advance
+def tokens_read(monkeypatch) -> list[tuple[Branch, int]]:
+    """For everything that is read and kept from now on: the branch, and how many tokens."""
+    read, advance = [], Branch._advance
 
-    def spy(self, lanes):
-        before = [lane.past.length for lane in lanes]
-        features = advance(self, lanes)
-        read.extend((lane.row, lane.past.length - past) for lane, past in zip(lanes, before, strict=True))
-        return features
+    def spy(self, pieces, length, *rest):
+        read.append((self, length))
+        advance(self, pieces, length, *rest)
 
-    monkeypatch.setattr(CachedContext, "advance", spy)
+    monkeypatch.setattr(Branch, "_advance", spy)
     return read
 
 
@@ -217,13 +215,18 @@ def test_history_without_text_is_read_once_and_only_to_draw(monkeypatch):
     sample = model.sample(text(1), **options_with(cfg_scale=3.0, max_length=40))
     before = [len(slots_of(model, sample[:i])) for i, part in enumerate(sample) if isinstance(part, tuple)]
     assert len(before) > 1
-    assert [tokens for row, tokens in read if row == 1] == [end - start for start, end in pairwise([0, *before])]
+    [conditional, without_text] = dict.fromkeys(branch for branch, _ in read)
+    assert [tokens for branch, tokens in read if branch is without_text] == [
+        end - start for start, end in pairwise([0, *before])
+    ]
+    kept = sum(tokens for branch, tokens in read if branch is conditional)
+    assert before[-1] <= kept < len(slots_of(model, sample))
 
 
 def test_nothing_is_read_twice_without_guidance(monkeypatch):
     read, model = tokens_read(monkeypatch), build(seed=9, push=dict(meta=1.0, eos=-9.0))
     model.sample(text(1), **options_with(cfg_scale=1.0, max_length=40))
-    assert {row for row, _ in read} == {0}
+    assert len({branch for branch, _ in read}) == 1
     assert sum(tokens for _, tokens in read) <= 40
 
 
@@ -249,8 +252,49 @@ def test_the_same_noise_serves_every_modality_as_far_as_it_is_needed():
 
 
 def test_noise_is_drawn_anew_for_every_modality():
-    model = build()
-    samples = model.sample_many(
-        [None, None], **options_with(init_modality_noise=None, force_modality_at_start=(LINE, (2,)))
-    )
+    model, flow = build(), dict(force_modality_at_start=(LINE, (2,)), init_modality_noise=None)
+    samples = model.sample_many([None, None], **options_with(**flow))
     assert not torch.allclose(drawn(samples[0])[0][1], drawn(samples[1])[0][1])
+    twice = drawn(model.sample(**options_with(plan=[(LINE, (2,)), (LINE, (2,))], init_modality_noise=None)))
+    assert not torch.allclose(twice[0][1], twice[1][1])
+
+
+# how much at once
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"), [(1, [1, 1, 1]), (3, [1, 1, 1]), (4, [2, 1]), (5, [2, 1]), (6, [3]), (99, [3])]
+)
+def test_latents_of_one_forward_pass_are_bounded(monkeypatch, most, rows):
+    model = build()
+    evaluated = rows_evaluated(monkeypatch, model)
+    options = options_with(force_modality_at_start=(LINE, (2,)), max_length=7, odeint_kwargs=dict(method="euler"))
+    engine = model.create_engine(max_denoising_tokens=most)
+    samples = engine.sample_many([None] * 3, **options | dict(modality_steps=2))
+    assert evaluated == rows * 2
+    for sample in samples:
+        assert_drawn(model, sample, method="euler")
+
+
+def test_unconditional_branches_count_in_that_bound(monkeypatch):
+    model = build()
+    evaluated = rows_evaluated(monkeypatch, model)
+    options = options_with(force_modality_at_start=(LINE, (2,)), max_length=8, cfg_scale=2.0, modality_steps=1)
+    model.create_engine(max_denoising_tokens=8).sample_many([text(1)] * 3, **options)
+    assert evaluated == [4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["midpoint", "dopri5", "explicit_adams"])
+def test_latents_that_are_not_finite_end_their_request(method):
+    """Instead of a picture of NaN; those beside it are drawn."""
+    model, huge = build(seed=3), 1e300 * torch.ones(8, 3, dtype=torch.float64)
+    options = options_with(plan=[(LINE, (2,))], odeint_kwargs=dict(method=method) | TOLERANT, cfg_scale=1.0)
+    engine = model.create_engine()
+    requests = [
+        engine.submit(text(1), **options | (dict(init_modality_noise=huge) if i == 1 else {})) for i in range(3)
+    ]
+    engine.run()
+    with pytest.raises(ValueError, match="not finite"):
+        requests[1].result()
+    for request in (requests[0], requests[2]):
+        assert_same(request.result(), model.sample(text(1), **options))

@@ -27,12 +27,13 @@ from generation_models import (
 from torch import nn
 
 from transfusion_pytorch.display.progress import SampleProgress
-from transfusion_pytorch.generation import context
+from transfusion_pytorch.generation import runner
 from transfusion_pytorch.generation.engine import EngineStats
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, TextToken
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.network.cache import KVCache
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.sequence.stream import Past, pack_ids
 
 PROMPTS = [
@@ -78,8 +79,8 @@ def test_samples_are_the_same_in_batches_of_any_size(cache_kv, sizes, dtype):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 100])
 def test_no_more_than_max_batch_are_worked_on(monkeypatch, most):
-    at_work, step = [], Scheduler._step
-    monkeypatch.setattr(Scheduler, "_step", lambda self, states: at_work.append(len(states)) or step(self, states))
+    at_work, write = [], Scheduler._write
+    monkeypatch.setattr(Scheduler, "_write", lambda self: at_work.append(len(self.active)) or write(self))
     build(seed=4).sample_many(PROMPTS, max_batch=most, **options_with(max_length=24))
     assert max(at_work) == min(most, len(PROMPTS))
 
@@ -98,7 +99,7 @@ def test_nothing_waits_for_the_slowest(most):
             most, len(requests) - ended
         )
     engine.run()
-    assert engine.stats.turns == turns_of(lengths, most)
+    assert engine.stats.steps == turns_of(lengths, most)
     assert [len(request.result()[0]) for request in requests] == [3 + n for n in lengths]  # sos, the prompt, eos
 
 
@@ -111,7 +112,7 @@ def test_drawings_leave_and_enter_like_texts():
         engine.submit(text(1), **options_with(plan=plan, modality_steps=steps))
         lengths.append(steps + words)
     engine.run()
-    assert engine.stats.turns == turns_of(lengths, 2)
+    assert engine.stats.steps == turns_of(lengths, 2)
     assert engine.stats.drawings == len(lengths)
     assert engine.stats.tokens_written == 12
 
@@ -222,23 +223,24 @@ def test_two_engines_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("guided", [1.0, 2.0])
 def test_a_used_engine_gives_what_a_new_one_gives(guided):
-    """Also where a request has left NaN in the row that the next one takes."""
-    model, options = build(seed=3), options_with(max_length=28, cfg_scale=guided)
-    engine = model.create_engine(max_batch=2)
+    """Also where a request has left NaN in the rows that the next one takes, in a block that others keep alive."""
+    model, options = build(seed=3, push=dict(eos=-9.0)), options_with(max_length=28, cfg_scale=guided)
+    engine, words = model.create_engine(max_batch=4), options_with(plan=[("text", 55)], max_length=60)
     for prompt in PROMPTS[1::2]:
+        beside = [engine.submit(text(i), **words) for i in range(2)]
         spoilt = engine.submit(
             text(1), **options | dict(init_modality_noise=HUGE, force_modality_at_start=(LINE, (2,)))
         )
-        engine.run()
+        while not spoilt.is_done:
+            engine.step()
         assert spoilt.reason is EndReason.ERROR
-        assert cache_of(engine).keys[1][0].isnan().any(), "there has to be something to clear"
-        beside = engine.submit(text(2), **options)
+        assert cache_of(engine).blocks[64].keys[1].isnan().any(), "there has to be something to clear"
         [sample] = engine.sample_many([prompt], **options)
         assert_same(sample, alone(model, prompt, **options))
         engine.run()
-        assert_same(beside.result(), alone(model, text(2), **options))
+        for i in range(2):
+            assert_same(beside[i].result(), alone(model, text(i), **words))
     assert_no_row_is_lost(engine)
-    assert len(cache_of(engine).lengths) <= 4
 
 
 def test_a_row_of_nan_ends_alone():
@@ -251,7 +253,7 @@ def test_a_row_of_nan_ends_alone():
         for i, prompt in enumerate(prompts)
     ]
     engine.run()
-    with pytest.raises(ValueError, match="logits of the next token are not finite"):
+    with pytest.raises(ValueError, match="prompt 0: the latents of modality 1 are not finite"):
         requests[1].result()
     for i in (0, 2):
         assert_same(requests[i].result(), alone(model, prompts[i], **options | forced))
@@ -265,9 +267,8 @@ def test_a_row_of_nan_ends_alone():
     [
         ("hello", {}, TypeError),
         (text(99), {}, ValueError),
-        (text(*[1] * 50), {}, ValueError),
         (text(1), dict(max_length=0), ValueError),
-        (text(1), dict(plan=[(LINE, (60,))]), ValueError),
+        (text(1), dict(plan=[(LINE, (60, 1))]), ValueError),
         (text(1), dict(force_modality_at_start=(IMAGE, (2,))), ValueError),
         (text(1), dict(stop_ids=[4]), ValueError),
         (text(1), dict(cfg_interval=(0.5, 0.2)), ValueError),
@@ -291,13 +292,26 @@ def test_a_bad_request_is_refused_and_harms_no_other(prompt, options, error):
 
 
 @pytest.mark.parametrize("length", [3, 4, 8])
-def test_a_prompt_longer_than_max_length_is_refused(length):
+def test_a_prompt_longer_than_max_length_comes_back_with_a_warning(length):
     engine = build().create_engine()
     prompt = [text(1), latents(LINE, 2), text(2)]
     needed = num_given(engine.model, prompt)
-    with pytest.raises(ValueError, match=f"prompt 0 has {needed} tokens with its markers, more than max_length"):
-        engine.submit(prompt, max_length=length)
+    with pytest.warns(UserWarning, match=f"prompt 0 has {needed} tokens with its markers, more than max_length"):
+        request = engine.submit(prompt, max_length=length)
     assert engine.is_idle
+    assert request.reason is EndReason.LENGTH
+    assert len(slots_of(engine.model, request.result())) == needed
+
+
+def test_one_warning_for_all_long_prompts_and_the_others_go_on():
+    model = build()
+    prompts = [text(1), text(*[2] * 30), None, text(*[3] * 30)]
+    with pytest.warns(UserWarning, match="prompt 1 has 31 tokens.*max_length=24, and 1 more like it") as warned:
+        samples = model.sample_many(prompts, **options_with())
+    assert len(warned) == 1
+    for i in (0, 2):
+        assert_same(samples[i], model.sample(prompts[i], **options_with()))
+    assert shapes_of(samples[3]) == [[model.sos_id, *[3] * 30]]
 
 
 def parser(written: str) -> tuple[int, ...]:
@@ -348,9 +362,11 @@ def test_what_the_user_gave_ends_its_own_request_alone(name):
         engine.submit(prompt, **options_with(**(options if i == 1 else {}))) for i, prompt in enumerate(prompts)
     ]
     engine.run()
-    assert [request.reason is EndReason.ERROR for request in requests] == [False, True, False]
     with pytest.raises(error, match=message):
         requests[1].result()
+    for i in (0, 2):
+        requests[i].result()  # modalities are decoded as they are asked for
+    assert [request.reason is EndReason.ERROR for request in requests] == [False, True, False]
     for i in (0, 2):
         assert_same(requests[i].result(), alone(model, prompts[i], **options_with()))
     *_, ended = requests[1].new_events()
@@ -362,13 +378,18 @@ def test_what_the_user_gave_ends_its_own_request_alone(name):
     assert_no_row_is_lost(engine)
 
 
-@pytest.mark.parametrize(("listen", "after"), [(True, 0), (True, 1), (True, 2), (False, 0), (False, 1)])
+@pytest.mark.parametrize(("listen", "after"), [(True, 0), (True, 1), (False, 0), (False, 1)])
 def test_a_decoder_that_fails_ends_its_request_with_an_event(listen, after):
-    """Whenever it fails: on the first modality, on the second, or when the sample is delivered."""
+    """Whenever it fails: on the first modality or the second, as they are finished or when the sample is delivered."""
     engine = build(modality_decoder=(None, Fragile(after), None, None)).create_engine()
     request = engine.submit(text(1), listen=listen, **options_with(plan=[(LINE, (1,)), (LINE, (3,))]))
-    engine.run()
-    *_, ended = request.new_events()
+    if listen:
+        while not request.is_done:
+            engine.step()
+            *_, ended = request.new_events() or [None]
+    else:
+        engine.run()
+        *_, ended = request.new_events()
     assert isinstance(ended, Ended)
     assert ended.reason is request.reason is EndReason.ERROR
     assert isinstance(ended.error, ValueError)
@@ -437,6 +458,51 @@ def test_requests_beside_an_interrupted_call_go_on(monkeypatch, place):
     assert_no_row_is_lost(engine)
 
 
+@pytest.mark.parametrize("listen", [True, False])
+def test_a_modality_is_decoded_once(listen):
+    """For its event, for the last event, and for the result, however often they are asked for."""
+    decoder = Fragile(after=2)
+    engine = build(modality_decoder=(None, decoder, None, None)).create_engine()
+    request = engine.submit(text(1), listen=listen, **options_with(plan=[(LINE, (1,)), (LINE, (3,))]))
+    events = []
+    while not request.is_done:
+        engine.step()
+        events += request.new_events() if listen else []
+    samples = [request.result(), request.result(), [*events, *request.new_events()][-1].sample]
+    assert decoder.calls == 2
+    assert_same(samples[0], samples[1], tolerance=0)
+    assert_same(samples[0], samples[2], tolerance=0)
+
+
+class Batches(nn.Module):
+    """A decoder that notes what it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        return -x
+
+
+@pytest.mark.parametrize("way", ["sample_many", "results", "events"])
+def test_modalities_of_many_requests_are_decoded_together(way):
+    decoder = Batches()
+    model, count = build(modality_decoder=(None, decoder, None, None)), 8
+    engine, options = model.create_engine(), options_with(plan=[(LINE, (2,))])
+    if way == "sample_many":
+        samples = engine.sample_many([text(i % 4) for i in range(count)], **options)
+    else:
+        requests = [engine.submit(text(i % 4), listen=way == "events", **options) for i in range(count)]
+        engine.run()
+        samples = [it.new_events()[-1].sample if way == "events" else it.result() for it in requests]
+    assert decoder.shapes == [(count, 2, 3)]
+    for i, sample in enumerate(samples):
+        raw = model.sample(text(i % 4), **options | dict(return_unprocessed_modalities=True))
+        torch.testing.assert_close(drawn(sample)[0][1], -drawn(raw)[0][1], atol=1e-9, rtol=0)
+
+
 class Startled(nn.Module):
     """A decoder during whose first call somebody presses Ctrl-C."""
 
@@ -456,9 +522,9 @@ def test_a_modality_that_was_interrupted_as_it_was_shown_is_finished_later():
     startled, plain = (build(modality_decoder=(None, it, None, None)) for it in (Startled(), None))
     engine, prompt = startled.create_engine(), latents(VECTOR)
     request = engine.submit(prompt, **options_with(**plan))
-    with pytest.raises(KeyboardInterrupt):
-        engine.run()
     engine.run()
+    with pytest.raises(KeyboardInterrupt):
+        request.result()
     assert_same(request.result(), alone(plain, prompt, **options_with(**plan)))
     assert_no_row_is_lost(engine)
 
@@ -525,86 +591,103 @@ def test_a_model_that_writes_garbage_for_shapes_stays_small_and_ends(name, num_d
     engine = model.create_engine()
     wild = [engine.submit(text(i), **options_with(**limits, **garbage)) for i in range(3)]
     tame = engine.submit(text(1), **options_with())
+    reserved = []
     for _ in range(100):
         engine.step()
+        reserved.append(cache_of(engine).reserved_tokens)
     assert engine.is_idle
     assert all(request.reason in (EndReason.EOS, EndReason.LENGTH) for request in wild)
     assert all(len(slots_of(model, request.result())) <= 70 for request in wild)
     assert_same(tame.result(), alone(model, text(1), **options_with()))
-    stats = engine.stats
-    assert stats.cache_bytes <= 8 * 70 * stats.bytes_per_token  # rows for 4, which may be guided, of 70 tokens
+    assert max(reserved) <= 8 * 128  # rows for 4, which may be guided, of 70 tokens
 
 
 # the cache, and what is read
 
 
-def slots_seen(engine) -> list[int]:
-    seen = []
+def tokens_reserved(engine) -> list[int]:
+    """What the cache has memory for, as often as that changes."""
+    seen = [0]
     while not engine.is_idle:
         engine.step()
-        seen.append(cache_of(engine).slots)
-    return sorted(set(seen))
+        reserved = cache_of(engine).reserved_tokens
+        seen += [reserved] if reserved != seen[-1] else []
+    return seen[1:]
 
 
-@pytest.mark.parametrize(("most", "slots"), [(20, [64]), (64, [64]), (70, [64, 70]), (135, [64, 128, 135])])
-def test_slots_double_as_far_as_max_length(most, slots):
+@pytest.mark.parametrize(
+    ("most", "reserved"), [(20, [64]), (64, [64]), (67, [64, 128]), (135, [64, 128, 256]), (257, [64, 128, 256])]
+)
+def test_a_row_moves_to_the_next_block_when_it_outgrows_its_own(most, reserved):
     model = build(push=WRITES)
     engine = model.create_engine()
     request = engine.submit(text(1), **options_with(max_length=most))
-    assert slots_seen(engine) == slots
+    assert tokens_reserved(engine) == [*reserved, 0]
     assert_same(request.result(), model.sample(text(1), cache_kv=False, **options_with(max_length=most)))
 
 
-def test_slots_are_limited_by_the_longest_request_at_work():
+def test_a_long_request_does_not_inflate_the_short_ones():
     engine = build(push=WRITES).create_engine()
-    engine.submit(text(1), **options_with(plan=[("text", 9)], max_length=1000))
-    engine.submit(text(1), **options_with(max_length=70))
-    engine.submit(text(2), **options_with(max_length=90))
-    assert slots_seen(engine) == [64, 90]
+    long = engine.submit(text(*[1] * 1000), **options_with(max_length=1050))
+    for i in range(32):
+        engine.submit(text(i % 4), **options_with(max_length=40 + i % 3))
+    reserved = tokens_reserved(engine)
+    assert max(reserved) == 32 * 64 + 2048
+    assert reserved[-2] == 2048
+    assert len(slots_of(engine.model, long.result())) == 1050
 
 
 @pytest.mark.parametrize(("most", "scale", "rows"), [(1, 1.0, 1), (3, 1.0, 4), (8, 1.0, 8), (1, 2.0, 2), (3, 2.0, 8)])
 def test_rows_double_as_far_as_max_batch(most, scale, rows):
     engine = build(push=dict(eos=-9.0)).create_engine(max_batch=most)
     plan = [(LINE, (1,)), ("text", 1)]
-    engine.sample_many([text(i % 4) for i in range(9)], **options_with(plan=plan, cfg_scale=scale, modality_steps=1))
-    assert len(cache_of(engine).lengths) == rows
+    for i in range(9):
+        options = options_with(plan=plan, cfg_scale=scale, modality_steps=2)
+        engine.submit([text(i % 4), latents(VECTOR, seed=i)], **options)
+    assert max(tokens_reserved(engine)) == 64 * rows
     assert_no_row_is_lost(engine)
 
 
-def test_rows_in_use_stay_the_lowest():
-    engine = build(push=WRITES).create_engine(max_batch=4)
-    for n in (9, 1, 8, 2, 3, 1, 1, 1):
-        engine.submit(text(1), **options_with(plan=[("text", n)]))
-    highest = []
+def test_memory_follows_the_requests_at_work():
+    """Rows come and go at every step, and what is reserved stays within four times what is needed."""
+    engine = build(push=WRITES).create_engine(max_batch=8)
+    for i in range(40):
+        engine.submit(text(i % 4), **options_with(plan=[("text", 1 + 7 * i % 23)], max_length=60))
     while not engine.is_idle:
         engine.step()
-        highest.append(max([state.lane.row for state in engine.scheduler.active], default=-1))
-    assert max(highest) == 3
-    assert len(cache_of(engine).lengths) == 4
+        stats, rows = engine.stats, len(cache_of(engine).rows)
+        assert rows == stats.active
+        assert stats.cache_bytes <= 4 * 64 * rows * stats.bytes_per_token
+        assert stats.used_bytes == sum(row.length for row in cache_of(engine).rows) * stats.bytes_per_token
+    assert engine.stats.cache_bytes == engine.stats.used_bytes == 0
 
 
 def test_stats_say_what_the_tensors_take():
     model = build(transformer=dict(kv_heads=1, depth=3))
-    engine = model.create_engine()
-    engine.sample_many(PROMPTS, **options_with())
-    cache, stats = cache_of(engine), engine.stats
-    assert stats.cache_bytes == sum(tensor.numel() * tensor.element_size() for tensor in cache.keys + cache.values)
-    assert stats.bytes_per_token == 3 * 2 * 1 * 4 * 8  # layers, keys and values, heads, channels, bytes
-    assert stats.cache_bytes == stats.bytes_per_token * len(cache.lengths) * cache.slots
+    engine, most = model.create_engine(), 0
+    requests = [engine.submit(prompt, **options_with()) for prompt in PROMPTS]
+    while not engine.is_idle:
+        engine.step()
+        blocks, stats = cache_of(engine).blocks.values(), engine.stats
+        taken = [tensor.numel() * tensor.element_size() for block in blocks for tensor in block.tensors()]
+        assert stats.cache_bytes == sum(taken)
+        most = max(most, stats.cache_bytes)
+        assert stats.bytes_per_token == 3 * 2 * 1 * 4 * 8  # layers, keys and values, heads, channels, bytes
+        assert stats.active + stats.waiting == sum(not request.is_done for request in requests)
+    assert most >= 64 * len(PROMPTS) * stats.bytes_per_token
     without = model.create_engine(cache_kv=False)
-    assert without.stats == EngineStats(0, 0, 0, 0, 0, 0, 0)
+    assert without.stats == EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     without.sample_many([None], **options_with())
     assert without.stats.cache_bytes == without.stats.bytes_per_token == 0
     assert without.stats.tokens_read > 0
 
 
-def test_stats_count_turns_tokens_and_drawings():
+def test_stats_count_steps_tokens_and_drawings():
     engine = build(push=WRITES).create_engine()
     plan = [("text", 3), (LINE, (2,)), (VECTOR, ()), ("text", 2)]
     for count in (1, 2):
         engine.sample_many([text(1)], **options_with(plan=plan, cfg_scale=1.0, modality_steps=3))
-        assert engine.stats.turns == count * (3 + 3 + 3 + 2)
+        assert engine.stats.steps == count * (3 + 3 + 3 + 2)
         assert engine.stats.tokens_written == count * 5
         assert engine.stats.drawings == count * 2
         assert engine.stats.evaluations == count * 2 * 3 * 2  # drawings, steps, midpoint
@@ -613,7 +696,7 @@ def test_stats_count_turns_tokens_and_drawings():
 
 
 def unshared(monkeypatch):
-    monkeypatch.setattr(context, "fingerprint", lambda pieces: object())
+    monkeypatch.setattr(runner, "fingerprint", lambda pieces: object())
 
 
 LONG = [text(0, 1, 2, 3), latents(LINE, 3), text(1)]
@@ -727,7 +810,7 @@ def cancel_it(engine, request):
 
 
 def cancel_while_drawing(engine, request):
-    while engine.scheduler.solver.evaluations < 3:
+    while engine.scheduler.denoiser.evaluations < 3:
         engine.step()
     request.cancel()
 
@@ -760,7 +843,6 @@ def test_no_row_is_lost(leave, waiting):
         assert request.is_done
     engine.run()
     assert_no_row_is_lost(engine)
-    assert len(cache_of(engine).lengths) <= 8  # two samples of three rows
     for i, other in enumerate(others):
         assert_same(other.result(), alone(model, [text(i), latents(LINE, 2)], **options))
 
@@ -861,7 +943,7 @@ def test_what_is_drawn_holds_the_memory_of_nothing_else():
     requests += [engine.submit(text(i), plan=[(LINE, (2,)), "text"], max_length=20) for i in range(3)]
     while not any(isinstance(event, ModalityDone) for event in requests[0].new_events()):
         engine.step()
-    [piece] = [piece for piece in requests[0]._state.pieces if not hasattr(piece, "ids")]
+    [piece] = [piece for piece in requests[0]._request.pieces if not hasattr(piece, "ids")]
     assert piece.tensor.untyped_storage().nbytes() == piece.tensor.numel() * piece.tensor.element_size()
 
 
@@ -880,18 +962,21 @@ def test_a_trunk_without_a_cache_reads_again(monkeypatch):
 
 def test_masks_are_made_where_the_cache_is():
     """On a device that is not the CPU; `meta` stands in for it."""
-    cache = KVCache(layers=1, kv_heads=1, dim_head=2, device=torch.device("meta"), dtype=torch.float32, rows=2)
-    cache.lengths = [3, 5]
+    cache = KVCache(layers=1, kv_heads=1, dim_head=2, device=torch.device("meta"), dtype=torch.float32)
+    rows = [cache.acquire() for _ in range(2)]
+    cache.commit(rows, [3, 5])
     stream = pack_ids([[1, 2], [3, 4]], [Past(3, 3), Past(5, 5)]).to("meta")
-    for run in cache.view([0, 1], stream.layout).runs:
-        assert {chunk.mask.device.type for chunk in run.chunks} == {"meta"}
+    for run in CacheView(cache, rows, stream.layout).runs:
+        assert {chunk.mask.device.type for chunk in run.chunks} == {run.slots.device.type} == {"meta"}
+    [run] = DecodeView(cache, rows, torch.zeros(64, 2, 1, 1, device="meta")).runs
+    assert {it.device.type for it in (run.bias, run.slots, run.newest)} == {"meta"}
 
 
 def test_long_prompts_are_read_a_part_at_a_time(monkeypatch):
     model, options = build(seed=3), options_with()
     prompts = [text(*[i % 4] * (3 + i)) for i in range(6)]
     expected, sizes, run = model.sample_many(prompts, **options), [], model.forward_stream
-    monkeypatch.setattr(context, "READ_AT_ONCE", 12)
+    monkeypatch.setattr(runner, "READ_AT_ONCE", 12)
 
     def watch(stream, *args):
         sizes.append(len(stream.token) if len(stream.lengths) > 1 and not args[0] else 0)  # several texts

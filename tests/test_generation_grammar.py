@@ -22,7 +22,9 @@ from generation_models import (
 )
 
 from transfusion_pytorch import UNetDown, UNetUp
-from transfusion_pytorch.generation.grammar import Grammar
+from transfusion_pytorch.generation import plan
+from transfusion_pytorch.generation.events import EndReason
+from transfusion_pytorch.generation.grammar import Grammar, MostLatents
 from transfusion_pytorch.sequence.vocabulary import ALPHABET, Vocabulary, format_shape, parse_shape
 
 ANY = (0, 1, 2, 3)
@@ -124,11 +126,12 @@ def test_whatever_a_model_wishes_to_write_stays_within_limits(name, num_dims):
 
 
 def test_no_more_noise_is_made_than_the_limit_allows(monkeypatch):
-    made, randn = [], torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *size, **options: made.append(size) or randn(*size, **options))
+    made, normal = [], plan.normal
+    monkeypatch.setattr(
+        plan, "normal", lambda seed, stream, size, *where: made.append(size) or normal(seed, stream, size, *where)
+    )
     model = build(num_text_tokens=2)
     model = wilful(0, WISHES["nines"](model), num_text_tokens=2)
-    made.clear()
     model.sample(text(1), **GREEDY | dict(max_length=300, modality_steps=1, max_modality_tokens=99))
     assert made
     assert max(rows for rows, _ in made) == 99
@@ -197,11 +200,40 @@ def test_room_is_for_tokens_which_a_unet_has_fewer_of_than_latents():
     assert len(slots_of(model, sample)) == 23
 
 
-def test_a_forced_modality_needs_room():
-    model, options = build(), GREEDY | dict(force_modality_at_start=(LINE, (12,)))
-    assert len(slots_of(model, model.sample(text(1), **options | dict(max_length=19)))) == 19
-    with pytest.raises(ValueError, match=r"\(12,\) does not fit behind the 6 tokens of prompt 0, max_length is 18"):
-        model.sample(text(1), **options | dict(max_length=18))
+@pytest.mark.parametrize("max_length", [1, 6, 18, 19, 20])
+def test_a_forced_modality_is_drawn_whatever_room_there_is(max_length):
+    """It is what the caller asks for; behind it the model writes on only where there is room."""
+    model = build(push=dict(eos=-9.0))
+    options = GREEDY | dict(force_modality_at_start=(LINE, (12,)), max_length=max_length)
+    prompt = text(1) if max_length > 1 else None
+    sample = model.sample(prompt, **options)
+    assert shapes_of(drawn(sample)) == [(LINE, (12, 3))]
+    given = 5 + (prompt is not None) + 12 + 1
+    assert len(slots_of(model, sample)) == max(given, max_length)
+    assert sample.reason is EndReason.LENGTH
+
+
+@pytest.mark.parametrize("max_length", [10, 30, 60])
+def test_without_a_limit_a_shape_may_be_as_large_as_max_length_allows(max_length):
+    """Whatever is written fits into it from the start, with its markers; `max_modality_tokens` says otherwise."""
+    vocabulary = Vocabulary(5, 2)
+    grammar = Grammar(vocabulary, [[1], [2]], most=MostLatents(None, max_length))
+    largest = {0: 0, 1: 0}
+    for shape, modality in finished(grammar):
+        sizes = parse_shape(shape)
+        sample = 1 + len(vocabulary.opening(modality, sizes)) + prod(sizes) + 1
+        assert sample <= max_length or prod(sizes) == 1
+        largest[modality] = max(largest[modality], sample)
+    assert largest[0] == max_length
+    assert largest[1] >= max_length - 1
+
+
+def test_default_limits_draw_a_picture_that_fits_into_max_length():
+    model = build()
+    model = writes(model, model.meta_id, "50,50", model.som_ids[IMAGE], model.eos_id)
+    sample = model.sample(text_temperature=0.0, max_length=2600, modality_steps=1)
+    assert shapes_of(drawn(sample)) == [(IMAGE, (50, 50, 1))]
+    assert sample.reason is EndReason.EOS
 
 
 # shapes of a user's own

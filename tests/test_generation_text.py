@@ -11,6 +11,7 @@ from generation_models import (
     LINE,
     assert_same,
     build,
+    drawn,
     grammar_of,
     latents,
     noise,
@@ -20,21 +21,37 @@ from generation_models import (
     text,
 )
 
+from transfusion_pytorch.generation import sampler
 from transfusion_pytorch.generation.events import Ended, EndReason
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.text import (
-    NO_CHOICE,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize,
-    sample_tokens,
-)
+from transfusion_pytorch.generation.sampler import NO_CHOICE, SamplingColumns, log_probabilities, penalize
+from transfusion_pytorch.sequence.hashing import uniform as hashed
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float64]
 EVERYTHING = SamplingOptions(text_min_p=0.0)
 FREE = dict(GREEDY, max_length=20, modality_steps=1, text_temperature=1.0, text_min_p=0.0)
+
+
+def sample_tokens(logits, allowed, rows, uniform, seen=None) -> list[int]:
+    """An id for each row of logits, as `sampler.sample_tokens` chooses it from the options of each."""
+    columns = SamplingColumns.of(rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    numbers = torch.tensor(uniform, dtype=torch.float64).clamp(max=1 - 1e-7)  # as those of a `BatchState`
+    return sampler.sample_tokens(logits, ~allowed, columns, numbers, seen).tolist()
+
+
+def keep_top_k(logits, k):
+    return sampler.keep_top_k(logits, k, int(k.max()))
+
+
+def keep_top_p(logits, p):
+    return sampler.keep_top_p(logits, p)
+
+
+def keep_min_p(logits, min_p):
+    likeliest = logits.amax(dim=-1, keepdim=True)
+    kept = sampler.keep_min_p(logits - likeliest, min_p.log())
+    return logits.masked_fill(kept == -inf, -inf)
 
 
 # the definitions, one row of floats at a time
@@ -427,6 +444,16 @@ def test_repetition_penalty_is_that_of_one_forward_pass(penalty, cache_kv):
     assert not all(without)
 
 
+def test_what_a_shape_is_spelled_with_is_not_penalised():
+    """Also where the same ids may follow every character, so that a step begins where the last one ended."""
+    model = build(dim_latent=3, modality_num_dim=1, push=dict(eos=-99.0))
+    model.to_logits.push[model.char_tokenizer("12")] = torch.tensor([10.0, 6.0], dtype=torch.float64)
+    model.to_logits.push[model.meta_id] = 20.0
+    options = GREEDY | dict(max_length=400, max_modality_tokens=200, modality_steps=1, text_repetition_penalty=4.0)
+    sample = model.sample(text(1), **options)
+    assert [tuple(x.shape) for _, x in drawn(sample)] == [(111, 3)] * 3
+
+
 def naive_penalised(model, ids: list[int], seq_len: int, penalty: float) -> list[int]:
     """Greedy text, one whole forward pass for each token."""
     while len(ids) < seq_len:
@@ -487,14 +514,14 @@ def test_a_stop_id_that_never_comes_changes_nothing():
 
 
 class Watch:
-    """Notes what it is given and changes nothing."""
+    """Notes what it is given and changes nothing but the logits, which are a copy."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.ids = [], []
 
     def __call__(self, ids, logits):
         self.calls.append((ids.tolist(), tuple(logits.shape), logits.is_floating_point()))
-        ids.zero_()
+        self.ids.append(ids)
         made = logits.clone()
         logits.fill_(NAN)
         return made
@@ -512,6 +539,15 @@ def test_processors_see_all_ids_and_one_row_of_logits():
     written = [i for i, token in enumerate(ids) if i >= len(given) and token not in model.eom_ids]
     assert [call[0] for call in watch.calls] == [ids[:i] for i in written]
     assert {call[1:] for call in watch.calls} == {((model.vocabulary.num_logits,), True)}
+    assert [kept.tolist() for kept in watch.ids] == [call[0] for call in watch.calls], "they may be kept"
+
+
+def test_ids_for_processors_are_not_copied_for_every_token():
+    """Constant time per token: they are views of one buffer, which doubles."""
+    watch = Watch()
+    build(push=dict(meta=-9.0, eos=-9.0)).sample(logits_processors=[watch], **GREEDY | dict(max_length=300))
+    assert len(watch.ids) == 299
+    assert len({ids.data_ptr() for ids in watch.ids}) == 4  # for 64, 130, 262 and 526
 
 
 def test_processors_of_text_alone_see_the_text():
@@ -669,12 +705,15 @@ def test_logits_keep_their_precision_beside_a_request_with_processors(monkeypatc
 
 
 def naive_written(model, ids: list[int], seq_len: int, options: SamplingOptions, generator) -> list[int]:
-    """One whole forward pass and one random number for each token."""
+    """One whole forward pass for each token, and one random number: that of the seed of the request and of how many
+    were written.
+    """
+    seed, given = torch.randint(2**62, (1,), generator=generator), len(ids)
     while len(ids) < seq_len:
         with torch.no_grad():
             logits = model(torch.tensor([ids]), return_loss=False)[0, -1].tolist()
         shares = naive_distribution(logits, range(model.vocabulary.num_text), options, set(ids))
-        uniform, token = float(torch.rand((), generator=generator, dtype=torch.float64)), 0
+        uniform, token = float(hashed(seed, torch.tensor(len(ids) - given), torch.device("cpu"))), 0
         while sum(shares[: token + 1]) <= uniform:
             token += 1
         ids = [*ids, token]
@@ -692,6 +731,32 @@ def test_text_alone_is_that_of_a_naive_sampler(options):
         for ids, generator in zip(prompt.tolist(), seeded(3), strict=True)
     ]
     assert written.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES])
+def test_log_probabilities_are_those_of_all_that_the_model_can_write(dtype):
+    """A row without a choice has any, and every other its own."""
+    logits, tokens = torch.randn(5, 6, dtype=dtype), torch.tensor([0, 5, 2, NO_CHOICE, 3])
+    got = log_probabilities(logits, tokens)
+    for i in (0, 1, 2, 4):
+        expected = log(probabilities(logits[i].tolist())[int(tokens[i])])
+        assert float(got[i]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_random_numbers_do_not_run_out():
+    """They are made for many steps at once; a request that stays for longer, and one that enters beside it, go on."""
+    model, options = build(num_text_tokens=9), replace(EVERYTHING, text_temperature=3.0)
+    written = model.generate_text_only(torch.tensor([[3]]), 140, temperature=3.0, min_p=0.0, generator=seeded(1))
+    assert written[0].tolist() == naive_written(model, [3], 140, options, seeded(1)[0])[1:]
+    engine, free = build(push=dict(meta=-9.0, eos=-9.0)).create_engine(), FREE | dict(text_temperature=3.0)
+    long = engine.submit(text(1), generator=seeded(1)[0], **free | dict(max_length=150))
+    for _ in range(60):
+        engine.step()
+    short = engine.submit(text(2), generator=seeded(2)[1], **free | dict(max_length=80))
+    engine.run()
+    for request, prompt, seed, length in ((long, text(1), 0, 150), (short, text(2), 1, 80)):
+        alone = engine.sample_many([prompt], generator=seeded(2)[seed], **free | dict(max_length=length))
+        assert_same(request.result(), alone[0], tolerance=0)
 
 
 def test_log_of_a_share_is_a_logit():

@@ -9,6 +9,7 @@ from network_streams import perturb, stream
 
 from transfusion_pytorch.network.attend import (
     CachedAttention,
+    DecodeAttention,
     DenseAttention,
     FlexAttention,
     RaggedAttention,
@@ -16,6 +17,7 @@ from transfusion_pytorch.network.attend import (
     plan_attention,
 )
 from transfusion_pytorch.network.cache import KVCache
+from transfusion_pytorch.network.cache_views import CacheView, DecodeView
 from transfusion_pytorch.network.lookup import SEGMENT, Segments, look_up, sum_segments
 from transfusion_pytorch.network.norms import (
     AdaptiveNorm,
@@ -127,4 +129,7 @@ def test_plans_are_types():
     assert isinstance(plan_attention(layout), RaggedAttention)
     assert isinstance(plan_attention(layout, kind="flex"), FlexAttention)
     assert isinstance(plan_attention(layout, kind="dense"), DenseAttention)
-    assert isinstance(plan_attention(layout, cache.view([0], layout), kind="flex"), CachedAttention)
+    row = cache.acquire()
+    views = CacheView(cache, [row], layout), DecodeView(cache, [row], torch.zeros(64, 1, 1, 2))
+    for view, kind in zip(views, (CachedAttention, DecodeAttention), strict=True):
+        assert isinstance(plan_attention(layout, view, kind="flex"), kind)

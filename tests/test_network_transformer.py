@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_pytorch.network import attend
 from transfusion_pytorch.network.attend import plan_attention
+from transfusion_pytorch.network.cache_views import CacheView
 from transfusion_pytorch.network.layer import FeedForward
 from transfusion_pytorch.network.norms import AdaptiveNorm
 from transfusion_pytorch.network.transformer import Transformer
@@ -106,7 +107,9 @@ def test_cached_is_uncached_wherever_reading_stops(options):
     first = torch.tensor([0, 7, 10])
     for turn in range(max(map(len, places))):
         cut = [place[turn % len(place)] for place in places]
-        rows, cache = [3, 0, 2], model.create_cache(rows=4, device=x.device, dtype=x.dtype)
+        cache = model.create_cache(device=x.device, dtype=x.dtype)
+        every = [cache.acquire() for _ in range(4)]
+        rows = [every[i] for i in (3, 0, 2)]
         for start, stop in (([0, 0, 0], cut), (cut, [7, 3, 1])):
             active = [i for i in range(3) if stop[i] > start[i]]
             slots = torch.cat([torch.arange(first[i] + start[i], first[i] + stop[i]) for i in active])
@@ -114,11 +117,43 @@ def test_cached_is_uncached_wherever_reading_stops(options):
             layout = type(part.layout)(
                 part.layout.end, tuple(stop[i] - start[i] for i in active), tuple(start[i] for i in active)
             )
-            view = cache.view([rows[i] for i in active], layout)
+            view = CacheView(cache, [rows[i] for i in active], layout)
             arguments = part._replace(layout=layout).arguments(condition)
             out = model(x[slots], **arguments, cache=view)
             cache.commit([rows[i] for i in active], layout.lengths)
             torch.testing.assert_close(out, whole[slots], rtol=0, atol=1e-10)
+
+
+@each_option
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@torch.no_grad()
+def test_decode_steps_are_one_forward_pass(options, dtype, tolerance):
+    """Prefill up to somewhere, then a token at a time, in as few views as there can be."""
+    samples, cut = ["t" * 9, "tt" + "A" * 3 + "t" * 4, "t" * 9], [3, 6, 1]
+    model, made = make(**options).to(dtype), stream(*samples)
+    x, condition = torch.randn(27, DIM, dtype=dtype), torch.randn(1, DIM, dtype=dtype)
+    whole = model(x, **made.arguments(condition)).view(3, 9, DIM)
+    cache = model.create_cache(device=x.device, dtype=dtype)
+    rows = [cache.acquire() for _ in samples]
+    part = stream(*samples, stop=cut)
+    slots = torch.cat([torch.arange(9 * i, 9 * i + stop) for i, stop in enumerate(cut)])
+    read = model(x[slots], **part.arguments(condition), cache=CacheView(cache, rows, part.layout))
+    torch.testing.assert_close(read, whole.flatten(0, 1)[slots], rtol=0, atol=tolerance)
+    cache.commit(rows, cut)
+    served = None
+    while active := [i for i in range(3) if rows[i].length < 9]:
+        if served is None or set(served) != set(active):
+            cache.gather([rows[i] for i in active])
+            served = sorted(active, key=lambda i: rows[i].index)
+            positions = [int(made.position[9 * i + rows[i].length]) for i in served]
+            view = model.decode_view(cache, [rows[i] for i in served], positions)
+        mine, at = [rows[i] for i in served], [rows[i].length for i in served]
+        slots = [9 * i + length for i, length in zip(served, at, strict=True)]
+        layout = stream(*["t" * 9 for _ in at], start=at, stop=[length + 1 for length in at]).layout
+        out = model(x[slots], position=made.position[slots], layout=layout, cache=view)
+        torch.testing.assert_close(out, whole.flatten(0, 1)[slots], rtol=0, atol=tolerance)
+        cache.commit(mine, [1] * len(mine))
+        view.advance()
 
 
 def test_only_distances_between_positions_matter():
@@ -216,9 +251,10 @@ def test_a_layer_is_two_branches_each_behind_a_norm_and_in_front_of_a_gate():
 
 def test_a_cache_has_no_more_than_the_key_and_value_heads():
     for kv_heads, expected in ((None, 2), (1, 1)):
-        cache = fresh(kv_heads=kv_heads).create_cache(rows=3, device=torch.device("cpu"), dtype=torch.float32)
-        assert cache.keys[0].shape == (3, expected, cache.slots, 4)
-        assert len(cache.keys) == len(cache.values) == 3
+        cache = fresh(kv_heads=kv_heads).create_cache(device=torch.device("cpu"), dtype=torch.float32)
+        block = cache.acquire(100).block
+        assert {tuple(tensor.shape) for tensor in block.tensors()} == {(1, expected, 128, 4)}
+        assert len(block.keys) == len(block.values) == 3
         assert cache.bytes_per_token == 3 * 2 * expected * 4 * 4
 
 

@@ -37,7 +37,7 @@ class _EvaluationView:
     """
 
     _view_of: nn.Module
-    _view_children: dict[int, nn.Module]
+    _view_children: dict[int, tuple[nn.Module, nn.Module]]
 
     @property
     def training(self) -> bool:
@@ -58,10 +58,10 @@ class _EvaluationView:
     def _view(self, child: nn.Module | None) -> nn.Module | None:
         if child is None:
             return None
-        view = self._view_children.get(id(child))
-        if view is None or getattr(view, "_view_of", view) is not child:
-            view = self._view_children[id(child)] = evaluation_view(child)
-        return view
+        known = self._view_children.get(id(child))
+        if known is None:  # the child is kept with its view, so that no other can get its id
+            known = self._view_children[id(child)] = (child, _view_with(child, self._view_children))
+        return known[1]
 
 
 _VIEW_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -73,6 +73,11 @@ def evaluation_view(module: Module) -> Module:
     Nothing is copied and no mode is changed, so any number of threads may sample from a model while another trains it.
     Scripted modules have no view and are returned as they are; of compiled ones the original module is used.
     """
+    return _view_with(module, {})
+
+
+def _view_with(module: Module, children: dict[int, tuple[nn.Module, nn.Module]]) -> Module:
+    """`children` are the views of the tree so far: a module that stands in it twice has one."""
     module = getattr(module, "_orig_mod", module)
     if isinstance(module, torch.jit.ScriptModule | _EvaluationView):
         return module
@@ -82,7 +87,7 @@ def evaluation_view(module: Module) -> Module:
         metaclass: Any = type(kind)
         _VIEW_CLASSES[kind] = metaclass(kind.__name__, (_EvaluationView, kind), slots)
     view = object.__new__(_VIEW_CLASSES[kind])
-    for name, value in (("__dict__", module.__dict__), ("_view_of", module), ("_view_children", {})):
+    for name, value in (("__dict__", module.__dict__), ("_view_of", module), ("_view_children", children)):
         object.__setattr__(view, name, value)
     return view
 

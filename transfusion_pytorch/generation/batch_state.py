@@ -42,7 +42,7 @@ class BatchState:
     - `stream`: the id of every row to be read next, and its position
     - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
       that may, of each request when it was made
-    - `columns`: the options of text; `seen`: ids to be penalised
+    - `columns`: the options of text; `seen`: ids to be penalised, of the first `num_text`: markers never are
     - `numbers`: random numbers of the next steps, made of `seeds` and `counters`; `step` is the row of this step
     - `num_left`: steps for which it has random numbers, counted by the host
     """
@@ -61,6 +61,7 @@ class BatchState:
     numbers: Float[Tensor, "steps r"]
     step: Int[Tensor, " 1"]
     seen: Bool[Tensor, "r v"] | None
+    num_text: int
     no_times: Float[Tensor, " none"]
     num_left: int = STEPS_OF_NUMBERS
 
@@ -103,6 +104,7 @@ class BatchState:
             numbers=_numbers(seeds, counters),
             step=torch.zeros(1, dtype=torch.long, device=device),
             seen=seen,
+            num_text=requests[0].vocabulary.num_text,
             no_times=torch.empty(0, device=device, dtype=dtype),
         )
 
@@ -126,7 +128,8 @@ class BatchState:
         if self.view is not None:
             self.view.advance()
         if self.seen is not None:
-            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)  # a row without a choice ends
+            last = tokens.clamp(min=0)[:, None]  # a row without a choice ends
+            self.seen.scatter_(1, last, self.seen.gather(1, last) | (last < self.num_text))
         return tokens
 
     def count_step(self) -> None:

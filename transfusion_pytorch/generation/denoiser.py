@@ -220,6 +220,8 @@ class Denoiser:
         if laid is None or not self.runner.is_current(laid.rows, laid.stamp):
             pieces = [Modality(it.type, it.latents()) for it in owners]
             laid = self.runner.lay_out(branches, pieces)
+            # void ones hold memory that the cache has freed
+            self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it.rows, it.stamp)}
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])
         return laid
 

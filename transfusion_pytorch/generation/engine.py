@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -461,12 +462,13 @@ class Engine:
             self.scheduler.cancel(unfinished)
 
     def decode_finished(self, request: RequestState) -> None:
-        """Decodes what a request has finished and somebody may see now, together with the same of all others: each
-        modality once.
+        """Decodes what a request has finished and somebody may see now, together with the same of up to `max_batch`
+        others: each modality once.
         """
-        shown = [it for it in {request, *self._requests} if it.is_observed or it.is_done]
-        if request in shown and request.undecoded():
-            self._decode(shown)
+        if (request.is_observed or request.is_done) and request.undecoded():
+            shown = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
+            others = islice((it for it in shown if it.undecoded()), self.limits.max_batch)
+            self._decode([request, *others])
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         pieces = [(it, number, piece) for it in requests for number, piece in it.undecoded()]
@@ -484,6 +486,7 @@ class Engine:
                 [[(_, request.shown[number])]] = self._view.decode([[piece]], raw=True)
                 if request.error is None:
                     request.end(EndReason.ERROR, error)
+                    self.scheduler.cancel([request])  # frees its rows
 
 
 def _raise_first_error(requests: Sequence[RequestState]) -> None:

@@ -116,8 +116,9 @@ class Branch:
         self._advance(taken, length, positions, hidden)
 
     def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
-        """The single id that was pending is read."""
+        """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
         [token], self.ids = self.ids, []
+        self.prefix_key = None
         self._advance([token], 1, 1, hidden)
 
     def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:

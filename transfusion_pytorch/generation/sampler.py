@@ -14,6 +14,7 @@ from transfusion_pytorch.generation.options import SamplingOptions
 
 GREEDY_BELOW = torch.finfo(torch.float32).tiny
 NO_CHOICE = -1
+NO_LIMIT = 2**31  # a top k beyond any vocabulary
 
 
 class SamplingColumns(NamedTuple):
@@ -42,15 +43,14 @@ class SamplingColumns(NamedTuple):
             return exact.clamp(max=torch.finfo(dtype).max).to(device, dtype, non_blocking=True)
 
         temperatures = [max(row.text_temperature, GREEDY_BELOW) for row in rows]
-        ks = [row.text_top_k for row in rows]
-        most = max((k for k in ks if k is not None), default=0)
+        ks = [NO_LIMIT if row.text_top_k is None else min(row.text_top_k, NO_LIMIT) for row in rows]
+        most = max((k for k in ks if k < NO_LIMIT), default=0)
         min_p = column([row.text_min_p for row in rows], any(row.text_min_p > 0 for row in rows))
-        k = column([2**31 if k is None else k for k in ks], most > 0)
         return cls(
             temperature=column(temperatures, not all(greedy)),
             is_warm=all(row.text_temperature == 1 for row in rows),
             is_greedy=torch.tensor(greedy, device="cpu").to(device, non_blocking=True) if any(greedy) else None,
-            top_k=None if k is None else k.long(),
+            top_k=torch.tensor(ks, device="cpu")[:, None].to(device, non_blocking=True) if most else None,
             most_k=most,
             top_p=column([row.text_top_p for row in rows], any(row.text_top_p < 1 for row in rows)),
             log_min_p=None if min_p is None else min_p.log(),

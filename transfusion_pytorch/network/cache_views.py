@@ -35,6 +35,8 @@ class Stored(NamedTuple):
     def update(self, layer: int, slots: Int[Tensor, " n_h"], new: Shaped[Tensor, "n h e"]) -> Tensor:
         """Writes the new keys or values. Returns a view of all that may be seen."""
         flat = self.flat[layer]
+        if new.dtype != flat.dtype:  # what is computed under autocast need not have its type
+            new = new.to(flat.dtype)
         flat.index_copy_(0, slots, new.reshape(-1, flat.shape[-1]))
         return self.seen[layer]
 
