@@ -93,7 +93,8 @@ def sampling_tests(model: Any, run: Run) -> Iterator[tuple[str, Callable[[], Sam
 
     def one_by_one() -> Sampled:
         each = [sample(engine_of(model), [i], count, is_forced=True) for i in everyone]
-        return Sampled([one.ids[0] for one in each], *(torch.cat(parts) for parts in list(zip(*each, strict=True))[1:]))
+        ids, log_p, latents = zip(*each, strict=True)
+        return Sampled([one for [one] in ids], torch.cat(log_p), torch.cat(latents))
 
     yield "cached = uncached", batch, lambda: batch(cache_kv=False)
     yield "batch = one by one", batch, one_by_one

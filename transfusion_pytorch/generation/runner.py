@@ -7,11 +7,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
@@ -78,7 +78,7 @@ class CachedRunner:
     def __init__(self, model: Model):
         self.model = model
         self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
-        self.graphs = StepGraphs(model, model.device)
+        self.graphs = StepGraphs(cast(nn.Module, model), model.device)
         self.tokens_read = 0
         self._prefixes: dict[Hashable, Prefix] = {}
 

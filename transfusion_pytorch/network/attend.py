@@ -126,7 +126,10 @@ class DecodeAttention(NamedTuple):
         runs = list(zip(self.cache.runs, self.biases, strict=True))
         if len(runs) == 1:
             return self._attend(*runs[0], q, k, v, layer, softcap)
-        outs = [self._attend(run, bias, *(x[run.tokens] for x in (q, k, v)), layer, softcap) for run, bias in runs]
+        outs = []
+        for run, bias in runs:
+            q_run, k_run, v_run = (part[run.tokens] for part in (q, k, v))
+            outs.append(self._attend(run, bias, q_run, k_run, v_run, layer, softcap))
         return torch.cat(outs)
 
     def _attend(

@@ -8,7 +8,7 @@ n tokens, d model, h query heads, k key/value heads, e channels of a head, f fre
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_unto
 from transfusion_pytorch.sequence.positions import rotate
 
 
-def has_plain_layers(layers: nn.ModuleList) -> bool:
+def has_plain_layers(layers: Any) -> bool:
     """Whether all layers are our own, without hooks, adapters, quantised weights, dropout, or the rarer options."""
     return not forces_plain_formulas() and all(_is_plain(layer) for layer in layers)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: Any) -> bool:
     if not is_untouched(layer, Layer):
         return False
     attn, ff = layer.attn, layer.ff
@@ -77,7 +77,7 @@ class PreparedLayers(NamedTuple):
     text: Modulations
 
     @classmethod
-    def of(cls, layers: nn.ModuleList) -> "PreparedLayers":
+    def of(cls, layers: Any) -> "PreparedLayers":
         scales = torch.stack([norm.text_scale for norm in _norms(layers)])
         gates = torch.stack([norm.text_gate for norm in _norms(layers)])  # type: ignore[misc]
         attns = [layer.attn for layer in layers]
@@ -92,7 +92,7 @@ class PreparedLayers(NamedTuple):
 
 
 def run_layers(
-    layers: nn.ModuleList,
+    layers: Any,
     x: Shaped[Tensor, "n d"],
     *,
     prepared: PreparedLayers,
@@ -151,7 +151,7 @@ def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
     return F.linear(ACTIVATIONS[ff.activation](gate).mul_(value), ff.to_out.weight, ff.to_out.bias)
 
 
-def _norms(layers: nn.ModuleList) -> list[AdaptiveNorm]:
+def _norms(layers: Any) -> list[AdaptiveNorm]:
     return [norm for layer in layers for norm in (layer.attn_norm, layer.ff_norm)]
 
 

@@ -6,7 +6,7 @@ n tokens, d model, c condition.
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hyper_connections import get_init_and_expand_reduce_stream_functions
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transfusion_pytorch.network.attend import (
     AttentionKind,
     AttentionPlan,
+    CachedAttention,
+    DecodeAttention,
     RaggedAttention,
     plan_attention,
 )
@@ -128,21 +130,26 @@ class Transformer(nn.Module):
         if cache is not None and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # A decode step is hundreds of tiny operations: without counting versions and views each takes less time.
             with torch.inference_mode():
-                return self(x, position=position, layout=layout, conditioning=conditioning, cache=cache)
+                return self._run(x, position, layout, conditioning, cache)
+        return self._run(x, position, layout, conditioning, cache)
+
+    def _run(
+        self,
+        x: Float[Tensor, "n d"],
+        position: Int[Tensor, " n"],
+        layout: Layout,
+        conditioning: Conditioning | None,
+        cache: CacheView | DecodeView | None,
+    ) -> Shaped[Tensor, "n d"]:
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
         if cache is not None and cache.prepared is not None:
-            if isinstance(cache, CacheView) and cache.phases is None:
-                cache.phases = self._phases(position)
-            phases = cache.rotation() if isinstance(cache, DecodeView) else cache.phases
-            x = run_layers(
-                self.layers,
-                x,
-                prepared=cache.prepared,
-                conditioning=conditioning,
-                phases=phases,
-                plan=plan,  # type: ignore[arg-type]
-            )
+            if isinstance(cache, DecodeView):
+                phases = cache.rotation()
+            else:
+                phases = cache.phases = self._phases(position) if cache.phases is None else cache.phases
+            prepared, attention = cache.prepared, cast(CachedAttention | DecodeAttention, plan)
+            x = run_layers(self.layers, x, prepared=prepared, conditioning=conditioning, phases=phases, plan=attention)
             return self.final_norm(x, self.final_norm.modulation(conditioning))
         phases = self._phases(position, x.dtype)
         call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)

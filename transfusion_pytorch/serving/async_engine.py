@@ -5,7 +5,7 @@ import weakref
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -58,7 +58,7 @@ class AsyncEngine:
         assert isinstance(ended, Ended), "the last event of a request says that it has ended"
         if ended.reason is EndReason.CANCELLED:
             raise EngineClosed("this AsyncEngine was closed before the sample was finished")
-        return ended.sample
+        return cast(Sample, ended.sample)
 
     def stream(self, prompt: Any = None, **options: Any) -> "EventStream":
         """Continues one prompt, and streams its events. It is submitted at once. Errors, also of a bad prompt, are
