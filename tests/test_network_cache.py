@@ -638,9 +638,12 @@ def decode_rows(lengths, *, kv_heads=4, dtype=torch.float64, long=()):
     return cache, rows
 
 
-def decode_view(cache, rows, **options) -> DecodeView:
-    """Without rotary phases, which attention does not see."""
-    return DecodeView(cache, rows, torch.zeros(KEYS_AT_ONCE, len(rows), 1, 3), **options)
+PHASES = torch.arange(1000.0)[:, None, None].expand(-1, 3, 2)  # the phases of position p are p
+
+
+def decode_view(cache, rows, *, phases=PHASES, **options) -> DecodeView:
+    """Rows of text alone, whose positions are their lengths."""
+    return DecodeView(cache, rows, [row.length for row in rows], phases, **options)
 
 
 def assert_decoded(out, rows, q, k, v, softcap=None) -> None:
@@ -682,6 +685,25 @@ def test_a_decode_step_is_attention_over_all_that_its_row_has(name, kv_heads, so
     torch.testing.assert_close(outputs[0], outputs[2], rtol=0, atol=1e-12)
 
 
+def to_next_step(cache, rows, view) -> None:
+    """What whoever takes a step does behind it."""
+    cache.commit(rows, [1] * len(rows))
+    view.advance()
+    view.num_steps -= 1
+
+
+def pointers_of(view: DecodeView) -> list[int]:
+    """Where all that changes from step to step lies."""
+    changing = (it for run in view.runs for it in (run.slots, run.newest))
+    return [it.data_ptr() for it in (view.position, *changing)]
+
+
+def test_a_view_serves_no_more_steps_than_it_has_phases():
+    cache, rows = decode_rows([3, 9])
+    assert decode_view(cache, rows).num_steps == KEYS_AT_ONCE - 9
+    assert decode_view(cache, rows, phases=PHASES[:14]).num_steps == 5
+
+
 @pytest.mark.parametrize("is_fixed", [False, True])
 @pytest.mark.parametrize("name", LENGTHS)
 @torch.no_grad()
@@ -690,19 +712,18 @@ def test_one_view_serves_many_steps_in_place(name, is_fixed):
     long = [i for i, length in enumerate(LENGTHS[name]) if length > 64]
     cache, rows = decode_rows(LENGTHS[name], long=long)
     view, layout = decode_view(cache, rows, is_fixed=is_fixed), stream(*["t"] * len(rows)).layout
-    pointers = [(run.slots.data_ptr(), run.bias.data_ptr(), run.newest.data_ptr()) for run in view.runs]
-    room = min(KEYS_AT_ONCE, *(row.block.capacity - row.length for row in rows))
+    pointers = pointers_of(view)
+    room = min(row.block.capacity - row.length for row in rows)
     steps = view.num_steps
     assert steps == room if is_fixed else 0 < steps <= room
     for step in range(steps):
         assert view.num_steps == steps - step
-        assert view.rotation.data_ptr() == view.rotations[step].data_ptr()
+        assert view.rotation()[:, 0, 0].tolist() == [row.length for row in rows]
         q, k, v = projections(len(rows))
         assert_decoded(plan_attention(layout, view).attend(q, k, v), rows, q, k, v)
-        cache.commit(rows, [1] * len(rows))
-        view.advance()
+        to_next_step(cache, rows, view)
     assert view.num_steps == 0
-    assert pointers == [(run.slots.data_ptr(), run.bias.data_ptr(), run.newest.data_ptr()) for run in view.runs]
+    assert pointers == pointers_of(view)
     assert all(row.length <= row.block.written[row.index] <= row.block.capacity for row in rows)
 
 
@@ -737,8 +758,7 @@ def test_decode_step_by_step_is_reading_at_once():
             view, stamp = decode_view(cache, rows), cache.stamp(rows)
         index = [reader.starts[i] + at[i] for i in served]
         out = plan_attention(stream(*["t"] * len(rows)).layout, view).attend(*(x[index] for x in reader.qkv))
-        cache.commit(rows, [1] * len(rows))
-        view.advance()
+        to_next_step(cache, rows, view)
         for i, own in zip(served, out, strict=True):
             parts[i].append(own[None])
             at[i] += 1

@@ -130,6 +130,6 @@ def test_plans_are_types():
     assert isinstance(plan_attention(layout, kind="flex"), FlexAttention)
     assert isinstance(plan_attention(layout, kind="dense"), DenseAttention)
     row = cache.acquire()
-    views = CacheView(cache, [row], layout), DecodeView(cache, [row], torch.zeros(64, 1, 1, 2))
+    views = CacheView(cache, [row], layout), DecodeView(cache, [row], [0], torch.zeros(64, 2, 2))
     for view, kind in zip(views, (CachedAttention, DecodeAttention), strict=True):
         assert isinstance(plan_attention(layout, view, kind="flex"), kind)

@@ -212,8 +212,9 @@ def attend_masked(
 
     `softcap` bounds the logits at `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118).
     """
-    if k.dtype != q.dtype:
+    if k.dtype != q.dtype:  # those of a cache in another precision
         k, v = k.to(q.dtype), v.to(q.dtype)
+        mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     if is_causal:
