@@ -968,8 +968,8 @@ def test_masks_are_made_where_the_cache_is():
     stream = pack_ids([[1, 2], [3, 4]], [Past(3, 3), Past(5, 5)]).to("meta")
     for run in CacheView(cache, rows, stream.layout).runs:
         assert {chunk.mask.device.type for chunk in run.chunks} == {run.slots.device.type} == {"meta"}
-    [run] = DecodeView(cache, rows, torch.zeros(64, 2, 1, 1, device="meta")).runs
-    assert {it.device.type for it in (run.bias, run.slots, run.newest)} == {"meta"}
+    [run] = DecodeView(cache, rows, [3, 5], torch.zeros(70, 1, 2, device="meta")).runs
+    assert {it.device.type for it in (run.bias(), run.slots, run.newest)} == {"meta"}
 
 
 def test_long_prompts_are_read_a_part_at_a_time(monkeypatch):
