@@ -66,7 +66,10 @@ class Scheduler:
         return self.runner.cache_tokens(request.most_tokens)
 
     def add(self, requests: Sequence[RequestState]) -> None:
-        self.waiting.extend(request for request in requests if not request.is_done)
+        for request in requests:
+            if not request.is_done:
+                request.cache_tokens = self.cache_tokens(request)
+                self.waiting.append(request)
 
     def cancel(self, requests: Sequence[RequestState]) -> None:
         """Ends requests that are not done, and frees their rows."""
@@ -112,9 +115,9 @@ class Scheduler:
         """Takes waiting requests in order, while there is room for what they may come to."""
         if not self.waiting:
             return
-        taken = sum(map(self.cache_tokens, self.active))
+        taken = sum(request.cache_tokens for request in self.active)
         while self.waiting and len(self.active) < self.limits.max_batch:
-            taken += self.cache_tokens(self.waiting[0])
+            taken += self.waiting[0].cache_tokens
             if self.limits.max_cache_tokens is not None and taken > self.limits.max_cache_tokens:
                 break
             self.active.append(self.waiting.popleft())

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
 
 from transfusion_pytorch.network.shortcuts import is_hooked
 
@@ -22,7 +21,7 @@ class StepGraphs:
     cannot be captured later, and a warning has said so.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: Any, device: torch.device):
         self.model, self.device = model, device
         self.is_used = device.type == "cuda"
 
