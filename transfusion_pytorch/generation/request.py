@@ -64,6 +64,7 @@ class RequestState:
     - `seen`: ids that came before, where they are to be penalised; `log_probabilities` of all ids, where asked for
     - `shown`: modalities by their number in the sample, as users see them
     - `deadline`: in `time.monotonic()`; `is_cancelled`: the next step ends it
+    - `cache_tokens`: the most tokens of the cache that it may need
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RequestState:
         self.error: Exception | None = None
         self.deadline: float | None = None
         self.is_cancelled = False
+        self.cache_tokens = 0
         self.num_prompted = 0
         self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
