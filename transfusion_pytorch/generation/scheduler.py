@@ -248,9 +248,10 @@ class Scheduler:
         names = {denoising: request.where for request, denoising in made.items()}
         errors |= dict(self.halving.run(done, partial(_check_finite, names))) if done else {}
         for request, denoising in made.items():
+            if denoising in errors:
+                request.end(EndReason.ERROR, errors[denoising])
+                continue
             try:
-                if denoising in errors:
-                    raise errors[denoising]
                 if denoising in unfinished:
                     request.report_progress()
                 if denoising.is_done:
