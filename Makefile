@@ -21,7 +21,8 @@ test: ## the fast tests
 	$(BIN)/python -m pytest
 
 test-all: ## the slow tests too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow -n 0
 
 test-oldest: ## the fast tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	$(OLDEST_PYTHON) -m venv build/oldest
