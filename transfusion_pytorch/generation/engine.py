@@ -118,7 +118,8 @@ class Engine:
         self._view = evaluation_view(model)
         self.scheduler = Scheduler(self._view, limits, cache_kv=cache_kv)
         self._lock, self._owner = threading.Lock(), 0
-        self._versions = _versions(model)
+        self._weights = list(model.parameters())
+        self._versions = _versions(self._weights)
         self._is_stale = False
         self._requests: WeakSet[RequestState] = WeakSet()
         self._generators: dict[int, WeakSet[RequestState]] = {}
@@ -296,7 +297,9 @@ class Engine:
         self.scheduler.step()
 
     def _notice_changed_weights(self) -> None:
-        versions = _versions(self.model)
+        if not self.scheduler.active:  # others may have been put in their place; to look for them takes too long
+            self._weights = list(self.model.parameters())
+        versions = _versions(self._weights)
         if self._is_stale or versions != self._versions:
             self._is_stale, self._versions = False, versions
             self.scheduler.rewind()
@@ -407,9 +410,9 @@ def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
         )
 
 
-def _versions(model: Any) -> int | None:
+def _versions(weights: Sequence[Tensor]) -> int | None:
     """The sum of the version counters of all parameters; None where there are none."""
     try:
-        return sum(parameter._version for parameter in model.parameters())
+        return sum(weight._version for weight in weights)
     except RuntimeError:  # inference tensors have no version
         return None
