@@ -36,7 +36,8 @@ class Exchanges(StopAt):
 
     def on_step(self, trainer, losses):
         if trainer.step == self.at:
-            print("exchanged", self.counted, flush=True)
+            sys.stdout.write(f"exchanged {self.counted}{chr(10)}")  # in one piece: two processes share the pipe
+            sys.stdout.flush()
 
 callbacks = [Exchanges(12)] if extra == "exchanges" else []
 if extra == "signal" and os.environ["RANK"] == "1":
@@ -54,7 +55,8 @@ if extra == "sample":
     torch.manual_seed(run.launch.rank)
     run.average.sample(max_length=6 + 9 * run.launch.rank)  # all at once, each as long as it likes
 fitted = run.fit(resume=resume)
-print("fitted", run.launch.rank, run.launch.size, fitted.step, flush=True)
+sys.stdout.write(f"fitted {run.launch.rank} {run.launch.size} {fitted.step}{chr(10)}")  # in one piece, as above
+sys.stdout.flush()
 if extra == "adapter":
     run.save_pretrained(folder + "/adapter")
 """
