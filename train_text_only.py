@@ -12,8 +12,8 @@ import torch
 
 from transfusion_pytorch import ModelCard, TrainConfig, Trainer, Transfusion
 from transfusion_pytorch.commands.errors import run_command
-from transfusion_pytorch.commands.printing import without_controls
 from transfusion_pytorch.data.text import TextWindows
+from transfusion_pytorch.display.lines import without_controls
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import load_text
 from transfusion_pytorch.examples.pictures import save_curves

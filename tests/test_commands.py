@@ -13,10 +13,9 @@ from transfusion_pytorch import Transfusion, train_bpe
 from transfusion_pytorch.__main__ import main
 from transfusion_pytorch.commands.errors import one_line, run_command
 from transfusion_pytorch.commands.pictures import PictureModel, save_picture
-from transfusion_pytorch.commands.printing import without_controls
 from transfusion_pytorch.data import BucketedSize, FixedSize, ImageReader, NativeSize
 from transfusion_pytorch.data.loading import SampleError
-from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
+from transfusion_pytorch.display.lines import CONTROL_CHARACTERS, without_controls
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 
 TRUNK = dict(dim=16, depth=1, heads=1, dim_head=16)

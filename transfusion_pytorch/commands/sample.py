@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transfusion_pytorch.commands.pictures import Picture, PictureModel, save_picture
-from transfusion_pytorch.commands.printing import without_controls
+from transfusion_pytorch.display.lines import without_controls
 from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.transfusion import Transfusion
 

@@ -85,7 +85,12 @@ def decode(ids: Tensor, decode_text: Any) -> str:
     text = decode_text(ids.reshape(-1).cpu())
     if not isinstance(text, str):
         raise TypeError(f"decode_text takes ids, a 1-D tensor, and returns a str, got {type(text).__name__}")
-    return CONTROL_CHARACTERS.sub("\ufffd", text.replace("\r\n", "\n"))
+    return without_controls(text.replace("\r\n", "\n"))
+
+
+def without_controls(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters but tabs and line ends become U+FFFD."""
+    return CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
 def check_decode_text(decode_text: Any) -> None:

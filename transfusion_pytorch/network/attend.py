@@ -50,7 +50,7 @@ class RaggedAttention(NamedTuple):
         lengths = [run.tokens.stop - run.tokens.start for run in self.runs]
         split = (part.split(lengths) for part in (q, k, v))
         outs = [
-            attend_run(run, run.batched(q_run), run.batched(k_run), run.batched(v_run), softcap)
+            attend_chunks(run.chunks, run.batched(q_run), run.batched(k_run), run.batched(v_run), softcap)
             for run, q_run, k_run, v_run in zip(self.runs, *split, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -226,11 +226,6 @@ def attend_masked(
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
         return (logits.softmax(dim=-1, dtype=precise(dtype)).to(v.dtype) @ v).to(dtype)
-
-
-def attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
-    """`(g, h, t, e)` each, to `(n, h, e)`."""
-    return attend_chunks(run.chunks, q, k, v, softcap)
 
 
 def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
