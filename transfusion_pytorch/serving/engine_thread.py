@@ -119,10 +119,10 @@ class EngineThread:
     def _submit(self, mailbox: Mailbox, prompt: Any, options: Mapping[str, Any], listen: bool) -> None:
         if mailbox.is_abandoned:
             return
-        if not self._is_open:
+        if self._failure is not None:
             mailbox.close(self._closed())
             return
-        try:
+        try:  # also while it closes: what was accepted before is cancelled like everything else
             self._requests[mailbox] = self.engine.submit(prompt, listen=listen, **options)
         except BaseException as error:
             mailbox.close(error)
@@ -166,7 +166,7 @@ class EngineThread:
                 mailbox.close(error)
 
     def _end(self) -> None:
-        """Refuses what has come too late, and cancels what is unfinished."""
+        """Cancels what is unfinished, also what is still in the queue of commands."""
         self._run_commands(wait=False)
         try:
             if self._failure is None:
