@@ -40,6 +40,17 @@ ALLOWED = {
         "data",
     ],
     "batching": ["sequence", "modalities"],
+    "autoencoder": [
+        "sequence.samples",
+        "evaluating",
+        "saving",
+        "network",
+        "modalities",
+        "display.terminal",
+        "data",
+        "training",
+    ],
+    "pretrained": ["saving.components", "modalities.autoencoder", "data.optional", "autoencoder.halves"],
     "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)

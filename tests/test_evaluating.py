@@ -111,6 +111,18 @@ def test_a_child_has_one_view_wherever_it_stands():
     assert len(list(view.named_modules())) == len(list(Branching().named_modules()))
 
 
+def test_slices_of_containers_are_in_evaluation_mode_too():
+    layers = nn.ModuleList(nn.Sequential(nn.Dropout(0.5), nn.Identity()) for _ in range(3)).train()
+    view = evaluation_view(layers)
+    x = torch.ones(100)
+    for layer in view[1:]:
+        assert torch.equal(layer(x), x)
+        assert torch.equal(layer[:1](x), x)
+    assert len(view[1:]) == 2
+    assert type(view[1:]) is nn.ModuleList
+    assert all(module.training for module in layers.modules())
+
+
 def test_a_view_of_a_view_is_itself():
     view = evaluation_view(Branching())
     assert evaluation_view(view) is view

@@ -239,7 +239,7 @@ def test_a_unet_tells_single_latents_apart():
 
 @pytest.mark.parametrize("num_dim", [0, 4])
 def test_a_unet_has_one_to_three_axes(num_dim):
-    with pytest.raises(ValueError, match=f"a U-Net needs 1, 2 or 3 axes, got {num_dim}"):
+    with pytest.raises(ValueError, match=f"convolutions need 1, 2 or 3 axes, got {num_dim}"):
         UNetDown(LATENT, DIM, num_dim=num_dim)
 
 

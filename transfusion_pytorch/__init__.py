@@ -13,10 +13,14 @@ if os.environ.get("TYPECHECK", "").lower() in ("1", "true"):
 
     install_import_hook("transfusion_pytorch", "transfusion_pytorch.typecheck.check")
 
+from transfusion_pytorch.autoencoder.model import KLAutoencoder, KLDecoder, KLEncoder
+from transfusion_pytorch.autoencoder.objective import AutoencoderObjective
+from transfusion_pytorch.autoencoder.trainer import AutoencoderTrainer
 from transfusion_pytorch.data import (
     ByteText,
     CaptionedImages,
     DataPlan,
+    ImageFiles,
     ImageReader,
     LoadedStep,
     Mixture,
@@ -48,6 +52,7 @@ from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.pretrained.autoencoders import pretrained_autoencoder
 from transfusion_pytorch.saving.card import ModelCard
 from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.batch import Batch
@@ -68,6 +73,8 @@ __version__ = version("transfusion-pytorch")
 
 __all__ = [
     "AsyncEngine",
+    "AutoencoderObjective",
+    "AutoencoderTrainer",
     "Batch",
     "ByteText",
     "Callback",
@@ -81,7 +88,11 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Fitted",
+    "ImageFiles",
     "ImageReader",
+    "KLAutoencoder",
+    "KLDecoder",
+    "KLEncoder",
     "Latents",
     "LoadedStep",
     "LossBreakdown",
@@ -117,6 +128,7 @@ __all__ = [
     "create_dataloader",
     "create_ema",
     "plain_formulas",
+    "pretrained_autoencoder",
     "print_modality_sample",
     "random_states",
     "register_component",

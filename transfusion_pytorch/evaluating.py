@@ -39,6 +39,10 @@ class _EvaluationView:
     _view_of: nn.Module
     _view_children: dict[int, tuple[nn.Module, nn.Module]]
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Slices of a `ModuleList` or `Sequential` call the class of what they slice: they get a plain one, of views."""
+        return cls.__bases__[1](*args, **options)
+
     @property
     def training(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from transfusion_pytorch.data.captioned import CaptionedImages
 from transfusion_pytorch.data.hub import CaptionedRow, HuggingFaceImages
+from transfusion_pytorch.data.image_files import ImageFiles
 from transfusion_pytorch.data.images import BucketedSize, FixedSize, ImageReader, NativeSize
 from transfusion_pytorch.data.latents import CachedLatents, cache_latents
 from transfusion_pytorch.data.loader import LoadedStep, StepLoader
@@ -25,6 +26,7 @@ __all__ = [
     "FixedSize",
     "HuggingFaceImages",
     "ImageCaptionPairs",
+    "ImageFiles",
     "ImageReader",
     "LoadedStep",
     "Mixture",

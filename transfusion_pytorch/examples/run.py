@@ -3,7 +3,7 @@
 import argparse
 import csv
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -39,8 +39,10 @@ def existing_path(text: str) -> Path:
     return path
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """Adds every option of a `TrainConfig`, with these defaults, `--results` and `--resume`."""
+def add_common_arguments(
+    parser: argparse.ArgumentParser, defaults: TrainConfig, *, skip: Sequence[str] = ()
+) -> None:
+    """Adds every option of a `TrainConfig` but those to `skip`, with these defaults, `--results` and `--resume`."""
     parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own, fresh folder")
     parser.add_argument(
         "--resume",
@@ -49,7 +51,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig)
         metavar="PATH",
         help="go on with the latest run of this script, or with the run or checkpoint at PATH",
     )
-    add_arguments(parser, defaults)
+    add_arguments(parser, defaults, skip=skip)
 
 
 class Run(NamedTuple):

@@ -83,6 +83,8 @@ def build_modalities(
             if half is not None and not isinstance(half, nn.Module):
                 raise TypeError(f"modality {i}: {name} must be an nn.Module, got {type(half).__name__}")
         num_dim = resolve_num_dim(i, num_dims[i], shapes[i])
+        for name, half in (("modality_encoder", encoders[i]), ("modality_decoder", decoders[i])):
+            check_half(half, f"modality {i}: {name}", dims[i], num_dim, bool(first[i]))
         default_shape = None if shapes[i] is None else tuple(map(int, shapes[i]))
         spec = ModalitySpec(i, dims[i], num_dim, default_shape, bool(first[i]), shape_parser(parsers[i]))
         if positions[i] and not num_dim:
@@ -111,6 +113,20 @@ def build_modalities(
             io.token_shape(default_shape)  # fails now where the pair does not fit
         modules.append(io)
     return Modalities(modules)
+
+
+def check_half(half: nn.Module | None, where: str, dim_latent: int, num_dim: int | None, channel_first: bool) -> None:
+    """Compares the layout of a modality's latents with what an autoencoder's half says of its own, if it does: its
+    attributes `dim_latent`, `num_dim` and `channel_first_latent`. Raises `ValueError` where they differ.
+    """
+    here = {"dim_latent": dim_latent, "num_dim": num_dim, "channel_first_latent": channel_first}
+    own = {name: getattr(half, name, None) for name in here}
+    differ = [name for name, value in here.items() if None not in (value, own[name]) and value != own[name]]
+    if differ:
+        names = {"num_dim": "modality_num_dim"}
+        expected = ", ".join(f"{names.get(name, name)}={own[name]}" for name in differ)
+        got = ", ".join(f"{here[name]}" for name in differ)
+        raise ValueError(f"{where}, a {type(half).__name__}, has latents of {expected}, got {got}: set these instead")
 
 
 def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], bool] | None = None) -> tuple[Any, ...]:

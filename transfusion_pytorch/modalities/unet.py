@@ -22,7 +22,7 @@ CONVOLUTIONS = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 def convolution(num_dim: int, *args, **options) -> nn.Module:
     """A convolution over 1, 2 or 3 axes."""
     if num_dim not in CONVOLUTIONS:
-        raise ValueError(f"a U-Net needs 1, 2 or 3 axes, got {num_dim}")
+        raise ValueError(f"convolutions need 1, 2 or 3 axes, got {num_dim}")
     return CONVOLUTIONS[num_dim](*args, **options)
 
 
@@ -39,28 +39,31 @@ def start_at_zero(*modules: nn.Module) -> None:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut; the condition scales and shifts what goes into the second, which starts at
-    zero.
+    """Two convolutions beside a shortcut; the second starts at zero. A condition, if there is one, scales and shifts
+    the input of the second.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, *, dim_condition: int, num_dim: int):
+    def __init__(self, dim_in: int, dim_out: int, *, num_dim: int, dim_condition: int | None = None):
         super().__init__()
         self.norm_in = group_norm(dim_in)
         self.conv_in = convolution(num_dim, dim_in, dim_out, 3, padding=1)
         self.norm_out = group_norm(dim_out)
-        self.to_modulation = Linear(dim_condition, 2 * dim_out)
+        self.to_modulation = None if dim_condition is None else Linear(dim_condition, 2 * dim_out)
         self.conv_out = convolution(num_dim, dim_out, dim_out, 3, padding=1)
         self.shortcut = convolution(num_dim, dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        start_at_zero(self.to_modulation, self.conv_out)
+        start_at_zero(self.conv_out, *([] if self.to_modulation is None else [self.to_modulation]))
 
-    def forward(self, x: Shaped[Tensor, "g i ..."], condition: Shaped[Tensor, "g d"]) -> Shaped[Tensor, "g o ..."]:
-        modulation = self.to_modulation(condition)
-        scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
-        hidden = self.conv_in(F.silu(self.norm_in(x)))
-        hidden = self.norm_out(hidden) * (1 + scale) + shift
+    def forward(
+        self, x: Shaped[Tensor, "g i ..."], condition: Shaped[Tensor, "g d"] | None = None
+    ) -> Shaped[Tensor, "g o ..."]:
+        hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x))))
+        if self.to_modulation is not None:
+            modulation = self.to_modulation(condition)
+            scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
+            hidden = hidden * (1 + scale) + shift
         return self.shortcut(x) + self.conv_out(F.silu(hidden))
 
 

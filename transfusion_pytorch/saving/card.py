@@ -96,7 +96,7 @@ def _facts(arguments: Mapping[str, Any], num_parameters: int) -> dict[str, Any]:
         for i, (count, shape) in enumerate(zip(channels, shapes, strict=True)):
             size = "" if shape is None else f", default shape {tuple(shape)}"
             facts[f"modality {i}"] = f"{count} channels{size}"
-    return facts
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def _table(name: str, value: str, rows: Mapping[str, Any]) -> str:

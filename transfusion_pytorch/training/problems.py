@@ -58,7 +58,7 @@ class Problems:
         found = self.launch.gather([describe_bad_batch(batch) for batch in batches])
         samples = "; ".join(text for texts in found for text in texts)
         losses = ", ".join(f"{name} {value.item():.4g}" for name, value in result.losses.items())
-        return f"{result.problem}; losses: {losses}; {samples}"
+        return "; ".join(part for part in (result.problem, f"losses: {losses}", samples) if part)
 
     def _report(self, kind: str, message: str) -> None:
         self._reported[kind] += 1

@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -56,28 +57,28 @@ class StepResult(NamedTuple):
         return self.problem is None and not self.overflowed
 
 
-class TrainStep:
-    """Makes steps with a model. `call` is the model as all processes call it (see `Launch.wrap`).
+class OptimizerStep:
+    """Makes steps with any model, from the gradients that `make` is told to compute.
 
     The device is waited for once a step: whether the gradient is finite must be known before the weights change.
     """
 
     def __init__(
-        self, model: Any, call: Any, optimizers: dict[str, Optimizer], ema: Any, launch: Launch, config: TrainConfig
+        self, model: Any, optimizers: dict[str, Optimizer], ema: Any, launch: Launch, config: TrainConfig
     ) -> None:
-        self.model, self.call, self.optimizers, self.ema = model, call, optimizers, ema
+        self.model, self.optimizers, self.ema = model, optimizers, ema
         self.launch, self.config = launch, config
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.precision == "fp16")
         self.usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self.explosions = 0  # in a row
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._teacher = dict(velocity_consistency_ema_model=ema) if config.velocity_consistency else {}
 
-    def __call__(self, batches: Sequence[Batch], step: int, agreement: Agreement) -> StepResult:
-        """`step` is counted from 0. Every process has equally many micro-batches, and the same `agreement` on them."""
+    def make(self, step: int, compute_gradients: Callable[[], dict[str, Tensor]]) -> StepResult:
+        """`step` is counted from 0. `compute_gradients` scales its loss by `self.scaler`, and returns losses by name,
+        of which `loss` is the one that is trained.
+        """
         self._forget_gradients()  # somebody else's, or those of a step that was interrupted
         rate = set_learning_rates(self.optimizers, step, self.config)
-        losses = self._accumulate(batches, agreement)
+        losses = compute_gradients()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.config.clip).item()
@@ -127,6 +128,41 @@ class TrainStep:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
+    def _problem(self, norm: float) -> str | None:
+        """Equal in all processes, since the gradient is."""
+        if not math.isfinite(norm):
+            return f"the gradient is not finite ({norm})"
+        limit, usual = self.config.explosion, median(self.usual) if len(self.usual) >= FEWEST_STEPS else None
+        if limit is None or usual is None or norm <= limit * usual:
+            self.explosions = 0
+            return None
+        self.explosions += 1
+        if self.explosions > NEW_NORMAL:
+            self.usual.clear()
+            self.explosions = 0
+            return None
+        return f"the gradient explodes: its length is {norm:.3g}, the usual one {usual:.3g}"
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+
+class TrainStep(OptimizerStep):
+    """Makes steps with a `Transfusion`. `call` is the model as all processes call it (see `Launch.wrap`)."""
+
+    def __init__(
+        self, model: Any, call: Any, optimizers: dict[str, Optimizer], ema: Any, launch: Launch, config: TrainConfig
+    ) -> None:
+        super().__init__(model, optimizers, ema, launch, config)
+        self.call = call
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._teacher = dict(velocity_consistency_ema_model=ema) if config.velocity_consistency else {}
+
+    def __call__(self, batches: Sequence[Batch], step: int, agreement: Agreement) -> StepResult:
+        """`step` is counted from 0. Every process has equally many micro-batches, and the same `agreement` on them."""
+        return self.make(step, partial(self._accumulate, batches, agreement))
+
     def _accumulate(self, batches: Sequence[Batch], agreement: Agreement) -> dict[str, Tensor]:
         """Gradients of all micro-batches, divided by the targets of all of them in all processes."""
         # one micro-batch in every process: the model counts by itself
@@ -153,25 +189,6 @@ class TrainStep:
         if is_sharded(self.model):
             self.model.set_requires_gradient_sync(is_last)
         return nullcontext()
-
-    def _problem(self, norm: float) -> str | None:
-        """Equal in all processes, since the gradient is."""
-        if not math.isfinite(norm):
-            return f"the gradient is not finite ({norm})"
-        limit, usual = self.config.explosion, median(self.usual) if len(self.usual) >= FEWEST_STEPS else None
-        if limit is None or usual is None or norm <= limit * usual:
-            self.explosions = 0
-            return None
-        self.explosions += 1
-        if self.explosions > NEW_NORMAL:
-            self.usual.clear()
-            self.explosions = 0
-            return None
-        return f"the gradient explodes: its length is {norm:.3g}, the usual one {usual:.3g}"
-
-    def _forget_gradients(self) -> None:
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
 
 
 def named_losses(parts: LossBreakdown, *, kinds: Collection[str], has_velocity: bool = False) -> dict[str, Tensor]:

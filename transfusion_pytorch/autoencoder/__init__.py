@@ -1,0 +1,1 @@
+"""Autoencoders that a user trains: images, sound or video to latents that `Transfusion` denoises."""

@@ -1,0 +1,1 @@
+"""Pretrained models from elsewhere: language models and autoencoders."""
