@@ -108,9 +108,7 @@ def main() -> None:
     trainer.say(f"trained for {time.monotonic() - started:.0f} s")
 
     scores = trainer.score(images.held_out)
-    card = ModelCard(
-        title="KL autoencoder", training_data=images.source, steps=trainer.step, figures=scores._asdict()
-    )
+    card = ModelCard(title="KL autoencoder", training_data=images.source, steps=trainer.step, figures=scores._asdict())
     trainer.save_pretrained(place.folder / "model", card=card)
     curves = run.read_metrics(place.folder)
     save_curves(place.folder / "losses.png", {name: curves[name] for name in ("reconstruction", "kl")}, log=True)

@@ -365,7 +365,7 @@ def test_channels_are_compared_before_weights_are_loaded(tmp_path):
     """Of which there are none here."""
     model = autoencoder("AutoencoderKL")
     model.save_config(tmp_path)
-    with pytest.raises(ValueError, match="latents of 4 channels, and dim_latent=16 was asked for"):
+    with pytest.raises(ValueError, match="latents of 4 channels, but dim_latent=16 was asked for"):
         pretrained_autoencoder(tmp_path, dim_latent=16)
 
 
@@ -427,9 +427,9 @@ def test_what_would_be_dropped_is_refused(name, shape, expected):
     [
         ("AutoencoderDC", dict(posterior="mode"), "AutoencoderDC has no posterior: leave out posterior='mode'"),
         ("AutoencoderKL", dict(posterior="mean"), 'posterior is "sample" or "mode", got \'mean\''),
-        ("AutoencoderTiny", dict(tiling=True), "tiles for a factor of 8 only, this has 4"),
+        ("AutoencoderTiny", dict(tiling=True), "places tiles for a factor of 8, this has 4"),
         ("AutoencoderKL", dict(subfolder="vae", dtype=torch.float16), "subfolder, dtype go with a name or a folder"),
-        ("AutoencoderKL", dict(dim_latent=3), "latents of 4 channels, and dim_latent=3 was asked for"),
+        ("AutoencoderKL", dict(dim_latent=3), "latents of 4 channels, but dim_latent=3 was asked for"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name, options, message):

@@ -40,7 +40,7 @@ class _EvaluationView:
     _view_children: dict[int, tuple[nn.Module, nn.Module]]
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Slices of a `ModuleList` or `Sequential` call the class of what they slice: they get a plain one, of views."""
+        """A slice of a `ModuleList` calls the class of what it slices: that of the module makes it, of views."""
         return cls.__bases__[1](*args, **options)
 
     @property

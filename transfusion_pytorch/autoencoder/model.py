@@ -90,7 +90,7 @@ def depth_to_space(x: Float[Tensor, "b i ..."], side: int) -> Float[Tensor, "b o
 
 
 class Upsample(nn.Module):
-    """Twice the size along every axis: a convolution whose channels become neighbouring positions (arXiv 1609.05158)."""
+    """Doubles every axis: channels of a convolution become neighbouring positions (arXiv 1609.05158)."""
 
     def __init__(self, dim_in: int, dim_out: int, *, num_dim: int):
         super().__init__()
@@ -202,9 +202,9 @@ class KLDecoder(DecoderHalf):
 class KLAutoencoder(SavingMethods, nn.Module):
     """Both halves, to be trained together: `AutoencoderTrainer`, or a loop of your own around `AutoencoderObjective`.
 
-    `autoencoder.encoder` and `autoencoder.decoder` are then what a `Transfusion` takes, with `channel_first_latent=True`
-    and the same `dim_latent`. `save_pretrained` and `from_pretrained` are those of `Transfusion`; a `Transfusion` that
-    has the halves saves them with itself. The arguments are those of `KLEncoder`.
+    A `Transfusion` then takes `autoencoder.encoder` and `autoencoder.decoder`, with `channel_first_latent=True` and the
+    same `dim_latent`, and saves them with itself. `save_pretrained` and `from_pretrained` are those of `Transfusion`.
+    The arguments are those of `KLEncoder`.
     """
 
     def __init__(
@@ -224,9 +224,7 @@ class KLAutoencoder(SavingMethods, nn.Module):
         self.encoder = KLEncoder(dim_latent, **self.options, posterior=posterior)
         self.decoder = KLDecoder(dim_latent, **self.options)
 
-    def forward(
-        self, data: Float[Tensor, "b x ..."], *, generator: torch.Generator | None = None
-    ) -> Reconstruction:
+    def forward(self, data: Float[Tensor, "b x ..."], *, generator: torch.Generator | None = None) -> Reconstruction:
         """The data behind a sample of the posterior; in evaluation mode behind its mode."""
         posterior = self.encoder.posterior(data)
         latents = posterior.sample(generator) if self.training else posterior.mean

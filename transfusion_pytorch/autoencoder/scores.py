@@ -90,17 +90,17 @@ def ssim(one: Float[Tensor, "b x ..."], other: Float[Tensor, "b x ..."]) -> Floa
 
 
 def blurred(data: Float[Tensor, "b x ..."]) -> Float[Tensor, "b x ..."]:
-    """Means under a Gaussian window, axis by axis."""
+    """Means under a Gaussian window, axis by axis: products with a matrix that has the window in each column."""
     for axis in range(2, data.ndim):
-        window = gaussian_window(min(SSIM_SIDE, data.shape[axis])).to(data)
-        lines = data.movedim(axis, -1)
-        means = F.conv1d(lines.reshape(-1, 1, lines.shape[-1]), window[None, None])
-        data = means.reshape(*lines.shape[:-1], -1).movedim(-1, axis)
+        windows = gaussian_windows(data.shape[axis]).to(data)
+        data = (data.movedim(axis, -1) @ windows).movedim(-1, axis)
     return data
 
 
-def gaussian_window(side: int) -> Float[Tensor, " a"]:
-    """Sums to 1."""
-    positions = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
-    weights = (-positions.square() / (2 * SSIM_SIGMA**2)).exp()
-    return weights / weights.sum()
+def gaussian_windows(length: int) -> Float[Tensor, "positions windows"]:
+    """Every place of the window along an axis of this length; each column sums to 1."""
+    side = min(SSIM_SIDE, length)
+    offsets = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+    weights = (-offsets.square() / (2 * SSIM_SIGMA**2)).exp()
+    window, places = weights / weights.sum(), length - side + 1
+    return torch.stack([F.pad(window, (place, places - 1 - place)) for place in range(places)], dim=1)

@@ -20,6 +20,7 @@ from transfusion_pytorch.data.loader import LoadedStep
 from transfusion_pytorch.data.order import seed_of
 from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.evaluating import evaluating
+from transfusion_pytorch.modalities.autoencoder import drawing_from
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.training.callbacks import Callback, sampled
 from transfusion_pytorch.training.checkpoint import Checkpoints
@@ -57,7 +58,7 @@ class AutoencoderTrainer:
         trainer.fit(resume=True)
         trainer.save_pretrained("autoencoder")
 
-    Behind the last step the scale of the latents is measured on the data, so that they leave the encoder with mean 0 and
+    After the last step the scale of the latents is measured on the data, so that they leave the encoder with mean 0 and
     standard deviation 1.
 
     Raises `ValueError` for options that have no meaning here, and for several processes.
@@ -138,7 +139,7 @@ class AutoencoderTrainer:
         return Fitted(self.step, dict(self.figures), was_stopped)
 
     def score(self, data: Any = None) -> Scores:
-        """Scores of the average on data, by default on the validation data. Posteriors are sampled with a fixed seed."""
+        """Scores of the average, by default on the validation data. Posteriors are sampled with a fixed seed."""
         data = self.validation if data is None else data
         if data is None:
             raise ValueError("there is no validation data: give AutoencoderTrainer(..., validation=...)")
@@ -149,7 +150,8 @@ class AutoencoderTrainer:
     def measure_scale(self) -> None:
         """Measures the latents of the first data, and keeps the scale in the halves of the average."""
         batches = islice(self.in_order(self.data), SCALE_BATCHES)
-        with evaluating(self.average), self.launch.autocast():
+        seeded = drawing_from(torch.Generator().manual_seed(SCORE_SEED))
+        with evaluating(self.average), self.launch.autocast(), seeded:
             measure_scale(self.average.encoder, self.average.decoder, batches)
 
     def in_order(self, data: Any, *, batch_size: int = SCORE_BATCH) -> Iterator[Tensor]:
@@ -167,7 +169,8 @@ class AutoencoderTrainer:
         problems = Problems(self.launch, progress, stops=self.config.on_bad_step == "stop")
         if self.step >= self._total:
             return False
-        with closing(iter(self.loader)) as steps:  # and with it the data workers
+        steps: Any = iter(self.loader)
+        with closing(steps):  # and with it the data workers
             for loaded in steps:
                 result, size = self._take(loaded, problems)
                 self.step += 1

@@ -39,9 +39,7 @@ def existing_path(text: str) -> Path:
     return path
 
 
-def add_common_arguments(
-    parser: argparse.ArgumentParser, defaults: TrainConfig, *, skip: Sequence[str] = ()
-) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig, *, skip: Sequence[str] = ()) -> None:
     """Adds every option of a `TrainConfig` but those to `skip`, with these defaults, `--results` and `--resume`."""
     parser.add_argument("--results", type=Path, default=Path("results"), help="parent of the run's own, fresh folder")
     parser.add_argument(

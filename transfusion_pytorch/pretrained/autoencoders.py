@@ -107,7 +107,11 @@ def pretrained_autoencoder(
     ```python
     encoder, decoder = pretrained_autoencoder("stabilityai/sd-vae-ft-mse")
     model = Transfusion(
-        dim_latent=encoder.dim_latent, channel_first_latent=True, modality_encoder=encoder, modality_decoder=decoder, ...
+        dim_latent=encoder.dim_latent,
+        channel_first_latent=True,
+        modality_encoder=encoder,
+        modality_decoder=decoder,
+        ...,
     )
     ```
 
@@ -135,20 +139,21 @@ def pretrained_autoencoder(
         class_name, given_config = _read_config(name_or_model, loading)
     family, cls = family_of(class_name), _class_of(class_name)
     config = full_config(cls, given_config)
-    if dim_latent is not None and dim_latent != family.dim_latent(config):
-        raise ValueError(
-            f"{class_name} has latents of {family.dim_latent(config)} channels, and dim_latent={dim_latent} was asked for"
-        )
+    channels = family.dim_latent(config)
+    if dim_latent not in (None, channels):
+        raise ValueError(f"{class_name} has latents of {channels} channels, but dim_latent={dim_latent} was asked for")
     options: dict[str, Any] = dict(slicing=slicing, tiling=tiling)
     with torch.device("meta"):  # what is wrong with the options is found before weights are loaded
         encoder = PretrainedEncoder(class_name, config, posterior=posterior, **options)
         decoder = PretrainedDecoder(class_name, config, **options)
-    if not isinstance(name_or_model, nn.Module):
+    if isinstance(name_or_model, nn.Module):
+        autoencoder = name_or_model
+    else:
         with _weight_norm_allowed():
-            options = dict(use_safetensors=True) | loading  # nothing is unpickled, unless asked for
-            name_or_model = cls.from_pretrained(str(name_or_model), torch_dtype=dtype, **options)
-    for half in (encoder, decoder):
-        half.take(name_or_model)
+            safe = dict(use_safetensors=True) | loading  # nothing is unpickled, unless asked for
+            autoencoder = cls.from_pretrained(str(name_or_model), torch_dtype=dtype, **safe)
+    encoder.take(autoencoder)
+    decoder.take(autoencoder)
     if measured_on is not None:
         measure_scale(encoder, decoder, measured_on)
     return AutoencoderHalves(encoder, decoder)
@@ -164,7 +169,7 @@ class _PretrainedHalf(nn.Module):
         self.class_name, self.slicing, self.tiling = class_name, slicing, tiling
         factors = self.family.factors(config)
         if tiling and class_name == "AutoencoderTiny" and factors[0] != TINY_TILE_FACTOR:
-            raise ValueError(f"AutoencoderTiny has tiles for a factor of {TINY_TILE_FACTOR} only, this has {factors[0]}")
+            raise ValueError(f"AutoencoderTiny places tiles for a factor of {TINY_TILE_FACTOR}, this has {factors[0]}")
         with torch.device("cpu"):  # real numbers, also where the weights are none yet
             self.statistics.set(*scale_of(config, self.statistics.dim_latent))
         with _weight_norm_allowed():

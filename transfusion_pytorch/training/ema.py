@@ -43,7 +43,7 @@ class MovingAverage(EMA):
 def create_ema(
     model: nn.Module, *, beta: float = 0.99, update_every: int = 10, update_after_step: int = 100, **options: Any
 ) -> EMA:
-    """An `ema_pytorch.EMA` of `model` with its sampling methods, if it has any; call `.update()` after each optimizer step.
+    """An `ema_pytorch.EMA` of `model` with such sampling methods as it has; call `.update()` after each optimizer step.
 
     It starts late: for the first `update_after_step` updates it is a copy of the model, made anew every `update_every`
     of them. From then on every `update_every`-th update moves it: `beta` old and `1 - beta` new (less at the
