@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= python3.10
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text bench bench-peer gpu wheel clean
+.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text vae bench bench-peer gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ captioned: ## train on images with captions: make captioned ARGS="--data FOLDER"
 
 text: ## train on text alone
 	$(BIN)/python train_text_only.py $(ARGS)
+
+vae: ## train an autoencoder of images
+	$(BIN)/python train_vae.py $(ARGS)
 
 bench: bench-peer ## time generation and training beside the package on PyPI: make bench ARGS="--rounds 3"
 	$(BIN)/python benchmarks/generation.py --peer build/peer/bin/python $(ARGS)

@@ -32,7 +32,7 @@ from transfusion_pytorch.training.config import config_from_arguments
 DEFAULTS = TrainConfig(
     steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.01, ema_beta=None, precision="bf16",
 )  # fmt: skip
-SHOWN = 10  # images in a row of the pictures
+SHOWN = 16  # images in the pictures
 SCORED = 500  # held-out images that are scored while it trains; all are at the end
 
 
@@ -61,10 +61,9 @@ class Pictures(Callback):
     """Held-out images and, below each, its reconstruction."""
 
     def on_sample(self, trainer):
-        images = next(trainer.in_order(trainer.validation, batch_size=2 * SHOWN))
-        made = trainer.average(images).data
-        rows = [row for pair in zip(images.split(SHOWN), made.split(SHOWN), strict=True) for row in pair]
-        path = save_grid(trainer.folder / f"step-{trainer.step:05}.png", torch.cat(rows), columns=SHOWN)
+        images = next(trainer.in_order(trainer.validation, batch_size=SHOWN))
+        rows = torch.cat((images, trainer.average(images).data))
+        path = save_grid(trainer.folder / f"step-{trainer.step:05}.png", rows, columns=len(images))
         return {"reconstructions": load_picture(path)}
 
 
@@ -80,21 +79,24 @@ def main() -> None:
         "--widths", type=run.positive_int, nargs="+", default=[32, 64, 128], help="hidden channels at each resolution"
     )
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 3], help="residual blocks at each resolution")
+    parser.add_argument("--patch-size", type=run.positive_int, default=1, help="pixels that are joined at the start")
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="of nats for each pixel (default: %(default)s)")
     run.add_common_arguments(parser, DEFAULTS, skip=NOT_FOR_AUTOENCODERS)
     args = parser.parse_args()
 
     config = config_from_arguments(args, DEFAULTS)
     images = load(args, config.seed)
-    place = run.open_run(args, f"vae-{images.name}", device=config.device)
     run.seed_everything(config.seed)
     channels, *sides = images.shape
-    model = KLAutoencoder(args.dim_latent, channels=channels, widths=args.widths, num_blocks=args.blocks)
+    sizes = dict(widths=args.widths, num_blocks=args.blocks, patch_size=args.patch_size)
+    model = KLAutoencoder(args.dim_latent, channels=channels, **sizes)
+    objective = AutoencoderObjective(kl_weight=args.kl_weight)
+    place = run.open_run(args, f"vae-{images.name}", device=config.device)
     trainer = AutoencoderTrainer(
         model,
         images.train,
         config,
-        objective=AutoencoderObjective(kl_weight=args.kl_weight),
+        objective=objective,
         folder=place.folder,
         validation=Subset(images.held_out, range(min(SCORED, len(images.held_out)))),
         callbacks=[Pictures()],

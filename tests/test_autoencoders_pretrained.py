@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import re
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,7 +275,8 @@ def test_an_autoencoder_is_saved_with_the_model_once_and_built_again(name, tmp_p
     assert all(torch.equal(tensor, own.state_dict()[key]) for key, tensor in loaded.state_dict().items())
     io = loaded.modalities[0]
     parameters = [each for half in io.frozen for each in half.parameters()]
-    assert sum(each.numel() for each in parameters) == sum(each.numel() for each in model.parameters())
+    needed = {key: tensor.numel() for key, tensor in model.named_parameters() if not key.endswith(".weight_g")}
+    assert sum(each.numel() for each in parameters) == sum(needed.values())
     assert not any(each.requires_grad or each.is_meta for each in parameters)
     with torch.no_grad():
         latents = own.modalities[0].encoder(data)
@@ -306,6 +309,17 @@ def test_a_model_trains_and_draws_through_it(name):
     drawn = model.generate_modality_only(batch_size=2, modality_type=0, modality_steps=2)
     assert drawn.shape == (2, *DATA_SHAPES[name])
     assert drawn.isfinite().all()
+
+
+def test_normed_weights_are_plain_in_the_halves_and_stay_in_the_instance():
+    model = autoencoder("AutoencoderOobleck")
+    names = set(model.state_dict())
+    encoder, _ = halves_of("AutoencoderOobleck", model)
+    assert set(model.state_dict()) == names
+    assert not any(name.endswith(("weight_g", "weight_v")) for name in encoder.state_dict())
+    normed, plain = model.encoder.conv1, encoder.autoencoder.encoder.conv1
+    expected = normed.weight_g * normed.weight_v / normed.weight_v.norm(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(plain.weight, expected.detach(), rtol=1e-6, atol=1e-7)
 
 
 def test_an_instance_keeps_its_modules_and_the_halves_share_them():
@@ -449,3 +463,11 @@ def test_without_diffusers_the_extra_is_named(tmp_path, monkeypatch):
     for load in (pretrained_autoencoder, Transfusion.from_pretrained):
         with pytest.raises(ImportError, match=r'pip install "transfusion-pytorch\[pretrained\]"'):
             load(tmp_path)
+
+
+def test_the_page_on_autoencoders_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs/autoencoders.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 4
+    exec(compile("\n".join(blocks), "docs/autoencoders.md", "exec"), {"__name__": "page"})

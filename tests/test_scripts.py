@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from transfusion_pytorch import TrainConfig
+from transfusion_pytorch import KLAutoencoder, TrainConfig, Transfusion
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
 from transfusion_pytorch.examples.pictures import load_picture
@@ -84,7 +84,7 @@ def test_digits_are_drawn_as_asked_and_named_correctly(tmp_path):
     assert len(list(tmp_path.glob("digits-both-*/drawings.png"))) == 1
 
 
-CAPTIONED = "train_captioned_images.py"
+CAPTIONED, VAE = "train_captioned_images.py", "train_vae.py"
 SHORT = ("--size", 8, "--dim", 32, "--depth", 1, "--modality-steps", 2)
 
 
@@ -240,6 +240,11 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, m
         ("train_text_only.py", ("--data", ""), "there is no file or folder ''"),
         ("train_text_only.py", ("--data", "{tmp}/one"), "error: {tmp}/one is a folder, not a text file"),
         ("train_text_only.py", ("--data", "{tmp}/empty"), "error: too little text"),
+        (VAE, ("--data", "{tmp}/none"), "there is no file or folder '{tmp}/none'"),
+        (VAE, ("--data", "{tmp}/empty"), "error: no folder {tmp}/empty"),
+        (VAE, ("--data", "{tmp}/one"), "error: 100 images cannot be held out of 2: hold out fewer"),
+        (VAE, ("--dataset", "digits", "--data", "{tmp}/one"), "error: digits are read from scikit-learn"),
+        (VAE, ("--dataset", "digits", "--widths", 8, 8), "error: widths and num_blocks have an entry for each"),
         ("train_toy.py", ("--data", "{tmp}/one"), "error: unrecognized arguments: --data {tmp}/one"),
     ],
 )
@@ -251,7 +256,7 @@ def test_data_that_are_not_there_are_an_error_and_never_other_data(
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "one" / "00.png", "00.png")
     (tmp_path / "empty").write_bytes(b"")
-    given = [option.format(tmp=tmp_path) for option in options]
+    given = [str(option).format(tmp=tmp_path) for option in options]
     told = error_of(monkeypatch, capsys, script, "--steps", 1, "--results", tmp_path / "results", *given)
     assert message.format(tmp=tmp_path) in told
     assert not (tmp_path / "results").exists()
@@ -302,6 +307,49 @@ def test_bars_are_drawn_for_the_tracker(tmp_path):
     assert torch.equal(images["drawings"], load_picture(tmp_path / "samples.png"))
     nothing = SimpleNamespace(sample_many=lambda asked, **options: [[torch.tensor([0])]] * 8)
     assert callback.on_sample(run_at(tmp_path, nothing)) == {}
+
+
+NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--precision", "fp32")
+
+
+def test_a_folder_becomes_an_autoencoder_that_can_be_used_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    folder = pictures_with_captions(tmp_path / "pictures", count=8)
+    options = ("--data", folder, "--size", 8, "--held-out", 3, *NARROW, "--results", tmp_path / "results")
+    call(monkeypatch, *options, "--steps", 2, script=VAE)
+    output = capsys.readouterr().out
+    assert "8 images of" in output
+    assert "images of 8 x 8 x 3 to latents of 4 x 4 x 2" in output
+    assert re.search(r"held out, 3 images: PSNR [\d.]+ dB \([\d.]+ dB behind samples\), SSIM -?[\d.]+, rate", output)
+    (made,) = (tmp_path / "results").iterdir()
+    assert {"model", "losses.png", "step-00001.png", "step-00002.png", "metrics.csv"} <= {
+        file.name for file in made.iterdir()
+    }
+    with Image.open(made / "step-00002.png") as picture:
+        rows, columns = 2, 3  # images above their reconstructions, each of 64 pixels after it was enlarged
+        assert picture.size == (columns * (64 + 8) + 8, rows * (64 + 8) + 8)
+
+    autoencoder = KLAutoencoder.from_pretrained(made / "model")
+    model = Transfusion(
+        num_text_tokens=0,
+        dim_latent=2,
+        channel_first_latent=True,
+        modality_default_shape=(4, 4),
+        modality_encoder=autoencoder.encoder,
+        modality_decoder=autoencoder.decoder,
+        transformer=dict(dim=16, depth=1),
+    )
+    assert model.generate_modality_only(batch_size=1, modality_type=0, modality_steps=1).shape == (1, 3, 8, 8)
+
+    call(monkeypatch, *options, "--steps", 3, "--resume", script=VAE)
+    assert f"run: {made}, step 2 of 3" in capsys.readouterr().out
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_digits_are_reconstructed(tmp_path):
+    sizes = ("--widths", 32, 64, "--blocks", 1, 2)  # 4 x 4 x 2 numbers
+    output = run(VAE, "--dataset", "digits", *sizes, "--steps", 600, "--results", tmp_path)
+    assert percentage(r"held out, 360 images: PSNR ([\d.]+) dB", output) > 22
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from transfusion_pytorch.autoencoder.halves import AutoencoderHalves, DecoderHalf, EncoderHalf, measure_scale
@@ -181,8 +182,8 @@ class _PretrainedHalf(nn.Module):
 
     def take(self, autoencoder: nn.Module) -> None:
         """Uses the modules of this autoencoder, which is of the same class and configuration; frozen."""
-        self.autoencoder: Any = without(autoencoder, self.other_parts).eval().requires_grad_(False)
-        _forget_normed_weights(self.autoencoder)
+        own = with_plain_weights(without(autoencoder, self.other_parts))
+        self.autoencoder: Any = own.eval().requires_grad_(False)
         if self.slicing:
             self.autoencoder.enable_slicing()
         if self.tiling:
@@ -288,6 +289,28 @@ def without(module: nn.Module, parts: Sequence[str]) -> Any:
     return shallow
 
 
+@torch.no_grad()
+def with_plain_weights(module: nn.Module) -> Any:
+    """The same module where it has no `weight_norm`; otherwise a copy whose weights are the normed ones. They would be
+    made anew in every call, lie outside of the `state_dict`, and could not be copied.
+    """
+    normed = [(part, hook) for part in module.modules() for hook in _weight_norms(part)]
+    if not normed:
+        return module
+    for part, hook in normed:
+        hook(part, None)  # makes the weight, without a gradient function
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    plain = copy.deepcopy(module, shared)
+    for part in plain.modules():
+        for hook in _weight_norms(part):
+            remove_weight_norm(part, hook.name)
+    return plain
+
+
+def _weight_norms(module: nn.Module) -> list[WeightNorm]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+
+
 def _diffusers() -> Any:
     return import_optional("diffusers", extra="pretrained")
 
@@ -311,13 +334,3 @@ def _weight_norm_allowed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight_norm.*is deprecated", category=FutureWarning)
         yield
-
-
-def _forget_normed_weights(module: nn.Module) -> None:
-    """Weights under `weight_norm` are made again before every call. The first ones have a gradient function, with which
-    a module cannot be copied.
-    """
-    for each in module.modules():
-        for hook in each._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):
-                vars(each).pop(hook.name, None)
