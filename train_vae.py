@@ -30,7 +30,7 @@ from transfusion_pytorch.examples.pictures import load_picture, save_curves, sav
 from transfusion_pytorch.training.config import config_from_arguments
 
 DEFAULTS = TrainConfig(
-    steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.01, ema_beta=None, precision="bf16",
+    steps=2400, batch_size=32, learning_rate=2e-3, weight_decay=0.01, ema_beta=None, precision="bf16",
 )  # fmt: skip
 SHOWN = 16  # images in the pictures
 SCORED = 500  # held-out images that are scored while it trains; all are at the end
@@ -74,12 +74,25 @@ def main() -> None:
     parser.add_argument("--size", type=run.positive_int, default=64, help="side of images of a folder, in pixels")
     parser.add_argument("--grey", action="store_true", help="images of a folder in one channel")
     parser.add_argument("--held-out", type=run.positive_int, default=100, help="images of a folder that are held out")
-    parser.add_argument("--dim-latent", type=run.positive_int, default=2, help="channels of a latent (default: 2)")
     parser.add_argument(
-        "--widths", type=run.positive_int, nargs="+", default=[32, 64, 128], help="hidden channels at each resolution"
+        "--dim-latent", type=run.positive_int, default=2, help="channels of a latent (default: %(default)s)"
     )
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 3], help="residual blocks at each resolution")
-    parser.add_argument("--patch-size", type=run.positive_int, default=1, help="pixels that are joined at the start")
+    parser.add_argument(
+        "--widths",
+        type=run.positive_int,
+        nargs="+",
+        default=[64, 128],
+        help="hidden channels at each resolution (default: 64 128)",
+    )
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[1, 3], help="residual blocks at each resolution (default: 1 3)"
+    )
+    parser.add_argument(
+        "--patch-size",
+        type=run.positive_int,
+        default=2,
+        help="side of the patches of pixels that are joined to channels at the start (default: %(default)s)",
+    )
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="of nats for each pixel (default: %(default)s)")
     run.add_common_arguments(parser, DEFAULTS, skip=NOT_FOR_AUTOENCODERS)
     args = parser.parse_args()
