@@ -19,14 +19,17 @@ from transfusion_pytorch.flow.path import velocity_towards
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
 from transfusion_pytorch.modalities import preparation
-from transfusion_pytorch.modalities.build import build_modalities, per_modality
+from transfusion_pytorch.modalities.build import build_modalities, count_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
 from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
+from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.cache_views import CacheView, DecodeView
+from transfusion_pytorch.network.experts import Routing
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
-from transfusion_pytorch.network.transformer import Transformer, as_trunk
+from transfusion_pytorch.network.transformer import Transformer, as_trunk, check_trunk
+from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
@@ -88,6 +91,12 @@ class Transfusion(
       for classifier-free guidance
     - `time_policy`: how training draws times
     - `ignore_index`: the label of what is not predicted
+    - `time_conditioning`: how spans are told their time: by the `"norms"` of the transformer, `"added"` to their
+      tokens, by a time `"token"`, or at the `"output"` (see `modalities.timing.Timing`)
+    - `eos_id`: the id that ends the text of a language model. Text is then as its tokenizer makes it: sos is written
+      only where a sample does not begin with text, and eos where its text does not end with it. Its rows in the
+      embedding stand apart from those of the markers. See `from_pretrained_lm`.
+    - `tie_embeddings`: logits have the weights of the embedding
     """
 
     def __init__(
@@ -115,6 +124,9 @@ class Transfusion(
         prob_uncond: float = 0.1,
         time_policy: TimePolicy | None = None,
         ignore_index: int = -1,
+        time_conditioning: TimeConditioning = "norms",
+        eos_id: int | None = None,
+        tie_embeddings: bool = False,
     ):
         super().__init__()
         if num_text_tokens < 0:
@@ -122,7 +134,9 @@ class Transfusion(
         check_probability(prob_uncond)
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative, all others are ids, got {ignore_index}")
-        self.transformer: Transformer = as_trunk(transformer)
+        if eos_id is not None and not 0 <= eos_id < num_text_tokens:
+            raise ValueError(f"eos_id must be an id of text, 0 to {num_text_tokens - 1}, got {eos_id}")
+        self.transformer: Transformer = as_trunk(transformer, num_modalities=count_modalities(dim_latent))
         self.dim = dim = self.transformer.dim
         self.modalities = build_modalities(
             dim=dim,
@@ -136,10 +150,12 @@ class Transfusion(
             pre_post_transformer_enc_dec=pre_post_transformer_enc_dec,
             add_pos_emb=add_pos_emb,
             to_modality_shape_fn=to_modality_shape_fn,
+            time_conditioning=time_conditioning,
         )
-        self.vocabulary = Vocabulary(num_text_tokens, len(self.modalities))
-        self.text_embedding = nn.Embedding(self.vocabulary.size, dim)
-        self.to_logits = Linear(dim, self.vocabulary.num_logits, bias=False)
+        check_trunk(self.transformer, len(self.modalities), time_conditioning)
+        self.vocabulary = Vocabulary(num_text_tokens, len(self.modalities), eos_id)
+        self.time_conditioning, self.tie_embeddings = time_conditioning, tie_embeddings
+        self._build_text_layers()
         self.time_embedding = TimeEmbedding(dim)
         self.type_embedding = nn.Embedding(len(self.modalities), dim)
         self._reset_embeddings()
@@ -163,6 +179,18 @@ class Transfusion(
         self.process_group: Any = None  # of data parallelism, where it is neither DDP's own nor the default one
         self._ddp_params_and_buffers_to_ignore = names_of_statistics(len(self.modalities))
         self._live_shapes = self._shape_finders(is_live=True)
+
+    def _build_text_layers(self) -> None:
+        """The embedding of ids, and the layer that makes logits. Of the text of a language model they have a table."""
+        vocabulary, dim = self.vocabulary, self.dim
+        if vocabulary.is_framed and not self.tie_embeddings:
+            self.text_embedding: nn.Module = nn.Embedding(vocabulary.size, dim)
+            self.to_logits: nn.Module = Linear(dim, vocabulary.num_logits, bias=False)
+            return
+        num_text, num_markers = vocabulary.num_text, vocabulary.num_logits - vocabulary.num_text
+        self.text_embedding = TextEmbedding(num_text, num_markers + 1, dim)
+        tied = self.text_embedding if self.tie_embeddings else None
+        self.to_logits = TextLogits(num_text, num_markers, dim, tied=tied)
 
     def forward(
         self,
@@ -294,6 +322,7 @@ class Transfusion(
             layout=stream.layout,
             conditioning=self._conditioning(stream, condition),
             cache=cache,
+            **self._routing(stream),
         )
         return StreamOutput(hidden, condition, adapter_state)
 
@@ -320,6 +349,15 @@ class Transfusion(
         elif not len(condition):
             return None
         return Conditioning(condition, None if stream.has_equal_spans and not is_shared else stream.modulation_index)
+
+    def _routing(self, stream: TokenStream) -> dict[str, Routing]:
+        """Which expert reads which token, for a transformer of untied weights."""
+        if not getattr(self.transformer, "untied", ()):
+            return {}
+        slots = {modality: placement.slots for modality, placement in stream.placements.items()}
+        takes_all = self._processes() is not None
+        count, num_tokens = self.transformer.num_experts, len(stream.token)
+        return dict(routing=Routing.of(slots, num_tokens, count, device=self.device, takes_all=takes_all))
 
     def logits(self, hidden: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n v"]:
         """Of the next id, for every id that can be written."""
@@ -375,7 +413,9 @@ class Transfusion(
         return self.modalities[modality_type].info(self.vocabulary)
 
     def _reset_embeddings(self) -> None:
-        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        for embedding in self.text_embedding.modules():
+            if isinstance(embedding, nn.Embedding):
+                nn.init.normal_(embedding.weight, std=0.02)
         nn.init.zeros_(self.type_embedding.weight)
 
     # inside forward

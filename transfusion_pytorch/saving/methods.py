@@ -41,6 +41,8 @@ class SavingMethods:
     prob_uncond: float
     time_policy: Any
     ignore_index: int
+    time_conditioning: str
+    tie_embeddings: bool
 
     name_or_path: str | None = None  # where it was loaded from; PEFT writes it into the configuration of an adapter
     _tokenizer: Any = None  # or the text of its file, until somebody wants it
@@ -66,6 +68,9 @@ class SavingMethods:
             prob_uncond=self.prob_uncond,
             time_policy=self.time_policy,
             ignore_index=self.ignore_index,
+            time_conditioning=self.time_conditioning,
+            eos_id=self.vocabulary.eos_id,
+            tie_embeddings=self.tie_embeddings,
         )
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None, tokenizer: Any = None) -> None:
