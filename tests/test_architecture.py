@@ -40,6 +40,7 @@ ALLOWED = {
         "data",
     ],
     "batching": ["sequence", "modalities"],
+    "pretrained": ["network", "modalities", "saving"],
     "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)

@@ -30,6 +30,7 @@ from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk, check_trunk
 from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
+from transfusion_pytorch.pretrained.methods import PretrainedMethods
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
@@ -64,7 +65,14 @@ class StreamOutput(NamedTuple):
 
 
 class Transfusion(
-    BatchingMethods, TrainingMethods, SamplingMethods, SavingMethods, StatisticsMethods, MarkerIds, nn.Module
+    BatchingMethods,
+    TrainingMethods,
+    SamplingMethods,
+    SavingMethods,
+    StatisticsMethods,
+    PretrainedMethods,
+    MarkerIds,
+    nn.Module,
 ):
     """Autoregressive text and flow matching over any number of modalities, in one transformer (arXiv 2408.11039).
 
@@ -181,9 +189,9 @@ class Transfusion(
         self._live_shapes = self._shape_finders(is_live=True)
 
     def _build_text_layers(self) -> None:
-        """The embedding of ids, and the layer that makes logits. Of the text of a language model they have a table."""
+        """The embedding of ids, and the layer that makes logits; text has tables of its own where it may be frozen."""
         vocabulary, dim = self.vocabulary, self.dim
-        if vocabulary.is_framed and not self.tie_embeddings:
+        if vocabulary.is_framed and not self.tie_embeddings and not getattr(self.transformer, "untied", ()):
             self.text_embedding: nn.Module = nn.Embedding(vocabulary.size, dim)
             self.to_logits: nn.Module = Linear(dim, vocabulary.num_logits, bias=False)
             return

@@ -1,0 +1,1 @@
+"""Models from elsewhere, as parts of a `Transfusion`: language models and autoencoders."""
