@@ -40,6 +40,7 @@ ALLOWED = {
         "data",
     ],
     "batching": ["sequence", "modalities"],
+    "forwarding": ["sequence", "flow", "modalities", "network"],
     "pretrained": ["network", "modalities", "saving"],
     "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
 }

@@ -202,7 +202,7 @@ class Layer(nn.Module):
         dim: int,
         index: int,
         *,
-        make_norm: Callable[[], nn.Module],
+        make_norm: Callable[[], Any],
         connect: Callable[..., nn.Module],
         has_one_stream: bool,
         has_skip: bool,

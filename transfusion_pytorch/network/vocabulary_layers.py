@@ -43,7 +43,7 @@ class TextLogits(nn.Module):
             self.text.weight, self.markers.weight = tied.text.weight, tied.markers.weight
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """That of text: its device and type are those of the model."""
         return self.text.weight
 

@@ -85,7 +85,7 @@ class PretrainedMethods:
                 raise ValueError(
                     f"the tokenizer has {size} ids, and the language model {source.num_text}: it is another's"
                 )
-            trunk = source.transformer_arguments() | dict(
+            trunk: dict[str, Any] = source.transformer_arguments() | dict(
                 untied=untied,
                 num_experts=num_experts or (1 + len(dim_latent) if isinstance(dim_latent, Sequence) else 2),
                 norm="adaptive_rms" if time_conditioning == "norms" else "rms",
@@ -95,7 +95,8 @@ class PretrainedMethods:
             )
             with torch.device("meta"):
                 transformer = Transformer(**trunk)
-            model: Any = cls(
+            build: Any = cls
+            model = build(
                 num_text_tokens=source.num_text,
                 transformer=transformer,
                 dim_latent=dim_latent,
