@@ -10,6 +10,7 @@ from torch import nn
 from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.experts import PARTS, TEXT
 from transfusion_pytorch.network.transformer import Transformer
+from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
 from transfusion_pytorch.pretrained.language_model import (
     LanguageModel,
     check_weights,
@@ -135,6 +136,38 @@ class PretrainedMethods:
         frozen = [*trunk.layers_of(TEXT), trunk.final_norm[TEXT], self.text_embedding.text, self.to_logits.text]
         for module in frozen:
             module.requires_grad_(False)
+
+    def lora_config(self, rank: int = 16, *, alpha: float | None = None, dropout: float = 0.0, **options: Any) -> Any:
+        """A `peft.LoraConfig` for the linear layers of the transformer, by default with `alpha = 2 rank`.
+
+        `peft.get_peft_model(model, model.lora_config())` trains these, and all that the language model did not have:
+        rows of markers, adapters of modalities, times. The saved adapter has nothing else. Where weights are untied,
+        the layers of text are left alone, and logits of text behind text stay the same to the bit. `options` are those
+        of `LoraConfig`. Raises `ImportError` without `peft`.
+        """
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ImportError('LoRA needs the package peft: pip install "transfusion-pytorch[adapters]"') from error
+        experts = r"\.experts\.[1-9]\d*" if self.transformer.untied else ""
+        modalities = [
+            f"modalities.{i}.{name}"
+            for i, io in enumerate(self.modalities)
+            for name, module in (("adapter", io.adapter), ("positions", io.positions), ("timing", io.timing))
+            if module is not None
+        ]
+        markers = [
+            f"{name}.markers" if isinstance(getattr(self, name), TextEmbedding | TextLogits) else name
+            for name in ("text_embedding", "to_logits")
+        ]
+        arguments = dict(
+            r=rank,
+            lora_alpha=2 * rank if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=rf"(.*\.)?transformer\.layers\.\d+{experts}\.(attn|ff)\.to_(qkv|out|hidden)",
+            modules_to_save=["time_embedding", "type_embedding", *markers, *modalities],
+        )
+        return LoraConfig(**(arguments | options))
 
 
 def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> Any:
