@@ -146,7 +146,7 @@ class PictureModel:
 def codec_of(model: Any) -> TextCodec:
     """The tokenizer that a model was saved with, or bytes where it has 256 text tokens."""
     if model.tokenizer is not None:
-        return TokenizerText(model.tokenizer)
+        return model.tokenizer if isinstance(model.tokenizer, TextCodec) else TokenizerText(model.tokenizer)
     if model.vocabulary.num_text != ByteText.num_tokens:
         raise ValueError(
             f"the model has {model.vocabulary.num_text} text tokens and no tokenizer, so nobody can tell what they "
