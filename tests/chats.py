@@ -20,12 +20,12 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = """\
 {% for message in messages %}
     {% if loop.first and message['role'] != 'system' %}
-        {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}
+        {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' -}}
     {% endif %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
 {% endfor %}
 {% if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
+    {{- '<|im_start|>assistant\\n' -}}
 {% endif %}
 """
 LLAMA3 = (
@@ -57,7 +57,7 @@ THINKING = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% set content = message['content'].split('</think>')[-1] %}"
     "{% if loop.last %}{{ '<think>' + ('' if '</think>' not in message['content'] else "
-    "message['content'].split('</think>')[0]) + '</think>' }}{% endif %}{{ content }}"
+    "message['content'].split('</think>')[0].split('<think>')[-1]) + '</think>' }}{% endif %}{{ content }}"
     "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
@@ -94,6 +94,7 @@ def with_spaces():
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
     normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", behavior="merged_with_next")  # no token spans words
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     alphabet = sorted({letter for text in CORPUS for letter in text} | {"▁"})
     trainer = tokenizers.trainers.BpeTrainer(

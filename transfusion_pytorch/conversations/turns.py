@@ -74,9 +74,9 @@ class TurnRenderer:
         """What the template writes behind a message of the assistant, up to its first special token: `<|im_end|>`.
         Without one, all that it writes there; the end-of-sequence token where the template does not tell.
         """
-        question, answer = {"role": "user", "content": "?"}, {"role": ASSISTANT, "content": self._shaped(SENTINEL)}
+        question, answer = {"role": "user", "content": "?"}, {"role": ASSISTANT, "content": SENTINEL}
         try:
-            text = self._render([question | {"content": self._shaped("?")}, answer], False).text
+            text = self._render([question, answer], False).text
         except ValueError:
             text = ""
         rest = text.rpartition(SENTINEL)[2]
