@@ -14,7 +14,11 @@ tokenizers = pytest.importorskip("tokenizers")
 Image = pytest.importorskip("PIL.Image")
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|header|>", "<|end_header|>"]
-CORPUS = ["system\n user\n assistant\n USER: ASSISTANT:", "What is this? It is a red square.", "Draw a blue circle.\n\n"]
+CORPUS = [
+    "system\n user\n assistant\n USER: ASSISTANT:",
+    "What is this? It is a red square.",
+    "Draw a blue circle.\n\n",
+]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 
 CHATML = """\
@@ -137,7 +141,10 @@ def data_url(colour: str = "red") -> str:
 
 def shown(parts: list, tokenizer: ChatTokenizer) -> list[str]:
     """A sample for people: what is only read in brackets, images by their type and first pixel."""
-    return [f"[{_shown(part.part, tokenizer)}]" if isinstance(part, Condition) else _shown(part, tokenizer) for part in parts]
+    return [
+        f"[{_shown(part.part, tokenizer)}]" if isinstance(part, Condition) else _shown(part, tokenizer)
+        for part in parts
+    ]
 
 
 def _shown(part, tokenizer: ChatTokenizer) -> str:

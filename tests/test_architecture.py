@@ -45,7 +45,14 @@ ALLOWED = {
         "data",
     ],
     "batching": ["sequence", "modalities"],
-    "examples": ["data", "conversations", "sequence.samples", "training.config", "training.launch", "training.schedule"],
+    "examples": [
+        "data",
+        "conversations",
+        "sequence.samples",
+        "training.config",
+        "training.launch",
+        "training.schedule",
+    ],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["commands"] = [

@@ -35,7 +35,10 @@ ASKED = {"role": "user", "content": [{"type": "image", "image": png("red")}, {"t
 TOLD = {"role": "assistant", "content": "It is red."}
 WISHED = {"role": "user", "content": "Draw a blue one."}
 DRAWN = {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": data_url("blue")}}]}
-BOTH = {"role": "assistant", "content": [{"type": "text", "text": "Here: "}, *DRAWN["content"], {"type": "text", "text": "!"}]}
+BOTH = {
+    "role": "assistant",
+    "content": [{"type": "text", "text": "Here: "}, *DRAWN["content"], {"type": "text", "text": "!"}],
+}
 TURNS = [ASKED, TOLD, WISHED, DRAWN]
 
 
@@ -103,7 +106,9 @@ def test_a_prompt_is_how_a_sample_begins(name, make):
     first = next(i for i, part in enumerate(sample) if not isinstance(part, Condition))
     assert len(prompt) == first
     for read, part in zip(sample, prompt, strict=False):
-        for given, expected in zip(*((each if isinstance(each, tuple) else (each,)) for each in (part, read.part)), strict=True):
+        for given, expected in zip(
+            *((each if isinstance(each, tuple) else (each,)) for each in (part, read.part)), strict=True
+        ):
             assert given.equal(expected) if isinstance(given, Tensor) else given == expected
 
 
@@ -155,7 +160,10 @@ def test_thoughts_that_are_forgotten():
 
 
 def test_a_conversation_may_begin_with_the_assistant():
-    assert see(LLAMA3, [TOLD, WISHED, TOLD])[:2] == ["[<s><|header|>assistant<|end_header|>\n\n]", "It is red.<|eot_id|>"]
+    assert see(LLAMA3, [TOLD, WISHED, TOLD])[:2] == [
+        "[<s><|header|>assistant<|end_header|>\n\n]",
+        "It is red.<|eot_id|>",
+    ]
 
 
 def test_tokens_that_would_span_a_boundary_are_cut():
@@ -260,7 +268,9 @@ def test_errors_name_the_part(tmp_path):
     missing = [{"type": "text", "text": "a"}, {"type": "image", "image": "b.png"}]
     with pytest.raises(FileNotFoundError, match=r"message 1, part 1: there is no image file .*b\.png"):
         made.sample_of([SYSTEM, {"role": "user", "content": missing}, TOLD], root=tmp_path)
-    with pytest.raises(ValueError, match="message 0, part 0: images are read from files by an ImageReader: give images="):
+    with pytest.raises(
+        ValueError, match="message 0, part 0: images are read from files by an ImageReader: give images="
+    ):
         format_of(images=None).sample_of(TURNS)
     with pytest.raises(ValueError, match="message 0, part 1: the image https"):
         made.sample_of([{"role": "user", "content": [missing[0], {"type": "image", "image": "https://a.b/c"}]}, TOLD])
@@ -299,7 +309,9 @@ def test_the_plain_template_needs_no_special_tokens_but_one():
 
     bare = chat_tokenizer().backend_tokenizer
     assert isinstance(bare, tokenizers.Tokenizer)
-    made = ConversationFormat(ChatTokenizer(bare, chat_template=PLAIN_TEMPLATE, special_tokens={"eos_token": "</s>"}), 2)
+    made = ConversationFormat(
+        ChatTokenizer(bare, chat_template=PLAIN_TEMPLATE, special_tokens={"eos_token": "</s>"}), 2
+    )
     assert shown(made.sample_of(TURNS[:2]).parts, made.tokenizer)[-2:] == [" It is red.</s>", "[\n]"]
 
 
@@ -328,7 +340,11 @@ def test_answers_are_messages():
     model = model_of(made.tokenizer)
     num_text = made.tokenizer.num_tokens
     prompt = made.prompt_of([ASKED])
-    answer = [made.tokenizer.encode("Here: "), (0, torch.full((2, 2, 3), 2.0)), made.tokenizer.encode(" so. <|im_end|>")]
+    answer = [
+        made.tokenizer.encode("Here: "),
+        (0, torch.full((2, 2, 3), 2.0)),
+        made.tokenizer.encode(" so. <|im_end|>"),
+    ]
     sample = [
         torch.cat((tensor([model.sos_id]), prompt[0], model.vocabulary.opening(0, (2, 2)))),
         prompt[1],

@@ -8,7 +8,7 @@ from chats import picture, png
 from torch import tensor
 
 from transfusion_pytorch import Latents
-from transfusion_pytorch.conversations.messages import ImagePart, Message, ModalityPart, check_learnable, parse_messages
+from transfusion_pytorch.conversations.messages import ImagePart, Message, ModalityPart, parse_learnable, parse_messages
 from transfusion_pytorch.conversations.pictures import as_picture, load_image
 
 ASKED = {"role": "user", "content": "What is this?"}
@@ -49,7 +49,11 @@ def test_messages_are_parsed():
             ValueError,
             "message 1, part 1: expected a part of type text, image_url, image, modality, got the type 'audio'",
         ),
-        ([ASKED | {"content": [{"type": "text", "text": 3}]}], TypeError, "message 0, part 0: text is a string, got int"),
+        (
+            [ASKED | {"content": [{"type": "text", "text": 3}]}],
+            TypeError,
+            "message 0, part 0: text is a string, got int",
+        ),
         ([ASKED | {"content": [{"type": "image_url", "image_url": {}}]}], ValueError, "part 0: there is no image"),
         ([ASKED | {"content": [{"type": "image", "image": ""}]}], ValueError, "part 0: there is no image"),
         (
@@ -67,10 +71,10 @@ def test_others_are_refused(messages, error, message):
 
 def test_what_can_be_learned():
     with pytest.raises(ValueError, match="no message of the assistant is to be learned: the roles are user"):
-        check_learnable(parse_messages([ASKED]))
+        parse_learnable([ASKED])
     with pytest.raises(ValueError, match="message 1 of the assistant is empty"):
-        check_learnable(parse_messages([ASKED, {"role": "assistant", "content": ""}]))
-    check_learnable(parse_messages([{"role": "assistant", "content": "a"}]))
+        parse_learnable([ASKED, {"role": "assistant", "content": ""}])
+    assert parse_learnable([{"role": "assistant", "content": "a"}])[0].is_learned
 
 
 # images

@@ -51,7 +51,9 @@ def test_what_was_generated_is_what_transformers_masks(oracle):
     )
     text, spans = chat_tokenizer(GENERATION).render(messages)
     assert [text[start:end] for start, end in spans] == ["It is red.\n<|im_end|>", "<think>hm</think>Blue.<|im_end|>"]
-    learned = [token for token, is_learned in zip(found["input_ids"], found["assistant_masks"], strict=True) if is_learned]
+    learned = [
+        token for token, is_learned in zip(found["input_ids"], found["assistant_masks"], strict=True) if is_learned
+    ]
     assert oracle.decode(learned) == "".join(text[start:end] for start, end in spans)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from transfusion_pytorch.conversations.format import ConversationFormat, Slots
-from transfusion_pytorch.conversations.messages import ImagePart, Message, Messages, errors_named, parse_messages
+from transfusion_pytorch.conversations.messages import ImagePart, Message, Messages, errors_named, parse_learnable
 from transfusion_pytorch.conversations.records import Records
 from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.data.loading import SkipSample
@@ -95,7 +95,7 @@ class ConversationDataset(Dataset, ABC):
     def _parsed(self, index: int, generator: torch.Generator) -> list[Message]:
         messages = self.messages(index, generator)  # whose errors name the record
         with errors_named(self.describe(index)):
-            return parse_messages(messages)
+            return parse_learnable(messages)
 
     def _slots(self, messages: Sequence[Message], modalities: Sequence[Any]) -> Slots:
         """What `load` gave, flat, by the slots of the conversation."""

@@ -18,8 +18,8 @@ from transfusion_pytorch.conversations.messages import (
     Message,
     Messages,
     ModalityPart,
-    check_learnable,
     errors_named,
+    parse_learnable,
     parse_messages,
 )
 from transfusion_pytorch.conversations.pictures import Fetch, as_picture, load_image, shape_on_meta
@@ -83,7 +83,7 @@ class ConversationFormat:
         Raises `ValueError`, `TypeError` or `FileNotFoundError` that names the message and the part at fault, and
         `SkipSample` for a broken image.
         """
-        parsed = parse_messages(messages)
+        parsed = parse_learnable(messages)
         return self.arrange(parsed, self.load(parsed, root=root), name=name)
 
     def prompt_of(self, messages: Messages, *, root: Path | None = None) -> list[Any]:
@@ -114,7 +114,6 @@ class ConversationFormat:
 
     def arrange(self, messages: Sequence[Message], slots: Slots, *, name: str | None = None) -> Sample:
         """The sample of parsed messages whose images are loaded."""
-        check_learnable(messages)
         shown, parts = self._shown(messages, slots), []
         for piece in pieces_of(self.renderer.learned_turns(messages), self.tokenizer.encode):
             own = shown[piece.slot] if piece.ids is None else [piece.ids]

@@ -67,14 +67,16 @@ def parse_messages(messages: Any) -> list[Message]:
     return [_parse_message(message, f"message {i}") for i, message in enumerate(messages)]
 
 
-def check_learnable(messages: Sequence[Message]) -> None:
-    """Raises `ValueError` unless something of this conversation can be learned."""
-    for i, message in enumerate(messages):
+def parse_learnable(messages: Any) -> list[Message]:
+    """Reads a conversation of which something is to be learned. Raises `ValueError` where that is nothing."""
+    parsed = parse_messages(messages)
+    for i, message in enumerate(parsed):
         if message.is_learned and message.is_empty:
             raise ValueError(f"message {i} of the assistant is empty: there is nothing to learn; leave it out")
-    if not any(message.is_learned for message in messages):
-        roles = ", ".join(message.role for message in messages)
+    if not any(message.is_learned for message in parsed):
+        roles = ", ".join(message.role for message in parsed)
         raise ValueError(f"no message of the assistant is to be learned: the roles are {roles}")
+    return parsed
 
 
 def _parse_message(message: Any, where: str) -> Message:

@@ -126,7 +126,9 @@ class ChatTokenizer:
         return TokenizerFiles(self.backend_tokenizer.to_str(pretty=True), self.chat_template, config)
 
     @classmethod
-    def of_files(cls, files: TokenizerFiles, where: str | Path, *, num_text_tokens: int | None = None) -> "ChatTokenizer":
+    def of_files(
+        cls, files: TokenizerFiles, where: str | Path, *, num_text_tokens: int | None = None
+    ) -> "ChatTokenizer":
         """The inverse of `files`; also of what `transformers` saves. `where` is named in errors, which are those of
         `load_tokenizer`.
         """

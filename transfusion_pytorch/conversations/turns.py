@@ -128,7 +128,9 @@ class TurnRenderer:
 
     def _span(self, messages: Sequence[Mapping[str, Any]], text: str, index: int) -> Span:
         """From where the assistant begins to write message `index` to the token that ends it."""
-        other = self._render([*messages[:index], {**messages[index], "content": SENTINEL}, *messages[index + 1 :]], False)
+        other = self._render(
+            [*messages[:index], {**messages[index], "content": SENTINEL}, *messages[index + 1 :]], False
+        )
         content = difference(text, other.text)
         start, end = self._beginning(messages, text, index, content.start), content.end
         if text.startswith(self.end_of_turn, end):
