@@ -290,7 +290,7 @@ def test_templates_that_lose_or_repeat_messages():
         format_of(CHATML * 2).sample_of([ASKED, TOLD])
     with pytest.raises(ValueError, match="does not show the content of a message of the user"):
         format_of("hello").sample_of([ASKED, TOLD])
-    with pytest.raises(ValueError, match="does not show the content of a message of the user: .*never"):
+    with pytest.raises(ValueError, match=r"does not show the content of a message of the user: .*never"):
         format_of("{{ raise_exception('never') }}").sample_of([ASKED, TOLD])
     once = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %}x{% endgeneration %}"
     with pytest.raises(ValueError, match="has 1 generation blocks for 2 messages of the assistant"):

@@ -59,7 +59,7 @@ def test_messages_are_parsed():
         (
             [ASKED | {"content": [{"type": "modality", "modality_type": "x", "data": tensor(1.0)}]}],
             TypeError,
-            "message 0, part 0: a modality has an int as its modality_type and a tensor or Latents as its data, got str",
+            "part 0: a modality has an int as its modality_type and a tensor or Latents as its data, got str",
         ),
         ([ASKED | {"content": "a\ufdd2b"}], ValueError, "message 0: the text has a character from U+FDD0 to U+FDEF"),
     ],

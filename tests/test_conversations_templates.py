@@ -81,7 +81,7 @@ def test_the_present_time():
 def test_templates_cannot_reach_outside():
     with pytest.raises(ValueError, match="does not take these messages: access to attribute '__class__'"):
         render("{{ messages.__class__.__mro__ }}", [QUESTION], {})
-    with pytest.raises(ValueError, match="is not safely callable|immutable|unsafe"):
+    with pytest.raises(ValueError, match=r"does not take these messages: .*append"):
         render("{{ messages.append(1) }}", [QUESTION], {})
 
 

@@ -168,7 +168,7 @@ def test_captions():
 def test_shades_are_of_what_is_shown():
     image = torch.full((1, 8, 8), -1.0)
     assert shade_of(image) == "dark"
-    for level, shade in ((0.3, "dark"), (0.5, "grey"), (0.9, "light")):
+    for level, shade in ((0.3, "dark"), (0.6, "grey"), (0.9, "light")):
         image[0, 2, 2] = 2 * level - 1
         assert shade_of(image) == shade
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfusion_pytorch.conversations.format import ConversationFormat
 from transfusion_pytorch.conversations.messages import Messages
-from transfusion_pytorch.conversations.pictures import has_channels_first, image_reader_of
+from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
     SamplingOptions,
@@ -40,8 +40,8 @@ class ChatMethods:
                 "with one (save_pretrained(folder, tokenizer=...))"
             )
         kind = options.get("modality_type", 0)
-        images = image_reader_of(self, kind) if kind < len(self.modalities) else None
-        return ConversationFormat(tokenizer, **({"images": images} | options))
+        options.setdefault("images", image_reader_of(self.modalities[kind]) if kind < len(self.modalities) else None)
+        return ConversationFormat(tokenizer, **options)
 
     @takes_sampling_options
     @checks_itself

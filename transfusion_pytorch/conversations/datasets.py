@@ -1,4 +1,4 @@
-"""Conversations, captions and edits out of files, as samples: datasets for `Trainer`, `DataPlan` and `create_dataloader`."""
+"""Conversations, captions and edits out of files, as samples for `Trainer`, `DataPlan` and `create_dataloader`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -157,7 +157,7 @@ class OpenAIConversations(RecordDataset):
 
 
 class LlavaConversations(RecordDataset):
-    """`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}`.
+    """`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}`.
 
     `image` may be a list. Each `<image>`, in order, is one of them.
     """

@@ -16,9 +16,9 @@ class ConditionDropout:
     - `latents`: how often those of autoencoders are dropped
     - `vision`: how often those of the vision encoder, `vision_type`
 
-    A dropped branch is left out of the sample, as guidance by modalities leaves it out (`modality_cfg_scale`). Samples in
-    which nothing is drawn stay as they are, and so does what stands behind the last drawn image. Text is dropped by the
-    model (`prob_uncond`, 0.1): guidance reads null in its place, which no sample can contain.
+    A dropped branch is left out of the sample, as guidance by modalities leaves it out (`modality_cfg_scale`). Samples
+    in which nothing is drawn stay as they are, and so does what stands behind the last drawn image. Text is dropped by
+    the model (`prob_uncond`, 0.1): guidance reads null in its place, which no sample can contain.
 
     The `transform` of a conversation dataset: picklable, and the same for the same generator.
     """

@@ -162,7 +162,8 @@ class ConversationFormat:
             elif num_modalities:
                 num_modalities -= 1
             else:
-                content.append(_answered(*part, (channels_first or {}).get(part[0], False)))
+                kind, data = part
+                content.append(_answered(kind, data, (channels_first or {}).get(kind, False)))
         return {"role": ASSISTANT, "content": _trimmed(content)}
 
 

@@ -14,12 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.data.images import FixedSize, ImageReader, size_of_image
+from transfusion_pytorch.data.images import ImageReader, size_of_image
+from transfusion_pytorch.data.model_images import PICTURE_CHANNELS
 from transfusion_pytorch.data.optional import import_optional
-from transfusion_pytorch.modalities.patches import PatchEncoder
 
 Fetch = Callable[[str], bytes]
-PICTURE_CHANNELS = (1, 3)
 
 
 def load_image(source: Any, *, root: Path | None = None, fetch: Fetch | None = None) -> Any:
@@ -77,30 +76,6 @@ def shape_on_meta(image: Any, reader: ImageReader) -> Tensor:
     """What the reader would make of an image, on the `meta` device; of a file only the header is read."""
     size = size_of_image(image) if isinstance(image, bytes) else (image.height, image.width)
     return torch.empty(reader.shape_of(size), device="meta")
-
-
-def image_reader_of(model: Any, modality_type: int) -> ImageReader | None:
-    """Reads image files as a modality of a model takes images; None where the model does not say how.
-
-    Models say so by an `image_reader` of their encoder; by a `PatchEncoder`; or by latents of two axes with 1 or 3
-    channels and no encoder.
-    """
-    io = model.modalities[modality_type]
-    if isinstance(own := getattr(io.encoder, "image_reader", None), ImageReader):
-        return own
-    channels, scale, sizing = io.spec.dim_latent, 1, None
-    if isinstance(io.encoder, PatchEncoder):
-        channels, scale, sizing = io.encoder.channels, io.encoder.patch_size, io.encoder.sizing
-    elif io.encoder is not None or io.spec.num_dim != 2:
-        return None
-    if channels not in PICTURE_CHANNELS or (sizing is None and io.spec.default_shape is None):
-        return None
-    sizing = FixedSize(*(scale * side for side in io.spec.default_shape)) if sizing is None else sizing
-    return ImageReader(sizing, mode="RGB" if channels == 3 else "L", channels_first=has_channels_first(io))
-
-
-def has_channels_first(io: Any) -> bool:
-    return io.spec.channel_first and not isinstance(io.encoder, PatchEncoder)
 
 
 def as_picture(tensor: Float[Tensor, "..."], *, channels_first: bool = False) -> Any:

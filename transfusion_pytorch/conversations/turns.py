@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from jaxtyping import Int
@@ -218,4 +219,4 @@ def encode_pieces(
             return encode_pieces(encode, text[:cut], cuts[:i]) + encode_pieces(encode, text[cut:], rest)
         ends.append(len(head))
     ends.append(len(whole))
-    return [whole[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [whole[start:end] for start, end in pairwise(ends)]

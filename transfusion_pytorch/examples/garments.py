@@ -33,7 +33,7 @@ DRAW_REQUESTS = ("Draw {shaded}.", "Please draw {shaded}.", "Show me {a}.", "I w
 
 TASKS = ("name", "yes_no", "shade", "describe")  # of an image that is read; "draw" is for one that is drawn
 SHADES = ("dark", "grey", "light")
-SHADE_BOUNDS = (0.40, 0.62)  # of the mean brightness of what is not background, from 0 to 1
+SHADE_BOUNDS = (0.5, 0.7)  # of the mean brightness of what is not background, from 0 to 1
 BACKGROUND = 0.1
 
 

@@ -1,5 +1,5 @@
-"""A tokenizer that travels with a model: `tokenizer.json` of Hugging Face's `tokenizers`, and, if it has a chat template
-or special tokens, `chat_template.jinja` and `tokenizer_config.json` as `transformers` has them.
+"""A tokenizer that travels with a model: `tokenizer.json` of Hugging Face's `tokenizers`; if it has a chat template or
+special tokens, also `chat_template.jinja` and `tokenizer_config.json`, as `transformers` has them.
 """
 
 from collections.abc import Mapping
