@@ -26,7 +26,7 @@ def as_parts(messages: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def oracle():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(), **NAMED)
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_tokenizer():
 
 
 def fast(**options):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(), **NAMED, **options)
 
 
@@ -90,7 +90,7 @@ def test_a_fast_tokenizer_gives_its_template_and_special_tokens():
 
 
 def test_transformers_loads_what_is_saved_and_the_other_way_round(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     ours = chat_tokenizer(LLAMA3)
     ours.save(tmp_path / "ours")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
