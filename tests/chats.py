@@ -68,6 +68,21 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
 )
+# the system message stands inside the first question
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
+    "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# another word for the assistant; the end of a turn is not the end of the sequence
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
+    "{{ '<|header|>' + role + '\\n' + message['content'] | trim + '<|eot_id|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header|>model\\n' }}{% endif %}"
+)
 NEWLINES = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
 TEMPLATES = dict(
     chatml=CHATML,
@@ -76,6 +91,8 @@ TEMPLATES = dict(
     generation=GENERATION,
     parts=PARTS,
     thinking=THINKING,
+    llama2=LLAMA2,
+    gemma=GEMMA,
     newlines=NEWLINES,
 )
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "display": ["generation.events"],
     "serving": ["generation.engine", "generation.events", "sampling"],
     "data": ["sequence", "modalities", "saving"],
-    "conversations": ["sequence", "modalities", "saving", "data", "generation.options"],
+    "conversations": ["sequence", "modalities", "saving", "data", "generation"],
     "training": [
         "sequence",
         "display.terminal",

@@ -87,7 +87,7 @@ def test_whatever_a_model_answers_can_be_given_back():
 def test_the_prompt_is_how_training_begins():
     model = chatting()
     seen = []
-    model.sample = lambda prompt, **options: seen.append(prompt) or [prompt[0]]
+    model.sample_many = lambda prompts, **options: seen.append(prompts[0]) or [[prompts[0][0]]]
     model.chat([ASKED])
     sample = model.conversation_format().sample_of([ASKED, {"role": "assistant", "content": "Red."}])
     for part, trained in zip(seen[0], sample.parts[:3], strict=True):
@@ -99,7 +99,7 @@ def test_the_prompt_is_how_training_begins():
 def test_options_of_sampling():
     model = chatting()
     seen = []
-    model.sample = lambda prompt, **options: seen.append(options) or [prompt[0]]
+    model.sample_many = lambda prompts, **options: seen.append(options) or [[prompts[0][0]]]
     length = model.packer().num_tokens(model.conversation_format().prompt_of([ASKED]))
     model.chat([ASKED], max_new_tokens=7, text_temperature=0.0, stop_ids=[5])
     model.chat([ASKED], max_length=9)
@@ -112,6 +112,8 @@ def test_options_of_sampling():
     assert not seen[2]["cache_kv"]
     with pytest.raises(TypeError, match="temperature"):
         model.chat([ASKED], temperature=1.0)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        model.chat([ASKED], max_new_tokens=0)
     assert "text_temperature" in str(__import__("inspect").signature(ChatMethods.chat))
 
 
@@ -141,10 +143,32 @@ def test_a_format_of_ones_own():
         ChatTokenizer(byte_level(), chat_template="{{ messages[0]['content'] }}"), images=ImageReader(2)
     )
     seen = []
-    model.sample = lambda prompt, **options: seen.append(prompt) or [tensor([0])]
+    model.sample_many = lambda prompts, **options: seen.append(prompts[0]) or [[tensor([0])]]
     model.chat([ASKED], format=own)
     assert model.tokenizer.decode(seen[0][-1]) == "What?"
     assert model.conversation_format(images=4, vision_type=1).images == ImageReader(4)
+
+
+def test_many_conversations_at_once():
+    model = chatting()
+    conversations = [
+        [ASKED],
+        [{"role": "user", "content": "Draw."}],
+        [ASKED, {"role": "assistant", "content": []}, ASKED],
+    ]
+    options = dict(text_temperature=0.0, max_length=120, modality_steps=2)
+    together = model.chat_many(conversations, max_batch=2, **options)
+    assert [repr(_texts(answer)) for answer in together] == [
+        repr(_texts(model.chat(messages, **options))) for messages in conversations
+    ]
+    with pytest.raises(ValueError, match="there are no conversations to answer"):
+        model.chat_many([])
+    with pytest.raises(ValueError, match="conversation 1: message 0: unknown role"):
+        model.chat_many([[ASKED], [{"role": "me"}]])
+
+
+def _texts(answer: dict) -> list:
+    return [part.get("text", part["type"]) for part in answer["content"]]
 
 
 # how models take images

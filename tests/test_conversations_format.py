@@ -75,6 +75,8 @@ EXPECTED = {
     "generation": ["It is red.<|im_end|>", BLUE, "<|im_end|>"],
     "parts": ["It is red.<|im_end|>", BLUE, "<|im_end|>"],
     "thinking": ["It is red.<|im_end|>", "<think></think>", BLUE, "<|im_end|>"],
+    "llama2": [" It is red. </s>", " ", BLUE, " </s>"],
+    "gemma": ["It is red.<|eot_id|>", BLUE, "<|eot_id|>"],
     "newlines": ["assistant: It is red.\n", "assistant: ", BLUE, "\n"],
 }
 
@@ -206,6 +208,8 @@ def test_where_texts_differ(text, other, span):
         ("llama3", "<|eot_id|>", ["</s>", "<|eot_id|>"]),
         ("vicuna", "</s>", ["</s>"]),
         ("generation", "<|im_end|>", ["</s>", "<|im_end|>"]),
+        ("llama2", " </s>", ["</s>"]),
+        ("gemma", "<|eot_id|>", ["</s>", "<|eot_id|>"]),
         ("newlines", "\n", ["</s>"]),
     ],
 )

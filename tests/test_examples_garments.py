@@ -20,6 +20,7 @@ from transfusion_pytorch.examples.garments import (
     named_class,
     named_shade,
     said_yes,
+    score_answers,
     shade_of,
     text_of,
 )
@@ -217,6 +218,44 @@ def test_shades_of_answers():
         None,
     ]
     assert named_class("the digit seven", DIGITS.names) == 7
+
+
+class Oracle:
+    """Answers truly, all questions but those of one kind."""
+
+    def __init__(self, data: GarmentConversations, fails: str):
+        self.data, self.fails = data, fails
+
+    def chat_many(self, conversations, *, format, text_temperature, **options):
+        assert format is self.data.format
+        assert text_temperature == 0.0
+        return [
+            {"role": "assistant", "content": [{"type": "text", "text": self.answer(*each)}]} for each in conversations
+        ]
+
+    def answer(self, asked: dict) -> str:
+        image = asked["content"][0]["image"]()
+        index = int((self.data.labelled.images - image.movedim(-1, 0)).flatten(1).abs().sum(1).argmin())
+        question, label = text_of(asked), self.data.labels[index]
+        if question.startswith(("Is it", "Is this", "Does")) and "dark" not in question:
+            return "No." if self.fails == "yes_no" else "Yes." if is_true(question, label, FASHION) else "No."
+        if "dark" in question or "bright" in question:
+            return self.data.words(index)["shade"]
+        return (
+            "a shirt"
+            if self.fails == "name" and "Describe" not in question and "caption" not in question
+            else FASHION.names[label]
+        )
+
+
+@pytest.mark.parametrize("fails", ["", "yes_no", "name"])
+def test_scores_of_answers(fails):
+    data = conversations(tasks=("name", "yes_no", "shade", "describe", "draw"))
+    scores = score_answers(Oracle(data, fails), data, count=200)
+    assert scores.keys() == set(TASKS)
+    expected = dict(name=(1.0, 0.1)[fails == "name"], yes_no=(1.0, 0.5)[fails == "yes_no"], shade=1.0, describe=1.0)
+    for task, score in expected.items():
+        assert abs(scores[task] - score) <= (0.1 if score == 0.5 else 0.0), task
 
 
 def test_digits_where_fashion_is_not_installed(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ class ConversationDataset(Dataset, ABC):
 
     @abstractmethod
     def data_key(self) -> Any:
-        """What changes when the records do, as JSON."""
+        """What changes when the records or their images do, as JSON."""
 
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
@@ -81,10 +81,7 @@ class ConversationDataset(Dataset, ABC):
         readers = [self.format.images, self.format.vision_images]
         settings = [reader.settings() if isinstance(reader, ImageReader) else None for reader in readers]
         types = self.format.modality_type, self.format.vision_type
-        digest = blake2b(repr((self.data_key(), settings, types)).encode(), digest_size=16)
-        for index in range(len(self)):
-            digest.update(repr(self._stamps(index)).encode())
-        return digest.hexdigest()
+        return blake2b(repr((self.data_key(), settings, types)).encode(), digest_size=16).hexdigest()
 
     def _modalities(self, index: int, *, is_outline: bool) -> list[Any]:
         messages = self._parsed(index, generator_of(0, index))
@@ -103,13 +100,6 @@ class ConversationDataset(Dataset, ABC):
         parts = [part for message in messages for part in message.parts if not isinstance(part, str)]
         return [[next(rest) for _ in range(branches if isinstance(part, ImagePart) else 1)] for part in parts]
 
-    def _stamps(self, index: int) -> list[Any]:
-        """Sizes and times of change of the image files of a conversation."""
-        parts = [part for message in self._parsed(index, generator_of(0, index)) for part in message.parts]
-        named = [part.source for part in parts if isinstance(part, ImagePart) and isinstance(part.source, (str, Path))]
-        files = [Path(name) if self.root is None else self.root / name for name in named if len(str(name)) < 4096]
-        return [stamp_of(file) for file in files if file.is_file()]
-
 
 class RecordDataset(ConversationDataset):
     """Conversations out of a JSON array or JSON Lines. Paths of images are relative to `root`, by default the folder of
@@ -126,7 +116,7 @@ class RecordDataset(ConversationDataset):
     ):
         super().__init__(format, transform=transform)
         self.records = Records(file)
-        self.root = self.records.path.parent if root is None else Path(root)
+        self.root: Path = self.records.path.parent if root is None else Path(root)
 
     @abstractmethod
     def messages_of(self, record: dict[str, Any]) -> Messages:
@@ -144,7 +134,16 @@ class RecordDataset(ConversationDataset):
         return self.records.describe(index)
 
     def data_key(self) -> Any:
-        return [type(self).__name__, self.records.path.name, *stamp_of(self.records.path)]
+        """Name, size and time of change of the file, and of all images that it names."""
+        stamps = [self._stamps(index) for index in range(len(self))]
+        return [type(self).__name__, self.records.path.name, *stamp_of(self.records.path), stamps]
+
+    def _stamps(self, index: int) -> list[Any]:
+        """Sizes and times of change of the image files of a conversation."""
+        parts = [part for message in self._parsed(index, generator_of(0, index)) for part in message.parts]
+        named = [part.source for part in parts if isinstance(part, ImagePart) and isinstance(part.source, (str, Path))]
+        files = [self.root / name for name in named if len(str(name)) < 4096]
+        return [stamp_of(file) for file in files if file.is_file()]
 
 
 class OpenAIConversations(RecordDataset):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 
 from transfusion_pytorch.conversations import ConversationDataset, ConversationFormat
 from transfusion_pytorch.conversations.pictures import as_picture
+from transfusion_pytorch.data.order import generator_of
 
 from .captions import class_words
 from .data import FASHION_CLASSES, ImageData, LabelledImages, load_images
@@ -165,7 +167,8 @@ class GarmentConversations(ConversationDataset):
         return f"image {index}"
 
     def data_key(self) -> Any:
-        return ["garments", self.wording.kind, len(self.labels), self.labels]
+        pixels = self.labelled.images.contiguous().numpy().tobytes()
+        return ["garments", self.wording.kind, self.labels, blake2b(pixels, digest_size=16).hexdigest()]
 
     def _question(self, task: str, index: int, words: dict[str, str], generator: Generator) -> Question:
         if task == "yes_no":
@@ -220,6 +223,36 @@ def named_shade(answer: str) -> str | None:
     """The shade that an answer names; None for none or several."""
     found = [shade for shade in SHADES if re.search(rf"\b{shade}\b", answer.lower())]
     return found[0] if len(found) == 1 else None
+
+
+def is_right(answer: str, task: str, index: int, data: GarmentConversations, *, truth: str) -> bool:
+    """Whether an answer about image `index` says what the true one says, in whatever words."""
+    if task == "yes_no":
+        return said_yes(answer) == said_yes(truth)
+    if task == "shade":
+        return named_shade(answer) == named_shade(truth)
+    return named_class(answer, data.wording.names) == data.labels[index]
+
+
+def score_answers(
+    model: Any, data: GarmentConversations, *, count: int = 500, seed: int = 0, **options: Any
+) -> dict[str, float]:
+    """The share of right answers to one question of each task about the first `count` images. `options` are those of
+    `model.chat_many`; text is greedy by default.
+    """
+    scores = {}
+    for task in [task for task in data.tasks if task != "draw"]:
+        single = GarmentConversations(data.labelled, data.format, wording=data.wording, tasks=[task])
+        indices = range(min(count, len(data)))
+        asked = [single.messages(index, generator_of(seed, task, index)) for index in indices]
+        given = dict(format=data.format, text_temperature=0.0, allowed_modalities=(), max_new_tokens=32) | options
+        answers = model.chat_many([messages[:1] for messages in asked], **given)
+        right = [
+            is_right(text_of(answer), task, index, single, truth=text_of(messages[1]))
+            for index, answer, messages in zip(indices, answers, asked, strict=True)
+        ]
+        scores[task] = sum(right) / len(right)
+    return scores
 
 
 def text_of(message: dict[str, Any]) -> str:
