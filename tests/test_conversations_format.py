@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from random import Random
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, tensor
 from transfusion_pytorch import Condition, ImageReader, Latents
 from transfusion_pytorch.conversations import PLAIN_TEMPLATE, ChatTokenizer, ConversationFormat
 from transfusion_pytorch.conversations.messages import parse_messages
-from transfusion_pytorch.conversations.turns import TurnRenderer, difference, encode_pieces
+from transfusion_pytorch.conversations.turns import SLOT, TurnRenderer, difference, encode_pieces
 
 RED, BLUE = "<0 [1.0, -1.0, -1.0]>", "<0 [-1.0, -1.0, 1.0]>"
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -94,7 +95,7 @@ def test_nothing_is_lost(name, system):
     """
     made = format_of(TEMPLATES[name])
     messages = [*system, WISHED, TOLD, WISHED, TOLD]
-    text, ids = made.renderer.render(parse_messages(messages)), all_ids(made.sample_of(messages).parts)
+    text, ids = made.renderer.learned_turns(parse_messages(messages)).text, all_ids(made.sample_of(messages).parts)
     assert made.tokenizer.decode(ids) == text
     assert ids.equal(made.tokenizer.encode(text)) == (name != "llama3")
 
@@ -125,6 +126,18 @@ def test_a_later_prompt_has_the_pictures_that_were_drawn():
         RED,
         "What is this?<|im_end|>\n<|im_start|>assistant\n",
     ]
+
+
+def test_a_later_prompt_is_tokenised_as_it_was_learned():
+    """Where a boundary cut tokens, it does so in the prompts of all later turns."""
+    odd = TOLD | {"content": "\n\nIt is red."}
+    for template in (CHATML, GENERATION):
+        made = format_of(template)
+        ids, sample = (
+            made.prompt_of([WISHED, odd, WISHED])[0],
+            all_ids(made.sample_of([WISHED, odd, WISHED, TOLD]).parts),
+        )
+        assert ids.equal(sample[: len(ids)])
 
 
 def test_a_turn_of_weight_zero_is_only_read():
@@ -188,6 +201,27 @@ def test_pieces_are_the_whole(make):
     starts = [0, 30, 54, len(text)]
     for piece, start, end in zip(encode_pieces(tokenizer.encode, text, [30, 54]), starts, starts[1:], strict=False):
         assert tokenizer.decode(piece).strip() == text[start:end].strip()
+
+
+BITS = ["<|im_end|>", "assistant\n", "user", "\n", "\n\n", "  ", "red", "é", "日本", "🎈", "</s>", "[INST]", "{{ x }}"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("make", [None, with_spaces])
+def test_any_text_in_any_template(name, make):
+    """Nothing is lost, and prompts are the beginning of samples, whatever people write."""
+    made, random = format_of(TEMPLATES[name], make), Random(0)
+    for _ in range(12):
+        messages = []
+        for role in ("user", "assistant") * random.randint(1, 3):
+            text = [{"type": "text", "text": "a" + "".join(random.choices(BITS, k=random.randint(1, 6)))}]
+            messages.append({"role": role, "content": text + ASKED["content"][:1] * (random.random() < 0.3)})
+        sample = made.sample_of(messages).parts
+        if make is None:
+            expected = SLOT.sub("", made.renderer.learned_turns(parse_messages(messages)).text)
+            assert made.tokenizer.decode(all_ids(sample)) == expected
+        prompt = all_ids(made.prompt_of(messages[:-1]))
+        assert prompt.equal(all_ids(sample)[: len(prompt)])
 
 
 @pytest.mark.parametrize(

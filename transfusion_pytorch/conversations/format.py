@@ -6,6 +6,7 @@ n ids.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transfusion_pytorch.conversations.messages import (
 )
 from transfusion_pytorch.conversations.pictures import Fetch, as_picture, load_image, shape_on_meta
 from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
-from transfusion_pytorch.conversations.turns import TurnRenderer, Turns, pieces_of
+from transfusion_pytorch.conversations.turns import Piece, TurnRenderer, pieces_of
 from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample, is_typed
 
@@ -92,10 +93,11 @@ class ConversationFormat:
         """
         parsed = parse_messages(messages)
         slots = self._shown(parsed, self.load(parsed, root=root))
-        turns = Turns(self.renderer.render(parsed, add_generation_prompt=True), [])
         parts: list[Any] = []
-        for piece in pieces_of(turns, self.tokenizer.encode):
-            parts += slots[piece.slot] if piece.ids is None else [piece.ids]
+        for _, group in groupby(pieces_of(self.renderer.prompt(parsed), self.tokenizer.encode), key=_slot_of):
+            pieces = list(group)
+            texts = [piece.ids for piece in pieces if piece.ids is not None]
+            parts += [torch.cat(texts)] if texts else slots[pieces[0].slot]
         return parts
 
     def load(self, messages: Sequence[Message], *, root: Path | None = None, is_outline: bool = False) -> Slots:
@@ -165,6 +167,11 @@ class ConversationFormat:
                 kind, data = part
                 content.append(_answered(kind, data, (channels_first or {}).get(kind, False)))
         return {"role": ASSISTANT, "content": _trimmed(content)}
+
+
+def _slot_of(piece: Piece) -> int:
+    """The same for texts that follow each other."""
+    return piece.slot
 
 
 def _read(image: Any, reader: ImageReader | int | None, is_outline: bool) -> Tensor:

@@ -52,13 +52,21 @@ class TurnRenderer:
     tokenizer: ChatTokenizer
     variables: Mapping[str, Any] = field(default_factory=dict)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """Raises `ValueError` where the template shows an image twice or not at all."""
-        return self._checked(messages, self._render(contents(messages), add_generation_prompt)).text
+    def prompt(self, messages: Sequence[Message]) -> Turns:
+        """A conversation up to where the assistant begins to write. Its earlier answers are those of `learned_turns`,
+        so that it is tokenised as it was learned.
+        """
+        text = self._checked(messages, self._render(contents(messages), True)).text
+        if not any(message.is_learned for message in messages):
+            return Turns(text, [])
+        earlier = self.learned_turns(messages)
+        return Turns(text, earlier.learned if text.startswith(earlier.text) else [])
 
     def learned_turns(self, messages: Sequence[Message]) -> Turns:
         """What the assistant wrote in those of its messages that are learned, each with the token that ends it. That
         is what the template has in `{% generation %}` blocks, or what renderings tell that differ in one message.
+
+        Raises `ValueError` where the template shows an image twice or not at all.
         """
         written = contents(messages)
         text, blocks = self._checked(messages, self._render(written, False))
