@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from transfusion_pytorch.batching import BatchingMethods, check_probability
+from transfusion_pytorch.conversations.chat import ChatMethods
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
 from transfusion_pytorch.forwarding import StreamMethods
@@ -54,6 +55,7 @@ class Transfusion(
     SavingMethods,
     StatisticsMethods,
     PretrainedMethods,
+    ChatMethods,
     StreamMethods,
     MarkerIds,
     nn.Module,

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
 from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.experts import PARTS, TEXT
 from transfusion_pytorch.network.transformer import Transformer
@@ -18,7 +19,6 @@ from transfusion_pytorch.pretrained.language_model import (
     load_vocabulary,
     opened,
 )
-from transfusion_pytorch.saving.tokenizer import num_ids
 
 Model = TypeVar("Model", bound="PretrainedMethods")
 
@@ -81,10 +81,11 @@ class PretrainedMethods:
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         with opened(name_or_model, gguf_file=gguf_file, **hub) as source:
             check_weights(source)
-            tokenizer = tokenizer_of(source, gguf_file) if tokenizer is None else tokenizer
-            if tokenizer is not None and (size := num_ids(backend_of(tokenizer))) > source.num_text:
+            tokenizer = tokenizer_of(source, gguf_file) if tokenizer is None else ChatTokenizer(tokenizer)
+            if tokenizer is not None and tokenizer.num_tokens > source.num_text:
                 raise ValueError(
-                    f"the tokenizer has {size} ids, and the language model {source.num_text}: it is another's"
+                    f"the tokenizer has {tokenizer.num_tokens} ids, and the language model {source.num_text}: it is "
+                    "another's"
                 )
             trunk: dict[str, Any] = source.transformer_arguments() | dict(
                 untied=untied,
@@ -170,28 +171,22 @@ class PretrainedMethods:
         return LoraConfig(**(arguments | options))
 
 
-def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> Any:
+def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> ChatTokenizer | None:
     """That of the folder of a language model, None where there is none."""
     if source.folder is None:
         return None
-    from transformers import AutoTokenizer
+    if gguf_file is not None:
+        from transformers import AutoTokenizer
 
-    options = {} if gguf_file is None else dict(gguf_file=gguf_file)
-    if gguf_file is None and not (source.folder / "tokenizer.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(source.folder, **options)
-
-
-def backend_of(tokenizer: Any) -> Any:
-    """The `tokenizers.Tokenizer` inside of a tokenizer."""
-    return getattr(tokenizer, "backend_tokenizer", tokenizer)
+        return ChatTokenizer(AutoTokenizer.from_pretrained(source.folder, gguf_file=gguf_file))
+    return ChatTokenizer.load(source.folder) if (source.folder / "tokenizer.json").is_file() else None
 
 
-def eos_of(source: LanguageModel, tokenizer: Any) -> int:
+def eos_of(source: LanguageModel, tokenizer: ChatTokenizer | None) -> int:
     """The id that ends text. Raises `ValueError` where nobody says which."""
     of_config = getattr(source.config, "eos_token_id", None)
     candidates = [
-        getattr(tokenizer, "eos_token_id", None),
+        getattr(tokenizer, "eos_id", None),
         *(of_config if isinstance(of_config, list) else [of_config]),
     ]
     found = next((int(token) for token in candidates if token is not None), None)
