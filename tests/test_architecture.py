@@ -12,13 +12,17 @@ PACKAGE = Path(__file__).parents[1] / NAME
 # The rooms in their order, and what each may import of those above it besides itself: a room, or one module of a room.
 # A file beside the rooms is a room of its own; `transfusion` wires them, `__init__` is the front door of the package.
 # A module that stands above its room has an entry too: sampling shows the bar of `display.progress`, and the rest of
-# `display` shows what was generated.
+# `display` shows what was generated; a model is saved with its `ChatTokenizer`, and other conversations need data.
 ALLOWED = {
     "typecheck": [],
     "sequence": [],
     "evaluating": [],
     "failures": [],
-    "saving": [],
+    "saving.files": [],
+    "saving.tokenizer": ["saving.files"],
+    "conversations.templates": [],
+    "conversations.tokenizer": ["conversations.templates", "saving.tokenizer"],
+    "saving": ["conversations.tokenizer"],
     "flow": ["saving.components"],
     "network": ["evaluating", "sequence.masks", "sequence.positions", "sequence.blocks", "saving.components"],
     "modalities": ["sequence", "flow", "network", "saving.components"],
@@ -29,6 +33,7 @@ ALLOWED = {
     "display": ["generation.events"],
     "serving": ["generation.engine", "generation.events", "sampling"],
     "data": ["sequence", "modalities", "saving"],
+    "conversations": ["sequence", "modalities", "saving", "data", "generation"],
     "training": [
         "sequence",
         "display.terminal",
@@ -50,8 +55,17 @@ ALLOWED = {
         "data",
         "training",
     ],
-    "pretrained": ["saving.components", "modalities.autoencoder", "data.optional", "autoencoder.halves"],
-    "examples": ["data", "sequence.samples", "training.config", "training.launch", "training.schedule"],
+    "forwarding": ["sequence", "flow", "modalities", "network"],
+    "pretrained": ["network", "modalities", "saving", "conversations.tokenizer"],
+    "pretrained.autoencoders": ["modalities", "saving", "data.optional", "autoencoder.halves"],
+    "examples": [
+        "data",
+        "conversations",
+        "sequence.samples",
+        "training.config",
+        "training.launch",
+        "training.schedule",
+    ],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["commands"] = [

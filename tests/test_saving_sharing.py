@@ -170,7 +170,8 @@ def test_a_repository_is_downloaded(tmp_path, monkeypatch):
     [(name, given)] = calls
     assert name == "someone/model" == loaded.name_or_path
     assert options.items() <= given.items()
-    assert given["allow_patterns"] == ["config.json", "model.safetensors", "tokenizer.json", "README.md"]
+    tokenizer = ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"]
+    assert given["allow_patterns"] == ["config.json", "model.safetensors", *tokenizer, "README.md"]
     assert_same(model, loaded, ragged_batch())
 
 

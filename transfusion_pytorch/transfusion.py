@@ -4,29 +4,30 @@ b samples, n tokens of the packed stream, m spans (instances of a modality), d m
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from transfusion_pytorch.batching import BatchingMethods, check_probability
-from transfusion_pytorch.flow.path import velocity_towards
+from transfusion_pytorch.conversations.chat import ChatMethods
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
+from transfusion_pytorch.forwarding import StreamMethods
 from transfusion_pytorch.modalities import preparation
-from transfusion_pytorch.modalities.build import build_modalities, per_modality
+from transfusion_pytorch.modalities.build import build_modalities, count_modalities, per_modality
 from transfusion_pytorch.modalities.io import ModalityInfo
-from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latent_times, latents_by_type, x_t_of
+from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latents_by_type, x_t_of
 from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
-from transfusion_pytorch.network.cache_views import CacheView, DecodeView
+from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.linear import Linear
-from transfusion_pytorch.network.norms import Conditioning, TimeEmbedding
-from transfusion_pytorch.network.transformer import Transformer, as_trunk
+from transfusion_pytorch.network.norms import TimeEmbedding
+from transfusion_pytorch.network.transformer import Transformer, as_trunk, check_trunk
+from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
+from transfusion_pytorch.pretrained.methods import PretrainedMethods
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
@@ -47,21 +48,17 @@ from transfusion_pytorch.training.losses import (
 from transfusion_pytorch.training.methods import TrainingMethods
 
 
-class StreamOutput(NamedTuple):
-    """What the transformer made of a stream, and what the adapters need again to read it.
-
-    - `hidden`: of every token
-    - `condition`: of every span
-    - `adapter_state`: what each modality's adapter kept
-    """
-
-    hidden: Shaped[Tensor, "n d"]
-    condition: Shaped[Tensor, "m d"]
-    adapter_state: dict[int, Any]
-
-
 class Transfusion(
-    BatchingMethods, TrainingMethods, SamplingMethods, SavingMethods, StatisticsMethods, MarkerIds, nn.Module
+    BatchingMethods,
+    TrainingMethods,
+    SamplingMethods,
+    SavingMethods,
+    StatisticsMethods,
+    PretrainedMethods,
+    ChatMethods,
+    StreamMethods,
+    MarkerIds,
+    nn.Module,
 ):
     """Autoregressive text and flow matching over any number of modalities, in one transformer (arXiv 2408.11039).
 
@@ -88,6 +85,12 @@ class Transfusion(
       for classifier-free guidance
     - `time_policy`: how training draws times
     - `ignore_index`: the label of what is not predicted
+    - `time_conditioning`: how spans are told their time: by the `"norms"` of the transformer, `"added"` to their
+      tokens, by a time `"token"`, or at the `"output"` (see `modalities.timing.Timing`)
+    - `eos_id`: the id that ends the text of a language model. Text is then as its tokenizer makes it: sos is written
+      only where a sample does not begin with text, and eos where its text does not end with it. Its rows in the
+      embedding stand apart from those of the markers. See `from_pretrained_lm`.
+    - `tie_embeddings`: logits have the weights of the embedding
     """
 
     def __init__(
@@ -115,6 +118,9 @@ class Transfusion(
         prob_uncond: float = 0.1,
         time_policy: TimePolicy | None = None,
         ignore_index: int = -1,
+        time_conditioning: TimeConditioning = "norms",
+        eos_id: int | None = None,
+        tie_embeddings: bool = False,
     ):
         super().__init__()
         if num_text_tokens < 0:
@@ -122,7 +128,9 @@ class Transfusion(
         check_probability(prob_uncond)
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative, all others are ids, got {ignore_index}")
-        self.transformer: Transformer = as_trunk(transformer)
+        if eos_id is not None and not 0 <= eos_id < num_text_tokens:
+            raise ValueError(f"eos_id must be an id of text, 0 to {num_text_tokens - 1}, got {eos_id}")
+        self.transformer: Transformer = as_trunk(transformer, num_modalities=count_modalities(dim_latent))
         self.dim = dim = self.transformer.dim
         self.modalities = build_modalities(
             dim=dim,
@@ -136,10 +144,12 @@ class Transfusion(
             pre_post_transformer_enc_dec=pre_post_transformer_enc_dec,
             add_pos_emb=add_pos_emb,
             to_modality_shape_fn=to_modality_shape_fn,
+            time_conditioning=time_conditioning,
         )
-        self.vocabulary = Vocabulary(num_text_tokens, len(self.modalities))
-        self.text_embedding = nn.Embedding(self.vocabulary.size, dim)
-        self.to_logits = Linear(dim, self.vocabulary.num_logits, bias=False)
+        check_trunk(self.transformer, len(self.modalities), time_conditioning)
+        self.vocabulary = Vocabulary(num_text_tokens, len(self.modalities), eos_id)
+        self.time_conditioning, self.tie_embeddings = time_conditioning, tie_embeddings
+        self._build_text_layers()
         self.time_embedding = TimeEmbedding(dim)
         self.type_embedding = nn.Embedding(len(self.modalities), dim)
         self._reset_embeddings()
@@ -163,6 +173,18 @@ class Transfusion(
         self.process_group: Any = None  # of data parallelism, where it is neither DDP's own nor the default one
         self._ddp_params_and_buffers_to_ignore = names_of_statistics(len(self.modalities))
         self._live_shapes = self._shape_finders(is_live=True)
+
+    def _build_text_layers(self) -> None:
+        """The embedding of ids, and the layer that makes logits; text has tables of its own where it may be frozen."""
+        vocabulary, dim = self.vocabulary, self.dim
+        if vocabulary.is_framed and not self.tie_embeddings and not getattr(self.transformer, "untied", ()):
+            self.text_embedding: Any = nn.Embedding(vocabulary.size, dim)
+            self.to_logits: Any = Linear(dim, vocabulary.num_logits, bias=False)
+            return
+        num_text, num_markers = vocabulary.num_text, vocabulary.num_logits - vocabulary.num_text
+        self.text_embedding = TextEmbedding(num_text, num_markers + 1, dim)
+        tied = self.text_embedding if self.tie_embeddings else None
+        self.to_logits = TextLogits(num_text, num_markers, dim, tied=tied)
 
     def forward(
         self,
@@ -238,7 +260,7 @@ class Transfusion(
             return losses
         return (losses.total, losses) if return_breakdown else losses.total
 
-    # what forward, and sampling, are made of
+    # what forward, and sampling, are made of; the network itself is in `StreamMethods`
 
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]:
         """Replaces raw data by channel-last latents, on this model's device."""
@@ -256,93 +278,6 @@ class Transfusion(
 
     def latents_by_type(self, samples: Sequence[Sequence[Piece]]) -> LatentsByType:
         return latents_by_type(samples)
-
-    def with_positions(self, stream: TokenStream) -> TokenStream:
-        """The same stream with its `position_embeddings`."""
-        embedded = {
-            modality: self.modalities[modality].embed_positions(
-                placement.shapes, device=self.device, dtype=self.precision
-            )
-            for modality, placement in stream.placements.items()
-        }
-        made = {modality: each for modality, each in embedded.items() if each is not None}
-        return replace(stream, position_embeddings=made)
-
-    def forward_stream(
-        self,
-        stream: TokenStream,
-        latents: LatentsByType,
-        t: Float[Tensor, " m"],
-        cache: CacheView | DecodeView | None = None,
-    ) -> StreamOutput:
-        """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
-        condition, adapter_state = self._condition(stream, t), {}
-        x = None if self._is_one_modality(stream) else self.text_embedding(stream.token)
-        for modality, values in latents.items():
-            placement = stream.placements[modality]
-            tokens, adapter_state[modality] = self.modalities[modality].embed(
-                values.to(self.dtype),
-                placement.shapes,
-                condition if x is None else condition.index_select(0, placement.spans),
-                (stream.position_embeddings or {}).get(modality),
-            )
-            x = tokens.to(self.dtype) if x is None else x.index_copy(0, placement.slots, tokens.to(x.dtype))
-        assert x is not None
-        hidden = self.transformer(
-            x,
-            position=stream.position,
-            layout=stream.layout,
-            conditioning=self._conditioning(stream, condition),
-            cache=cache,
-        )
-        return StreamOutput(hidden, condition, adapter_state)
-
-    def _is_one_modality(self, stream: TokenStream) -> bool:
-        """Whether tokens and spans are those of one modality, in its order, and need not be looked up. In training they
-        are, so that text embeddings have a gradient.
-        """
-        return len(stream.placements) == 1 and stream.has_equal_spans and not torch.is_grad_enabled()
-
-    def _condition(self, stream: TokenStream, t: Float[Tensor, " m"]) -> Shaped[Tensor, "m d"]:
-        """The vector that modulates each span: its time and its type."""
-        if not len(t) and self._processes() is None:
-            return self.type_embedding.weight[:0]  # a decode step has no spans, and no time for operations on none
-        return self.time_embedding(t) + self.type_embedding(stream.spans.modality.to(t.device))
-
-    def _conditioning(self, stream: TokenStream, condition: Shaped[Tensor, "m d"]) -> Conditioning | None:
-        """What spans tell their tokens; None for text alone. A padded batch has rows for more spans. With several
-        processes there is at least one, and text is looked up too, so that all parameters take part in every step.
-        """
-        is_shared = self._processes() is not None
-        rows = stream.num_modulations or int(is_shared)
-        if len(condition) < rows:
-            condition = F.pad(condition, (0, 0, 0, rows - len(condition)))
-        elif not len(condition):
-            return None
-        return Conditioning(condition, None if stream.has_equal_spans and not is_shared else stream.modulation_index)
-
-    def logits(self, hidden: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n v"]:
-        """Of the next id, for every id that can be written."""
-        return self.to_logits(hidden)
-
-    def velocities(
-        self, output: StreamOutput, stream: TokenStream, x_t: LatentsByType, t: Float[Tensor, " m"]
-    ) -> LatentsByType:
-        """The velocity of every latent; predictions of the clean latent are converted."""
-        velocities = {}
-        for modality, values in x_t.items():
-            placement, is_all = stream.placements[modality], self._is_one_modality(stream)
-            predicted = self.modalities[modality].read(
-                output.hidden if is_all else output.hidden.index_select(0, placement.slots),
-                placement.shapes,
-                output.condition if is_all else output.condition.index_select(0, placement.spans),
-                output.adapter_state[modality],
-            )
-            predicted = predicted.to(values.dtype)
-            if self.model_output_clean:
-                predicted = velocity_towards(predicted, values, latent_times(stream, modality, t.to(values.dtype)))
-            velocities[modality] = predicted
-        return velocities
 
     # helpers
 
@@ -375,7 +310,9 @@ class Transfusion(
         return self.modalities[modality_type].info(self.vocabulary)
 
     def _reset_embeddings(self) -> None:
-        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        for embedding in self.text_embedding.modules():
+            if isinstance(embedding, nn.Embedding):
+                nn.init.normal_(embedding.weight, std=0.02)
         nn.init.zeros_(self.type_embedding.weight)
 
     # inside forward

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transfusion_pytorch.data.images import FixedSize, ImageReader, Sizing
+from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.data.loading import SkipSample
+from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of, picture_channels
 from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.data.text import ByteText, TextCodec, TokenizerText
 from transfusion_pytorch.modalities.patches import PatchEncoder
@@ -53,24 +54,15 @@ class PictureModel:
         usual = max((4 * prod(shape) for shape in shapes if shape is not None), default=MOST_LATENTS)
         self.model, self.longest_text, self.most_latents = model, longest_text, most_latents or usual
         self.text = codec_of(model) if text is None else text
-        self.modality = next((kind for kind in range(len(model.modalities)) if _channels(model, kind)), None)
+        self.modality = next((io.spec.type for io in model.modalities if picture_channels(io)), None)
 
     @property
     def reader(self) -> ImageReader:
         """Reads image files as the model has seen images. Raises `ValueError` for a model without images."""
-        kind = self._images()
-        io = self.model.modalities[kind]
-        is_patched = isinstance(io.encoder, PatchEncoder)
-        sizing: Sizing | None = io.encoder.sizing if is_patched else None
-        if sizing is None:
-            if io.spec.default_shape is None:
-                raise ValueError("the model does not say how large its images are: it has no modality_default_shape")
-            scale = io.encoder.patch_size if is_patched else 1
-            sizing = FixedSize(*(scale * side for side in io.spec.default_shape))
-        channels_first = io.spec.channel_first and not is_patched
-        return ImageReader(
-            sizing, mode="RGB" if _channels(self.model, kind) == 3 else "L", channels_first=channels_first
-        )
+        reader = image_reader_of(self.model.modalities[self._images()])
+        if reader is None:
+            raise ValueError("the model does not say how large its images are: it has no modality_default_shape")
+        return reader
 
     def read(self, file: str | Path) -> Picture:
         """An image file. Raises `ValueError` where it is none, and `OSError` where it cannot be read."""
@@ -138,30 +130,20 @@ class PictureModel:
         return self.modality
 
     def _as_picture(self, part: tuple[int, Tensor]) -> Picture:
-        io = self.model.modalities[part[0]]
-        is_first = io.spec.channel_first and not isinstance(io.encoder, PatchEncoder)
+        is_first = has_channels_first(self.model.modalities[part[0]])
         return (part[1].movedim(0, -1) if is_first else part[1]).detach().float().cpu()
 
 
 def codec_of(model: Any) -> TextCodec:
     """The tokenizer that a model was saved with, or bytes where it has 256 text tokens."""
     if model.tokenizer is not None:
-        return TokenizerText(model.tokenizer)
+        return model.tokenizer if isinstance(model.tokenizer, TextCodec) else TokenizerText(model.tokenizer)
     if model.vocabulary.num_text != ByteText.num_tokens:
         raise ValueError(
             f"the model has {model.vocabulary.num_text} text tokens and no tokenizer, so nobody can tell what they "
             "mean: save it with one (save_pretrained(folder, tokenizer=...))"
         )
     return ByteText()
-
-
-def _channels(model: Any, kind: int) -> int | None:
-    """3 for a modality of colour images, 1 of grey ones, None where it has no images."""
-    io = model.modalities[kind]
-    if isinstance(io.encoder, PatchEncoder):
-        return io.encoder.channels if io.encoder.channels in (1, 3) else None
-    is_image = io.encoder is None and io.decoder is None and io.spec.num_dim == 2 and io.spec.dim_latent in (1, 3)
-    return io.spec.dim_latent if is_image else None
 
 
 def save_picture(path: Path, picture: Picture) -> None:

@@ -119,7 +119,7 @@ class NativeSize:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """The bytes of an image file to a tensor, `(h, w, c)`.
+    """The bytes of an image file, or a Pillow image, to a tensor `(h, w, c)`.
 
     - `size`: a side for squares, or what chooses the size: `FixedSize`, `BucketedSize`, `NativeSize`
     - `mode`: "RGB" (three channels) or "L" (one, luminance)
@@ -143,9 +143,9 @@ class ImageReader:
         if self.patch_size is not None and self.channels_first:
             raise ValueError("patches have their channels last; leave out patch_size or channels_first")
 
-    def __call__(self, data: bytes) -> Float[Tensor, "..."]:
+    def __call__(self, data: "bytes | Image") -> Float[Tensor, "..."]:
         """Raises `SkipSample` where the image is broken."""
-        image = decode_image(data, mode=self.mode)
+        image = decode_image(data, mode=self.mode) if isinstance(data, bytes) else convert_image(data, self.mode)
         pixels = to_pixels(fit(image, self._size_for((image.height, image.width))))
         if self.channels_first:
             return pixels.movedim(-1, 0).contiguous()
@@ -187,7 +187,7 @@ def decode_image(data: bytes, *, mode: Mode = "RGB") -> "Image":
 
     Of an animation, the first frame. Raises `SkipSample` where the data are cut off or no image.
     """
-    return _reading(data, lambda image: _converted(image, mode))
+    return _reading(data, lambda image: convert_image(image, mode))
 
 
 def size_of_image(data: bytes) -> Size:
@@ -228,7 +228,8 @@ def _turned_size(image: "Image") -> Size:
     return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
-def _converted(image: "Image", mode: Mode) -> "Image":
+def convert_image(image: "Image", mode: Mode) -> "Image":
+    """Turned as its EXIF orientation says, on white where it is transparent, in 8 bits."""
     image = import_optional("PIL.ImageOps", extra="data").exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating point pixels, whose range is unknown")

@@ -227,7 +227,7 @@ def _load(dataset: Any, index: int, num_modalities: int) -> tuple[dict[str, Any]
             seed_generators(sample_seed(0, index))
             loaded = dataset.modalities(index) if hasattr(dataset, "arrange") else dataset[index]
         sample = as_sample(loaded)
-        pieces = parse_sample(sample.parts, num_modalities, "sample")
+        pieces = parse_sample(sample.parts, num_modalities, "sample") if sample.parts else []  # of a text
     except SkipSample as reason:
         return {"skipped": str(reason)}, []
     except Exception as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfusion_pytorch.data.optional import import_optional
-from transfusion_pytorch.saving.tokenizer import num_ids
+from transfusion_pytorch.saving.tokenizer import num_ids, without_limits
 
 MARKERS = 2  # sos and eos, which frame every sample
 
@@ -50,7 +50,7 @@ class TokenizerText:
     """
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = _as_it_is(tokenizer)
+        self.tokenizer = without_limits(tokenizer)
 
     @property
     def num_tokens(self) -> int:
@@ -64,15 +64,6 @@ class TokenizerText:
 
     def __repr__(self) -> str:
         return f"TokenizerText({self.tokenizer.to_str()})"
-
-
-def _as_it_is(tokenizer: Any) -> Any:
-    if tokenizer.truncation is None and tokenizer.padding is None:
-        return tokenizer
-    copy = type(tokenizer).from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerText:

@@ -156,8 +156,8 @@ class RequestState:
     @property
     def allowed(self) -> Bool[Tensor, " v"]:
         """The ids that may come next. In the text of a plan the model says where it ends: by `eos`, or else `meta`."""
-        if not self.is_framed:
-            return self.grammar.text(eos=False, meta=False)
+        if not self.is_framed:  # plain text, in which the eos of a language model is an id like all others
+            return self.grammar.text(eos=not self.vocabulary.is_framed, meta=False)
         if self.opening is None and isinstance(self._planned, TextPart):
             is_last = self.part + 1 == len(self.plan.parts)
             return self.grammar.text(eos=is_last, meta=not is_last)
@@ -204,7 +204,7 @@ class RequestState:
         if token in self.vocabulary.som:
             modality = self.vocabulary.som.index(token)
             self._try_to_draw(modality, self._written_shape(modality, opening or ""))
-        elif token == self.vocabulary.eos:
+        elif token == self.vocabulary.eos and self.is_framed:
             self.end(EndReason.EOS)
         elif token in self.options.stop_ids:
             self.end(EndReason.STOP)
@@ -366,10 +366,12 @@ class RequestState:
             pieces = without_text(pieces, vocabulary)
         else:
             pieces = [
-                piece if isinstance(piece, Modality) else Text(piece.ids[piece.ids >= vocabulary.num_text])
+                piece
+                if isinstance(piece, Modality)
+                else Text(piece.ids[(piece.ids >= vocabulary.num_text) & (piece.ids != vocabulary.sos)])
                 for piece in pieces
             ]
-            pieces = [Text(torch.cat((as_ids([vocabulary.sos]), negative))), Text(pieces[0].ids[1:]), *pieces[1:]]  # type: ignore[union-attr]
+            pieces = [*mark([Text(negative)], vocabulary, complete=False), *pieces]
         for piece in pieces:
             branch.append(piece)
         return branch
@@ -378,7 +380,9 @@ class RequestState:
         """Null for each id of text, or the negative prompt, then the opening of this modality."""
         vocabulary, negative = self.vocabulary, self.options.negative_prompt
         text = [vocabulary.null] * self.num_text if negative is None else negative.tolist()
-        return Branch(ids=[vocabulary.sos, *text, *vocabulary.opening(modality, shape).tolist()])
+        begin = mark([Text(as_ids(text))] if text else [], vocabulary, complete=False)
+        ids = [token for piece in begin if isinstance(piece, Text) for token in piece.ids.tolist()]
+        return Branch(ids=[*ids, *vocabulary.opening(modality, shape).tolist()])
 
     def _num_tokens(self, modality: int, shape: Shape) -> int:
         return prod(self.model.modalities[modality].token_shape(shape))

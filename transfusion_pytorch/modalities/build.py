@@ -9,6 +9,7 @@ from torch import nn
 
 from transfusion_pytorch.modalities.adapters import LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.io import ModalityIO
+from transfusion_pytorch.modalities.timing import KINDS, TimeConditioning
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, is_int, is_sequence
 from transfusion_pytorch.sequence.vocabulary import parse_shape
 
@@ -58,8 +59,11 @@ def build_modalities(
     pre_post_transformer_enc_dec: Any,
     add_pos_emb: Any,
     to_modality_shape_fn: Any,
+    time_conditioning: TimeConditioning = "norms",
 ) -> Modalities:
     """One `ModalityIO` for each entry of `dim_latent`; the arguments are those of `Transfusion`."""
+    if time_conditioning not in KINDS:
+        raise ValueError(f"time_conditioning must be one of {', '.join(KINDS)}, got {time_conditioning!r}")
     given: Any = dim if dim_latent is None else dim_latent
     given = given if is_sequence(given) else (given,)
     if not given or not all(is_int(d) and d > 0 for d in given):
@@ -108,6 +112,7 @@ def build_modalities(
             decoder=decoders[i],
             batched=bool(batched[i]),
             add_pos_emb=bool(num_dim) if positions[i] is None else bool(positions[i]),
+            time_conditioning=time_conditioning,
         )
         if default_shape is not None and pairs[i] is not None:
             io.token_shape(default_shape)  # fails now where the pair does not fit
@@ -127,6 +132,11 @@ def check_half(half: nn.Module | None, where: str, dim_latent: int, num_dim: int
         expected = ", ".join(f"{names.get(name, name)}={own[name]}" for name in differ)
         got = ", ".join(f"{here[name]}" for name in differ)
         raise ValueError(f"{where}, a {type(half).__name__}, has latents of {expected}, got {got}: set these instead")
+
+
+def count_modalities(dim_latent: Any) -> int:
+    """How many modalities this argument of `Transfusion` is for."""
+    return len(dim_latent) if is_sequence(dim_latent) else 1
 
 
 def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], bool] | None = None) -> tuple[Any, ...]:

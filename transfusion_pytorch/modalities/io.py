@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.modalities.adapters import AxialPositions, LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.autoencoder import drawing_from, run_half
 from transfusion_pytorch.modalities.statistics import LatentStatistics, ScaleCheck
+from transfusion_pytorch.modalities.timing import TimeConditioning, Timing
 from transfusion_pytorch.sequence.batch import ModalityData, RawInstances
 from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, check_finite
@@ -53,12 +54,14 @@ class ModalityIO(nn.Module):
         decoder: nn.Module | None,
         batched: bool,
         add_pos_emb: bool,
+        time_conditioning: TimeConditioning = "norms",
     ):
         super().__init__()
         self.spec, self.adapter, self.batched = spec, adapter, batched
         self.encoder, self.decoder = encoder, decoder
         self.statistics, self.scale_check = LatentStatistics(spec.dim_latent), ScaleCheck()
         self.positions = AxialPositions(dim, spec.num_dim) if add_pos_emb and spec.num_dim else None
+        self.timing = None if time_conditioning == "norms" else Timing(dim, time_conditioning)
         for module in self.frozen:
             module.eval().requires_grad_(False)
 
@@ -69,8 +72,8 @@ class ModalityIO(nn.Module):
 
     @property
     def trained(self) -> list[nn.Module]:
-        """Adapter and positions."""
-        return [module for module in (self.adapter, self.positions) if module is not None]
+        """Adapter, positions, and how tokens are told the time."""
+        return [module for module in (self.adapter, self.positions, self.timing) if module is not None]
 
     def train(self, mode: bool = True) -> "ModalityIO":
         """What is frozen stays in evaluation mode."""
@@ -94,7 +97,14 @@ class ModalityIO(nn.Module):
         )
 
     def token_shape(self, shape: Shape) -> Shape:
-        """The axial shape of the tokens of a latent. Raises `ValueError` for one that does not get through."""
+        """The axial shape of the tokens of a latent; a time token makes them a row. Raises `ValueError` for one that
+        does not get through.
+        """
+        tokens = self._read_shape(shape)
+        return tokens if self.timing is None else self.timing.token_shape(tokens)
+
+    def _read_shape(self, shape: Shape) -> Shape:
+        """The axial shape of the tokens that are read as latents."""
         tokens = self.adapter.token_shape(shape)
         if self.positions is not None and len(tokens) != self.spec.num_dim:
             raise ValueError(
@@ -217,7 +227,8 @@ class ModalityIO(nn.Module):
         if positions is None:
             precise = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 cannot count beyond 256
             positions = self.embed_positions(shapes, device=tokens.device, dtype=precise)
-        return tokens if positions is None else tokens + positions, memory
+        tokens = tokens if positions is None else tokens + positions
+        return tokens if self.timing is None else self.timing.embed(tokens, self._counts(shapes), condition), memory
 
     def embed_positions(
         self, shapes: Sequence[Shape], *, device: torch.device, dtype: torch.dtype
@@ -225,7 +236,7 @@ class ModalityIO(nn.Module):
         """The position embedding of every token, None if there is none. Coordinates are of this `dtype`."""
         if self.positions is None:
             return None
-        token_shapes = [self.token_shape(shape) for shape in shapes]
+        token_shapes = [self._read_shape(shape) for shape in shapes]
         embedded = {
             shape: self.positions(axial_coordinates(shape, device=device, dtype=dtype))
             for shape in dict.fromkeys(token_shapes)
@@ -235,7 +246,13 @@ class ModalityIO(nn.Module):
     def read(
         self, tokens: Shaped[Tensor, "t d"], shapes: Sequence[Shape], condition: Shaped[Tensor, "m d"], memory: Any
     ) -> Shaped[Tensor, "k c"]:
+        if self.timing is not None:
+            tokens = self.timing.read(tokens, self._counts(shapes), condition)
         return self.adapter.read(tokens, shapes, condition, memory)
+
+    def _counts(self, shapes: Sequence[Shape]) -> list[int]:
+        """How many tokens each span is read from."""
+        return [prod(self._read_shape(shape)) for shape in shapes]
 
     def _by_shape(self, half: nn.Module, data: Sequence[Tensor], places: Sequence[str]) -> list[Tensor]:
         """Runs an autoencoder half over batches of equal shape."""

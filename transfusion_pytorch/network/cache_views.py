@@ -68,7 +68,8 @@ class CacheView:
     """The rows that take part in a forward pass over a stream: sample i of the `layout` continues `rows[i]`.
 
     It may serve many passes over the stream, whose writes replace each other, until one of the rows moves. `prepared`
-    are the layers as `inference.py` runs them, if it does; `phases` the rotary phases, which the first pass makes.
+    are the layers of each expert as `inference.py` runs them, if it does, and `phases` the rotary phases: the first
+    pass makes both.
     """
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout, *, prepared: Any = None):

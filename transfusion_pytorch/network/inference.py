@@ -19,8 +19,8 @@ from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
 from transfusion_pytorch.network.cpu.products import emulated
 from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
 from transfusion_pytorch.network.linear import is_plain_linear
-from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, RMSNorm
-from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS
+from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, PlainNorm, RMSNorm
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
 from transfusion_pytorch.sequence.positions import rotate
 
@@ -33,17 +33,16 @@ def has_plain_layers(layers: Any) -> bool:
 def _is_plain(layer: Any) -> bool:
     if not is_untouched(layer, Layer):
         return False
-    attn, ff = layer.attn, layer.ff
-    linears = [attn.to_qkv, attn.to_out, ff.to_hidden, ff.to_out, layer.attn_norm.to_modulation]
-    linears += [layer.ff_norm.to_modulation, *([] if layer.skip is None else [layer.skip])]
+    attn, ff, norms = layer.attn, layer.ff, (layer.attn_norm, layer.ff_norm)
+    linears = [attn.to_qkv, attn.to_out, ff.to_hidden, ff.to_out, attn.to_gates, layer.skip]
+    linears += [getattr(norm, "to_modulation", None) for norm in norms]
     dropouts = (layer.dropout, ff.dropout)
     return (
         is_untouched(attn, Attention)
         and is_untouched(ff, FeedForward)
-        and all(is_untouched(norm, AdaptiveNorm) for norm in (layer.attn_norm, layer.ff_norm))
+        and (all(is_untouched(it, AdaptiveNorm) for it in norms) or all(is_untouched(it, PlainNorm) for it in norms))
         and all(is_untouched(norm, RMSNorm) for norm in (attn.q_norm, attn.k_norm) if norm is not None)
-        and None not in (attn.q_norm, attn.k_norm, attn.to_gates)
-        and all(is_plain_linear(linear) for linear in (*linears, attn.to_gates))
+        and all(is_plain_linear(linear) for linear in linears if linear is not None)
         and all(is_untouched(it, nn.Dropout) and not (it.training and it.p) for it in dropouts)
         and layer.has_one_stream
         and attn.to_value_mix is None
@@ -66,29 +65,57 @@ class Modulations(NamedTuple):
             return F.layer_norm(x, x.shape[-1:], weight=self.scale[i], eps=LAYER_NORM_EPS)
         return torch.addcmul(self.shift[i], F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), self.scale[i])
 
+    def add(self, x: Shaped[Tensor, "... d"], out: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
+        return torch.addcmul(x, out, self.gate[i])
+
+
+class RMSGains(NamedTuple):
+    """The gains of every norm of a language model, in the order of the layers, and their epsilon."""
+
+    gain: Sequence[Tensor]
+    eps: float
+
+    def normed(self, x: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
+        return F.rms_norm(x, x.shape[-1:], weight=self.gain[i], eps=self.eps)
+
+    def add(self, x: Shaped[Tensor, "... d"], out: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
+        return x + out
+
 
 class PreparedLayers(NamedTuple):
     """What depends on the weights only, computed once for a view of the cache.
 
-    - `gains` of queries and keys for every layer; `text`: the modulations of text
+    - `gains` of queries and keys for every layer, None where they are not normalised, and the epsilon of those norms
+    - `text`: the modulations of text, None for layers that read none
     """
 
-    gains: Sequence[Shaped[Tensor, "h_k f 2"]]
-    text: Modulations
+    gains: Sequence[Shaped[Tensor, "h_k f 2"]] | None
+    eps: float
+    text: Modulations | RMSGains | None
 
     @classmethod
     def of(cls, layers: Any) -> "PreparedLayers":
-        scales = torch.stack([norm.text_scale for norm in _norms(layers)])
-        gates = torch.stack([norm.text_gate for norm in _norms(layers)])  # type: ignore[misc]
+        norms = _norms(layers)
+        text: Modulations | RMSGains | None = None
+        if isinstance(norms[0], PlainNorm):
+            text = RMSGains([norm.weight for norm in norms], norms[0].eps)
+        elif norms[0].text_scale is not None:
+            scales, gates = (torch.stack([getattr(it, name) for it in norms]) for name in ("text_scale", "text_gate"))
+            text = Modulations((1 + scales).unbind(), None, (1 + gates).unbind())
         attns = [layer.attn for layer in layers]
-        both = torch.stack([norm.weight for attn in attns for norm in (attn.q_norm, attn.k_norm)])  # type: ignore[union-attr]
-        both = (
-            (1 + both).to(torch.float64 if both.dtype == torch.float64 else torch.float32).view(len(attns), 2, 1, -1, 2)
-        )
+        if attns[0].q_norm is None:
+            return cls(None, RMS_NORM_EPS, text)
+        both = torch.stack([norm.gain for attn in attns for norm in (attn.q_norm, attn.k_norm)])
+        both = both.to(precise(both.dtype)).view(len(attns), 2, 1, -1, 2)
         heads = (both[:, i].expand(-1, count, -1, -1) for i, count in enumerate((attns[0].heads, attns[0].kv_heads)))
-        return cls(
-            torch.cat(tuple(heads), dim=1).unbind(), Modulations((1 + scales).unbind(), None, (1 + gates).unbind())
-        )
+        return cls(torch.cat(tuple(heads), dim=1).unbind(), attns[0].q_norm.eps, text)
+
+    def modulations(self, norms: Sequence[Any], conditioning: Conditioning | None) -> Modulations | RMSGains:
+        """Those of a stream of text alone (`conditioning` is None), or of spans alone."""
+        if conditioning is None or isinstance(self.text, RMSGains):
+            assert self.text is not None
+            return self.text
+        return _of_spans(norms, conditioning)
 
 
 def run_layers(
@@ -105,7 +132,7 @@ def run_layers(
     """
     # generated code does without complex numbers, and eager code is shorter with them
     rotation = phases if torch.compiler.is_compiling() else torch.view_as_complex(phases)[:, None]
-    modulations = prepared.text if conditioning is None else _of_spans(_norms(layers), conditioning)
+    modulations = prepared.modulations(_norms(layers), conditioning)
     shape = x.shape
     if conditioning is not None and conditioning.modulation_index is None:
         x = x.unflatten(0, (len(conditioning.spans), -1))
@@ -113,10 +140,10 @@ def run_layers(
     for index, layer in enumerate(layers):
         if layer.skip is not None:
             x = x + F.linear(torch.cat((x, skips.pop()), dim=-1), layer.skip.weight)
-        out = _attend(layer.attn, modulations.normed(x, 2 * index), prepared.gains[index], rotation, plan, index)
-        x = torch.addcmul(x, out, modulations.gate[2 * index])
+        out = _attend(layer.attn, modulations.normed(x, 2 * index), prepared, rotation, plan, index)
+        x = modulations.add(x, out, 2 * index)
         out = _feed_forward(layer.ff, modulations.normed(x, 2 * index + 1))
-        x = torch.addcmul(x, out, modulations.gate[2 * index + 1])
+        x = modulations.add(x, out, 2 * index + 1)
         if index < len(layers) // 2:
             skips.append(x)
     return x.view(shape)
@@ -125,25 +152,30 @@ def run_layers(
 def _attend(
     attn: Attention,
     x: Shaped[Tensor, "... d"],
-    gain: Tensor,
+    prepared: PreparedLayers,
     rotation: Tensor,
     plan: CachedAttention | DecodeAttention,
     index: int,
 ) -> Shaped[Tensor, "... d"]:
     n, e = len(rotation), attn.dim_head
-    qk, v = F.linear(x, attn.to_qkv.weight).view(n, -1, e).split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
+    qkv = F.linear(x, attn.to_qkv.weight, attn.to_qkv.bias).view(n, -1, e)
+    qk, v = qkv.split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
     qk = qk.unflatten(-1, (-1, 2))
-    exact = F.rms_norm(qk if qk.dtype == gain.dtype else qk.to(gain.dtype), (e // 2, 2), eps=RMS_NORM_EPS).mul_(gain)
+    dtype = precise(qk.dtype)
+    exact = qk if qk.dtype == dtype else qk.to(dtype)
+    if prepared.gains is not None:
+        exact = F.rms_norm(exact, (e // 2, 2), eps=prepared.eps).mul_(prepared.gains[index])
     if torch.compiler.is_compiling():
         exact = rotate(exact.flatten(-2), rotation)
     else:
         torch.view_as_complex(exact).mul_(rotation)
     qk = exact if exact.dtype == x.dtype else exact.to(x.dtype)
-    q, k = qk.view(n, -1, e).split((attn.heads, attn.kv_heads), dim=1)
+    q, k = qk.reshape(n, -1, e).split((attn.heads, attn.kv_heads), dim=1)
     out = plan.attend(q, k, v, layer=index)
-    gates = F.linear(x, attn.to_gates.weight, attn.to_gates.bias).sigmoid_()  # type: ignore[union-attr]
+    if attn.to_gates is not None:
+        out = out * F.linear(x, attn.to_gates.weight, attn.to_gates.bias).sigmoid_().view(n, -1, 1)
     # how the output of attention lies in memory differs from kernel to kernel
-    return F.linear((out * gates.view(n, -1, 1)).reshape(*x.shape[:-1], -1), attn.to_out.weight)
+    return F.linear(out.reshape(*x.shape[:-1], -1), attn.to_out.weight, attn.to_out.bias)
 
 
 def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
@@ -151,11 +183,11 @@ def _feed_forward(ff: FeedForward, x: Tensor) -> Tensor:
     return F.linear(ACTIVATIONS[ff.activation](gate).mul_(value), ff.to_out.weight, ff.to_out.bias)
 
 
-def _norms(layers: Any) -> list[AdaptiveNorm]:
+def _norms(layers: Any) -> list[Any]:
     return [norm for layer in layers for norm in (layer.attn_norm, layer.ff_norm)]
 
 
-def _of_spans(norms: Sequence[AdaptiveNorm], conditioning: Conditioning) -> Modulations:
+def _of_spans(norms: Sequence[Any], conditioning: Conditioning) -> Modulations:
     every = torch.stack([F.linear(conditioning.spans, it.to_modulation.weight, it.to_modulation.bias) for it in norms])
     scale, shift, gate = every.chunk(3, dim=-1)
     scale = 1 + scale

@@ -1,4 +1,4 @@
-"""One layer of the trunk: attention and feedforward, each behind an adaptive norm and in front of a gated residual.
+"""One layer of the trunk: attention and feedforward, each behind a norm and in front of a residual connection.
 
 n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies, r = n times the number of
 residual streams.
@@ -6,7 +6,7 @@ residual streams.
 
 from collections.abc import Callable, Mapping
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transfusion_pytorch.network.attend import AttentionPlan
 from transfusion_pytorch.network.cpu import elementwise as cpu
 from transfusion_pytorch.network.cpu.products import linear
 from transfusion_pytorch.network.linear import Linear, is_plain_linear
-from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, Modulation, RMSNorm
+from transfusion_pytorch.network.norms import Conditioning, Modulation, RMSNorm
 from transfusion_pytorch.network.shortcuts import is_plain, is_untouched, uses_cpu_kernels
 from transfusion_pytorch.sequence.positions import rotate
 
@@ -33,6 +33,7 @@ class Attention(nn.Module):
     - `value_residual`: values are mixed with those of the first layer (arXiv 2410.17897)
     - `laser`: values attend as exponentials, and the logarithm is taken after (arXiv 2411.03493)
     - `softcap_value`: bounds the attention logits
+    - `qkv_bias`, `out_bias`: the linear layers have biases; `qk_norm`: options of the `RMSNorm` of queries and keys
     """
 
     def __init__(
@@ -47,6 +48,9 @@ class Attention(nn.Module):
         value_residual: bool = False,
         laser: bool = False,
         softcap_value: float | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -58,12 +62,12 @@ class Attention(nn.Module):
             raise ValueError(f"softcap_value must be positive, got {softcap_value}")
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         self.laser, self.softcap = laser, softcap_value
-        self.to_qkv = Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
-        self.q_norm = RMSNorm(dim_head) if qk_rmsnorm else None
-        self.k_norm = RMSNorm(dim_head) if qk_rmsnorm else None
+        self.to_qkv = Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=qkv_bias)
+        self.q_norm = RMSNorm(dim_head, **(qk_norm or {})) if qk_rmsnorm else None
+        self.k_norm = RMSNorm(dim_head, **(qk_norm or {})) if qk_rmsnorm else None
         self.to_gates = Linear(dim, heads) if gate_values else None
         self.to_value_mix = Linear(dim, kv_heads) if value_residual else None
-        self.to_out = Linear(heads * dim_head, dim, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=out_bias)
 
     def forward(
         self,
@@ -75,6 +79,17 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> tuple[Shaped[Tensor, "n d"], Shaped[Tensor, "n k e"]]:
         """The output, and the values of this layer for the value residual of later ones."""
+        q, k, v, own_values = self.project(x, phases=phases, first_values=first_values)
+        return self.combine(plan.attend(q, k, v, layer=layer, softcap=self.softcap), x), own_values
+
+    def project(
+        self,
+        x: Shaped[Tensor, "n d"],
+        *,
+        phases: Float[Tensor, "n f 2"],
+        first_values: Float[Tensor, "n k e"] | None = None,
+    ) -> tuple[Shaped[Tensor, "n h e"], Shaped[Tensor, "n k e"], Shaped[Tensor, "n k e"], Shaped[Tensor, "n k e"]]:
+        """Queries, keys and values as they attend, and the values of this layer itself."""
         qkv = rearrange(self.to_qkv(x), "n (h e) -> n h e", e=self.dim_head)
         q, k, v = self._rotated(qkv, phases)
         own_values = v
@@ -83,21 +98,23 @@ class Attention(nn.Module):
         if self.laser:
             v = torch.exp(LASER_LIMIT * torch.tanh(v / LASER_LIMIT))
         # autocast on a GPU gives norms and exponentials back in single precision, and kernels want one type
-        q, k, v = (part.to(qkv.dtype) for part in (q, k, v))
-        out = plan.attend(q, k, v, layer=layer, softcap=self.softcap)
+        return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype), own_values
+
+    def combine(self, out: Shaped[Tensor, "n h e"], x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
+        """What the heads gathered for the tokens `x`, as one vector a token."""
         if self.laser:
             out = out.clamp(min=torch.finfo(out.dtype).tiny).log()
         if self.to_gates is not None:
             out = out * self.to_gates(x).sigmoid()[..., None]
-        return self.to_out(rearrange(out, "n h e -> n (h e)")), own_values
+        return self.to_out(rearrange(out, "n h e -> n (h e)"))
 
     def _rotated(self, qkv: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and rotated, and values as they are."""
         norms: tuple[Any, Any] = self.q_norm, self.k_norm
         on_cpu = uses_cpu_kernels(qkv)
         if on_cpu and all(norm and is_untouched(norm, RMSNorm) and is_plain(norm.weight) for norm in norms):
-            gains = [norm.weight.expand(h, -1) for norm, h in zip(norms, (self.heads, self.kv_heads), strict=True)]
-            return cpu.NormedHeads.apply(qkv, 1 + torch.cat(gains), phases, self.heads)  # type: ignore[return-value]
+            gains = [norm.gain.expand(h, -1) for norm, h in zip(norms, (self.heads, self.kv_heads), strict=True)]
+            return cpu.NormedHeads.apply(qkv, torch.cat(gains), phases, self.heads, norms[0].eps)  # type: ignore[return-value]
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = (part if norm is None else norm(part.to(phases.dtype)) for part, norm in zip((q, k), norms, strict=True))
         q, k = (cpu.rotate(part, phases) if on_cpu else rotate(part, phases) for part in (q, k))
@@ -110,21 +127,31 @@ HIDDEN_MULTIPLE = 16  # products of rows that end where vector registers do are 
 
 class FeedForward(nn.Module):
     """A gated feedforward (GLU variants, arXiv 2002.05202) with two thirds of the plain one's width, for equal
-    parameters, rounded up to a multiple of 16.
+    parameters, rounded up to a multiple of 16; or with `dim_hidden`.
     """
 
-    def __init__(self, dim: int, *, expansion_factor: float = 4, activation: str = "geglu", dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expansion_factor: float = 4,
+        dim_hidden: int | None = None,
+        activation: str = "geglu",
+        bias: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        hidden = dim * expansion_factor * 2 / 3
-        if hidden < 1:
-            raise ValueError(f"expansion_factor must be positive, and not so small, got {expansion_factor}")
-        hidden = HIDDEN_MULTIPLE * ceil(round(hidden / HIDDEN_MULTIPLE, 6))  # 528.0000000000001 is 528
+        if dim_hidden is None:
+            hidden = dim * expansion_factor * 2 / 3
+            if hidden < 1:
+                raise ValueError(f"expansion_factor must be positive, and not so small, got {expansion_factor}")
+            dim_hidden = HIDDEN_MULTIPLE * ceil(round(hidden / HIDDEN_MULTIPLE, 6))  # 528.0000000000001 is 528
         self.activation = activation
-        self.to_hidden = Linear(dim, 2 * hidden)
+        self.to_hidden = Linear(dim, 2 * dim_hidden, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self.to_out = Linear(hidden, dim)
+        self.to_out = Linear(dim_hidden, dim, bias=bias)
 
     def forward(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         return self._contract(self.to_hidden(x))
@@ -145,8 +172,25 @@ class FeedForward(nn.Module):
         return is_untouched(self.dropout, nn.Dropout) and not (self.dropout.training and self.dropout.p > 0)
 
 
+class Begun(NamedTuple):
+    """A layer up to its attention.
+
+    - `x`: the residual streams; `merge` and `modulation`: how the output of attention goes into them
+    - `normed`: what attention reads; `q`, `k`, `v`: what of it attends; `own_values`: the values of this layer
+    """
+
+    x: Shaped[Tensor, "r d"]
+    merge: Callable[[Tensor], Tensor]
+    modulation: Modulation
+    normed: Shaped[Tensor, "n d"]
+    q: Shaped[Tensor, "n h e"]
+    k: Shaped[Tensor, "n k e"]
+    v: Shaped[Tensor, "n k e"]
+    own_values: Shaped[Tensor, "n k e"]
+
+
 class Layer(nn.Module):
-    """Attention and feedforward.
+    """Attention and feedforward, each behind a norm of `make_norm()`.
 
     `connect(layer_index=...)` makes a residual connection: from the residual streams to the input of a branch, and a
     function that merges the output of the branch into them. A layer that `has_skip` also reads what an earlier one
@@ -158,6 +202,7 @@ class Layer(nn.Module):
         dim: int,
         index: int,
         *,
+        make_norm: Callable[[], Any],
         connect: Callable[..., nn.Module],
         has_one_stream: bool,
         has_skip: bool,
@@ -170,7 +215,7 @@ class Layer(nn.Module):
         self.index, self.connect = index, connect
         self.has_one_stream, self.keeps_values = has_one_stream, keeps_values
         self.skip = Linear(2 * dim, dim, bias=False) if has_skip else None
-        self.attn_norm, self.ff_norm = AdaptiveNorm(dim, dim), AdaptiveNorm(dim, dim)
+        self.attn_norm, self.ff_norm = make_norm(), make_norm()
         self.attn, self.ff = Attention(dim, **attn), FeedForward(dim, dropout=dropout, **ff)
         self.attn_connection, self.ff_connection = connect(layer_index=index), connect(layer_index=index)
         self.dropout = nn.Dropout(dropout)
@@ -192,25 +237,52 @@ class Layer(nn.Module):
         plan: AttentionPlan,
     ) -> tuple[Shaped[Tensor, "r d"], Shaped[Tensor, "n k e"] | None]:
         """The residual streams behind this layer, and its values if it keeps them."""
+        x, merge, modulation, normed = self._enter(x, skipped, conditioning)
+        out, values = self.attn(normed, phases=phases, plan=plan, first_values=first_values, layer=self.index)
+        return self._leave(x, merge, modulation, out, conditioning), values if self.keeps_values else None
+
+    def begin(
+        self,
+        x: Shaped[Tensor, "r d"],
+        skipped: Shaped[Tensor, "r d"] | None,
+        first_values: Shaped[Tensor, "n k e"] | None,
+        conditioning: Conditioning | None,
+        phases: Float[Tensor, "n f 2"],
+    ) -> Begun:
+        """The first part of `forward`, for layers that share one attention."""
+        x, merge, modulation, normed = self._enter(x, skipped, conditioning)
+        heads = self.attn.project(normed, phases=phases, first_values=first_values)
+        return Begun(x, merge, modulation, normed, *heads)
+
+    def end(
+        self, begun: Begun, gathered: Shaped[Tensor, "n h e"], conditioning: Conditioning | None
+    ) -> Shaped[Tensor, "r d"]:
+        """The rest of `forward`, behind attention."""
+        out = self.attn.combine(gathered, begun.normed)
+        return self._leave(begun.x, begun.merge, begun.modulation, out, conditioning)
+
+    def _enter(
+        self, x: Tensor, skipped: Tensor | None, conditioning: Conditioning | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], Modulation, Tensor]:
         if skipped is not None:
             x = self._add_skipped(x, skipped)
-
         branch_input, merge = self.attn_connection(x)
         modulation = self.attn_norm.modulation(conditioning)
-        out, values = self.attn(
-            self.attn_norm(branch_input, modulation),
-            phases=phases,
-            plan=plan,
-            first_values=first_values,
-            layer=self.index,
-        )
-        x = self._merge(x, merge, self.dropout(out), modulation)
+        return x, merge, modulation, self.attn_norm(branch_input, modulation)
 
+    def _leave(
+        self,
+        x: Tensor,
+        merge: Callable[[Tensor], Tensor],
+        modulation: Modulation,
+        out: Tensor,
+        conditioning: Conditioning | None,
+    ) -> Tensor:
+        x = self._merge(x, merge, self.dropout(out), modulation)
         branch_input, merge = self.ff_connection(x)
         modulation = self.ff_norm.modulation(conditioning)
         out = self.ff(self.ff_norm(branch_input, modulation))
-        x = self._merge(x, merge, self.dropout(out), modulation)
-        return x, values if self.keeps_values else None
+        return self._merge(x, merge, self.dropout(out), modulation)
 
     def _merge(self, x: Tensor, merge: Callable[[Tensor], Tensor], out: Tensor, modulation: Modulation) -> Tensor:
         """`merge(gate out)`, in one pass over memory where that is a plain sum."""

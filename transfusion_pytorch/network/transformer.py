@@ -24,9 +24,26 @@ from transfusion_pytorch.network.attend import (
 from transfusion_pytorch.network.cache import CacheRow, KVCache
 from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 from transfusion_pytorch.network.compile import Checkpointing, layer_caller
+from transfusion_pytorch.network.experts import (
+    TEXT,
+    RoutedAttention,
+    Routing,
+    UntiedLayer,
+    readers_of,
+    untied_layer,
+    untied_parts,
+)
 from transfusion_pytorch.network.inference import PreparedLayers, has_plain_layers, run_layers
 from transfusion_pytorch.network.layer import Layer, residual_connection
-from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning
+from transfusion_pytorch.network.norms import (
+    AdaptiveNorm,
+    AdaptivePlainNorm,
+    Conditioning,
+    NormKind,
+    Reads,
+    make_norm,
+)
+from transfusion_pytorch.network.precision import RMS_NORM_EPS
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.masks import Layout
@@ -39,8 +56,8 @@ class Transformer(nn.Module):
 
     - `dim`, `depth`, `heads`, `dim_head`: as ever; `kv_heads` fewer than `heads` share keys and values (arXiv
       2305.13245)
-    - `ff_expansion_factor`, `ff_kwargs` (`activation`: `"geglu"` or `"swiglu"`), `attn_kwargs` (`gate_values`,
-      `softcap_value`)
+    - `ff_expansion_factor`, `ff_kwargs` (`activation`: `"geglu"` or `"swiglu"`; `dim_hidden`, `bias`), `attn_kwargs`
+      (`gate_values`, `softcap_value`, `qkv_bias`, `out_bias`)
     - `dropout`: of what every branch adds, and inside the feedforward
     - `attn_laser`, `qk_rmsnorm`, `use_value_residual`: see `Attention`; values are mixed with the first layer's
     - `unet_skips`: the second half of the layers also reads what the first half wrote, innermost first (U-ViT, arXiv
@@ -52,7 +69,14 @@ class Transformer(nn.Module):
     - `use_flex_attn`: None chooses attention by the device (flex attention on CUDA), True asks for flex attention
       everywhere, False for none. The attribute `attention` ("auto", "flex", "dense" or "ragged") can be changed later;
       see `choose_attention`
-    - `rotary_theta`: base of the rotary frequencies
+    - `rotary_theta`: base of the rotary frequencies; or `rotary_frequencies`, radians per position of each pair of
+      channels, and `rotary_amplitude` of both sines and cosines
+    - `norm`: `"adaptive"` (layer norm that a span's condition scales and shifts, adaLN-Zero), `"rms"` (that of language
+      models, which knows no condition), or `"adaptive_rms"` (the same, scaled and shifted by the condition from where
+      it stands); `norm_eps` of the last two
+    - `untied`: text and modalities have weights of their own (mixture of transformers, arXiv 2411.04996), True for all
+      or some of `"attention"`, `"feedforward"` and `"norms"`. There are `num_experts`: the first is that of text,
+      modality i has expert i + 1, or the last one. With 2, all modalities share theirs.
     """
 
     def __init__(
@@ -76,6 +100,12 @@ class Transformer(nn.Module):
         num_residual_fracs: int = 1,
         use_checkpoint: Checkpointing = False,
         rotary_theta: float = 10_000.0,
+        rotary_frequencies: Sequence[float] | None = None,
+        rotary_amplitude: float = 1.0,
+        norm: NormKind = "adaptive",
+        norm_eps: float = RMS_NORM_EPS,
+        untied: bool | Sequence[str] = False,
+        num_experts: int = 2,
     ):
         super().__init__()
         for name, value in (("dim", dim), ("depth", depth), ("heads", heads), ("dim_head", dim_head)):
@@ -86,7 +116,16 @@ class Transformer(nn.Module):
                 "num_residual_streams and num_residual_fracs must be positive, and dim a multiple of the latter, "
                 f"got {dim}, {num_residual_streams} and {num_residual_fracs}"
             )
-        self.dim, self.depth, self.dim_head, self.rotary_theta = dim, depth, dim_head, rotary_theta
+        if rotary_frequencies is not None and len(rotary_frequencies) != dim_head // 2:
+            raise ValueError(
+                f"rotary_frequencies are {dim_head // 2}, one for each pair of channels of a head, got "
+                f"{len(rotary_frequencies)}"
+            )
+        self.dim, self.depth, self.dim_head = dim, depth, dim_head
+        self.rotary = Rotary(dim_head, rotary_theta, rotary_frequencies, rotary_amplitude)
+        self.untied, self.num_experts = untied_parts(untied), num_experts
+        if self.untied and num_experts < 2:
+            raise ValueError(f"untied weights need num_experts of at least 2, got {num_experts}")
         self.kv_heads = heads if kv_heads is None else kv_heads
         self.attention: AttentionKind = "auto" if use_flex_attn is None else "flex" if use_flex_attn else "ragged"
         self.gradient_checkpointing_enable(use_checkpoint)
@@ -95,23 +134,35 @@ class Transformer(nn.Module):
             num_residual_streams, num_fracs=num_residual_fracs, dim=dim
         )
         attn = dict(dim_head=dim_head, heads=heads, kv_heads=kv_heads, qk_rmsnorm=qk_rmsnorm)
-        attn |= dict(laser=attn_laser) | _only("attn_kwargs", attn_kwargs, ("gate_values", "softcap_value"))
-        ff = dict(expansion_factor=ff_expansion_factor) | _only("ff_kwargs", ff_kwargs, ("activation",))
-        self.layers = nn.ModuleList(
-            Layer(
+        attn |= dict(qk_norm=None if norm == "adaptive" else dict(eps=norm_eps, unit_offset=False))
+        known = ("gate_values", "softcap_value", "qkv_bias", "out_bias")
+        attn |= dict(laser=attn_laser) | _only("attn_kwargs", attn_kwargs, known)
+        ff = dict(expansion_factor=ff_expansion_factor)
+        ff |= _only("ff_kwargs", ff_kwargs, ("activation", "dim_hidden", "bias"))
+        has_one_stream = num_residual_streams == num_residual_fracs == 1
+        options: dict[str, Any] = dict(has_one_stream=has_one_stream, dropout=dropout, ff=ff)
+        options |= dict(connect=partial(residual_connection, connect, num_residual_streams, num_residual_fracs))
+
+        def make_layer(index: int, reads: Reads) -> Layer:
+            return Layer(
                 dim,
                 index,
-                connect=partial(residual_connection, connect, num_residual_streams, num_residual_fracs),
-                has_one_stream=num_residual_streams == num_residual_fracs == 1,
+                make_norm=partial(make_norm, norm, dim, eps=norm_eps, reads=reads),
                 has_skip=unet_skips and index >= (depth + 1) // 2,
                 keeps_values=use_value_residual and index == 0,
-                dropout=dropout,
                 attn=attn | dict(value_residual=use_value_residual and index > 0),
-                ff=ff,
+                **options,
             )
+
+        readers = readers_of(self.untied, num_experts)
+        self.layers = nn.ModuleList(
+            untied_layer([make_layer(index, reads) for reads in readers], self.untied)
+            if self.untied
+            else make_layer(index, "both")
             for index in range(depth)
         )
-        self.final_norm = AdaptiveNorm(dim, dim, has_gate=False)
+        norms = [make_norm(norm, dim, eps=norm_eps, reads=reads, has_gate=False) for reads in readers]
+        self.final_norm = nn.ModuleList(norms) if "norms" in self.untied else norms[0]
 
     def forward(
         self,
@@ -120,18 +171,20 @@ class Transformer(nn.Module):
         position: Int[Tensor, " n"],
         layout: Layout,
         conditioning: Conditioning | None = None,
+        routing: Routing | None = None,
         cache: CacheView | DecodeView | None = None,
     ) -> Shaped[Tensor, "n d"]:
         """Runs a packed stream; with a `cache` its samples continue the rows of that.
 
-        `position` are rotary positions, `conditioning` is that of the spans (None for text alone). Nothing is read from
-        the device that computes.
+        `position` are rotary positions, `conditioning` is that of the spans (None for text alone). `routing` says which
+        expert reads which token, where weights are untied; without it all is text. Nothing is read from the device that
+        computes.
         """
         if cache is not None and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # A decode step is hundreds of tiny operations: without counting versions and views each takes less time.
             with torch.inference_mode():
-                return self._run(x, position, layout, conditioning, cache)
-        return self._run(x, position, layout, conditioning, cache)
+                return self._run(x, position, layout, conditioning, routing, cache)
+        return self._run(x, position, layout, conditioning, routing, cache)
 
     def _run(
         self,
@@ -139,33 +192,66 @@ class Transformer(nn.Module):
         position: Int[Tensor, " n"],
         layout: Layout,
         conditioning: Conditioning | None,
+        routing: Routing | None,
         cache: CacheView | DecodeView | None,
     ) -> Shaped[Tensor, "n d"]:
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
-        if cache is not None and cache.prepared is not None:
+        expert = TEXT if routing is None else routing.only
+        if expert is not None and cache is not None and (prepared := self._prepared_in(cache, expert)) is not None:
             if isinstance(cache, DecodeView):
                 phases = cache.rotation()
             else:
                 phases = cache.phases = self._phases(position) if cache.phases is None else cache.phases
-            prepared, attention = cache.prepared, cast(CachedAttention | DecodeAttention, plan)
-            x = run_layers(self.layers, x, prepared=prepared, conditioning=conditioning, phases=phases, plan=attention)
-            return self.final_norm(x, self.final_norm.modulation(conditioning))
+            layers, attention = self.layers_of(expert), cast(CachedAttention | DecodeAttention, plan)
+            x = run_layers(layers, x, prepared=prepared, conditioning=conditioning, phases=phases, plan=attention)
+            return self._normed(x, expert, conditioning)
         phases = self._phases(position, x.dtype)
-        call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
         if conditioning is not None and self._adds_up_by_segments(plan):
             conditioning = conditioning.with_segments()
+        if expert is not None:
+            x = self._through(self.layers_of(expert), self.expand_streams(x), conditioning, phases, plan)
+            return self._normed(self.reduce_streams(x), expert, conditioning)
+        assert routing is not None
+        assert conditioning is not None
+        return self._through_experts(x, conditioning, routing, phases, plan)
 
-        x = self.expand_streams(x)
-        skips: list[Tensor] = []
+    def _through(self, layers: Any, x: Any, conditioning: Any, phases: Any, plan: Any) -> Any:
+        """The residual streams behind all layers. Of untied ones everything comes in parts, one for each expert."""
+        call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
+        skips: list[Any] = []
         first_values = None
-        for index, layer in enumerate(self.layers):
-            skipped = None if layer.skip is None else skips.pop()
+        for index, layer in enumerate(layers):
+            has_skip = (layer.experts[0] if isinstance(layer, UntiedLayer) else layer).skip is not None
+            skipped = skips.pop() if has_skip else None
             x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan)
             first_values = values if first_values is None else first_values
             if index < self.depth // 2:
                 skips.append(x)
-        return self.final_norm(self.reduce_streams(x), self.final_norm.modulation(conditioning))
+        return x
+
+    def _through_experts(
+        self, x: Tensor, conditioning: Conditioning, routing: Routing, phases: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        parts = tuple(self.expand_streams(part) for part in routing.split(x))
+        conditionings, routed = routing.conditionings(conditioning), RoutedAttention(plan, routing)
+        made = self._through(self.layers, parts, conditionings, routing.split(phases), routed)
+        reduced = [self.reduce_streams(part) for part in made]
+        return routing.join(
+            [
+                self._normed(part, expert, conditionings[expert]) if expert in routing.taken else part
+                for expert, part in enumerate(reduced)
+            ]
+        )
+
+    def layers_of(self, expert: int) -> Any:
+        """The layers that read the tokens of one expert."""
+        return [layer.experts[expert] for layer in self.layers] if self.untied else self.layers  # type: ignore[union-attr]
+
+    def _normed(self, x: Tensor, expert: int, conditioning: Conditioning | None) -> Tensor:
+        """Through the last norm."""
+        norm: Any = self.final_norm[expert] if isinstance(self.final_norm, nn.ModuleList) else self.final_norm
+        return norm(x, norm.modulation(conditioning))
 
     def _adds_up_by_segments(self, plan: AttentionPlan) -> bool:
         """Whether gradients of looked-up tables are wanted in the form for a GPU."""
@@ -189,7 +275,7 @@ class Transformer(nn.Module):
         if hasattr(Layer.forward, "__wrapped__"):
             raise RuntimeError("a compiled graph cannot check types at run time; compile without TYPECHECK=1")
         self.compile_options = dict(fullgraph=True) | options
-        if self.final_norm.text_scale.device.type == "cpu" and self.attention in ("auto", "ragged"):
+        if self._device.type == "cpu" and self.attention in ("auto", "ragged"):
             warnings.warn(
                 "compile() changes nothing on a CPU, where attention goes sample by sample; to compile there as well, "
                 "set `transformer.attention` to 'dense', or to 'flex' for inference",
@@ -209,7 +295,7 @@ class Transformer(nn.Module):
         self, cache: KVCache, rows: Sequence[CacheRow], layout: Layout, *, has_text: bool, has_spans: bool
     ) -> CacheView:
         """For forward passes over a stream whose samples continue these rows."""
-        return CacheView(cache, rows, layout, prepared=None if has_text and has_spans else self._prepared())
+        return CacheView(cache, rows, layout, prepared=None if has_text and has_spans else {})
 
     def decode_view(
         self, cache: KVCache, rows: Sequence[CacheRow], positions: Sequence[int], *, is_fixed: bool = False
@@ -220,33 +306,98 @@ class Transformer(nn.Module):
         most = max(positions) + max(KEYS_AT_ONCE, *(row.block.capacity for row in rows))
         if cache.phases is None or len(cache.phases) < most:
             cache.phases = self._phases(torch.arange(1 << (most - 1).bit_length(), device=cache.device))
-        return DecodeView(cache, rows, positions, cache.phases, prepared=self._prepared(), is_fixed=is_fixed)
+        prepared = self._prepared(TEXT)
+        return DecodeView(
+            cache,
+            rows,
+            positions,
+            cache.phases,
+            prepared=None if prepared is None else {TEXT: prepared},
+            is_fixed=is_fixed,
+        )
 
     def _phases(self, position: Int[Tensor, " n"], dtype: torch.dtype | None = None) -> Float[Tensor, "n f 2"]:
-        dtype = self.final_norm.text_scale.dtype if dtype is None else dtype
-        return rotary_phases(position, self.dim_head, theta=self.rotary_theta, dtype=dtype)
+        return self.rotary.phases(position, self._dtype if dtype is None else dtype)
 
-    def _prepared(self) -> PreparedLayers | None:
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of its norms, which stay as they are where linear layers are quantised."""
+        norm: Any = self.final_norm[TEXT] if isinstance(self.final_norm, nn.ModuleList) else self.final_norm
+        return next(norm.parameters()).dtype
+
+    def _prepared(self, expert: int) -> PreparedLayers | None:
         """For the shorter way through the layers, where that is possible (`inference.py`)."""
-        kind = self.final_norm.text_scale.device.type
+        kind, layers = self._device.type, self.layers_of(expert)
         is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
-        return None if is_cast or not has_plain_layers(self.layers) else PreparedLayers.of(self.layers)
+        return None if is_cast or not has_plain_layers(layers) else PreparedLayers.of(layers)
+
+    def _prepared_in(self, cache: CacheView | DecodeView, expert: int) -> PreparedLayers | None:
+        """What a view keeps of the layers of this expert; None where a pass goes the ordinary way."""
+        if cache.prepared is None:
+            return None
+        if expert not in cache.prepared:
+            cache.prepared[expert] = self._prepared(expert)
+        return cache.prepared[expert]
 
     def create_cache(self, *, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache."""
         return KVCache(layers=self.depth, kv_heads=self.kv_heads, dim_head=self.dim_head, device=device, dtype=dtype)
 
 
-def as_trunk(transformer: Any) -> Any:
-    """A `Transformer` of these arguments, or a module that is called as one."""
+def as_trunk(transformer: Any, *, num_modalities: int = 1) -> Any:
+    """A `Transformer` of these arguments, or a module that is called as one. Untied weights are those of text and of
+    each modality, unless `num_experts` says otherwise.
+    """
     if isinstance(transformer, Mapping):
-        return Transformer(**transformer)
+        return Transformer(**{"num_experts": num_modalities + 1, **transformer})
     if not isinstance(transformer, nn.Module) or not isinstance(getattr(transformer, "dim", None), int):
         raise TypeError(
             "transformer must be a dict of Transformer arguments, or a module that has its width as `dim`, "
             f"got {type(transformer).__name__}"
         )
     return transformer
+
+
+class Rotary:
+    """Rotary phases of a model: frequencies by their base, or given one by one.
+
+    Given ones are uploaded once to each device, and are no buffer, which would be rounded with the parameters.
+    """
+
+    def __init__(self, dim_head: int, theta: float, frequencies: Sequence[float] | None, amplitude: float):
+        self.dim_head, self.theta, self.amplitude = dim_head, theta, amplitude
+        self.frequencies = None if frequencies is None else tuple(frequencies)
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def phases(self, position: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n f 2"]:
+        device, frequencies = position.device, None
+        if self.frequencies is not None:
+            if device not in self._on_device:
+                self._on_device[device] = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu").to(device)
+            frequencies = self._on_device[device]
+        phases = rotary_phases(position, self.dim_head, theta=self.theta, frequencies=frequencies, dtype=dtype)
+        return phases if self.amplitude == 1 else phases * self.amplitude
+
+
+def check_trunk(transformer: nn.Module, num_modalities: int, time_conditioning: str) -> None:
+    """Raises `ValueError` where a `Transformer` does not fit its model."""
+    if not isinstance(transformer, Transformer):
+        return
+    if transformer.untied and transformer.num_experts > num_modalities + 1:
+        raise ValueError(
+            f"the transformer has num_experts={transformer.num_experts}, but text and modalities of dim_latent are "
+            f"{num_modalities + 1}: the others would never read a token"
+        )
+    has_conditions = any(isinstance(module, AdaptiveNorm | AdaptivePlainNorm) for module in transformer.modules())
+    if time_conditioning == "norms" and not has_conditions:
+        raise ValueError(
+            "a transformer with norm='rms' does not tell spans their time: choose time_conditioning='added', 'token' "
+            "or 'output', or norm='adaptive_rms'"
+        )
 
 
 def _only(name: str, given: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:

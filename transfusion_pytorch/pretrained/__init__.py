@@ -1,1 +1,1 @@
-"""Pretrained models from elsewhere: language models and autoencoders."""
+"""Models from elsewhere, as parts of a `Transfusion`: language models and autoencoders."""

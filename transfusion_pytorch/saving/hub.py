@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from transfusion_pytorch.saving.card import CARD_FILE, is_ours
 from transfusion_pytorch.saving.configuration import CONFIG_FILE, LIBRARY
-from transfusion_pytorch.saving.tokenizer import TOKENIZER_FILE
+from transfusion_pytorch.saving.tokenizer import TOKENIZER_FILES
 from transfusion_pytorch.saving.weights import WEIGHTS_FILE
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,7 +33,7 @@ def folder_of(source: str | Path, **options: Any) -> Path:
         raise NotADirectoryError(f"{folder} is a file; give the folder that save_pretrained wrote")
     if not isinstance(source, str) or not REPOSITORY.fullmatch(source):
         raise FileNotFoundError(f"there is no folder {folder}; give one that save_pretrained wrote")
-    files = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE]
+    files = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, CARD_FILE]
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=files, library_name=LIBRARY, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
 from transfusion_pytorch.saving.card import CARD_FILE, ModelCard, is_ours, render
 from transfusion_pytorch.saving.components import own_class
 from transfusion_pytorch.saving.configuration import (
@@ -22,7 +23,15 @@ from transfusion_pytorch.saving.configuration import (
 )
 from transfusion_pytorch.saving.files import save_json, save_tensors, whole_file
 from transfusion_pytorch.saving.hub import folder_of, upload
-from transfusion_pytorch.saving.tokenizer import TOKENIZER_FILE, load_tokenizer, save_tokenizer, tokenizer_json
+from transfusion_pytorch.saving.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    TokenizerFiles,
+    load_tokenizer,
+    read_tokenizer_files,
+    tokenizer_json,
+    write_tokenizer_files,
+)
 from transfusion_pytorch.saving.weights import WEIGHTS_FILE, build_without_weights, load_weights, weights_of
 
 Model = TypeVar("Model", bound="SavingMethods")
@@ -41,9 +50,11 @@ class SavingMethods:
     prob_uncond: float
     time_policy: Any
     ignore_index: int
+    time_conditioning: str
+    tie_embeddings: bool
 
     name_or_path: str | None = None  # where it was loaded from; PEFT writes it into the configuration of an adapter
-    _tokenizer: Any = None  # or the text of its file, until somebody wants it
+    _tokenizer: Any = None  # or its files, until somebody wants it
 
     def constructor_arguments(self) -> dict[str, Any]:
         """The arguments that build this model again, as they are now: what was changed after it was built, such as
@@ -66,6 +77,9 @@ class SavingMethods:
             prob_uncond=self.prob_uncond,
             time_policy=self.time_policy,
             ignore_index=self.ignore_index,
+            time_conditioning=self.time_conditioning,
+            eos_id=self.vocabulary.eos_id,
+            tie_embeddings=self.tie_embeddings,
         )
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None, tokenizer: Any = None) -> None:
@@ -76,8 +90,9 @@ class SavingMethods:
           included. Modules and functions of your own are named, and `from_pretrained` wants them handed over, unless
           their class is a registered component (`register_component`).
         - `README.md` with what the `card` says, unless there is one that was written by somebody else
-        - `tokenizer.json` if there is a `tokenizer`, a `tokenizers.Tokenizer` or a fast one of `transformers`; by
-          default the one that the model was loaded with. Without any, that of a model saved here before is removed.
+        - `tokenizer.json` if there is a `tokenizer`, a `tokenizers.Tokenizer`, a `ChatTokenizer` or a fast one of
+          `transformers`; of the latter two also `chat_template.jinja` and `tokenizer_config.json`. By default the one
+          that the model was loaded with. Without any, that of a model saved here before is removed.
 
         Files that are there are replaced one by one, each of them whole or not at all. All processes that share a
         model by `fully_shard` call this, and one of them writes. Raises `TypeError` or `ValueError` for what cannot be
@@ -128,8 +143,7 @@ class SavingMethods:
             model = build_without_weights(build)
             load_weights(model, folder / WEIGHTS_FILE, build, device=target, dtype=dtype)
         model.name_or_path = str(folder_or_hub_id)
-        if (folder / TOKENIZER_FILE).is_file():
-            model._tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+        model._tokenizer = read_tokenizer_files(folder)
         return model.eval()
 
     def push_to_hub(
@@ -164,10 +178,15 @@ class SavingMethods:
 
     @property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` that the model was saved with, or None. Needs the package of that name."""
-        if isinstance(self._tokenizer, str):
-            where = f"{TOKENIZER_FILE} of {self.name_or_path}"
-            self._tokenizer = load_tokenizer(self._tokenizer, self.vocabulary.num_text, where)
+        """The tokenizer that the model was saved with, or None: a `ChatTokenizer` if it has a chat template or special
+        tokens, a `tokenizers.Tokenizer` otherwise. Needs the package of that name.
+        """
+        if isinstance(files := self._tokenizer, TokenizerFiles):
+            where, size = f"{TOKENIZER_FILE} of {self.name_or_path}", self.vocabulary.num_text
+            if files.is_plain:
+                self._tokenizer = load_tokenizer(files.tokenizer, size, where)
+            else:
+                self._tokenizer = ChatTokenizer.of_files(files, where, num_text_tokens=size)
         return self._tokenizer
 
     @tokenizer.setter
@@ -182,9 +201,8 @@ class SavingMethods:
     def _write(self, folder: Path, *, source: str, card: ModelCard | None, tokenizer: Any) -> None:
         config = describe(own_class(self), self.constructor_arguments())
         weights = weights_of(self)  # type: ignore[arg-type]
-        text = self._tokenizer if tokenizer is None else tokenizer
-        if text is not None and not isinstance(text, str):
-            text = tokenizer_json(text, self.vocabulary.num_text)
+        tokenizer = self._tokenizer if tokenizer is None else tokenizer
+        files = None if tokenizer is None else files_of(tokenizer, self.vocabulary.num_text)
         count = sum(weights[name].numel() for name, _ in self.named_parameters())  # type: ignore[attr-defined]
         readme = render(card or ModelCard(), config, source=source, num_parameters=count)
         if not self._is_writer:
@@ -193,18 +211,28 @@ class SavingMethods:
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs the name of a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            has_other_tokenizer = text is None and is_our_config(folder / CONFIG_FILE)
+            has_other_tokenizer = files is None and is_our_config(folder / CONFIG_FILE)
             save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
             save_json(folder / CONFIG_FILE, config)
-            if text is not None:
-                save_tokenizer(folder / TOKENIZER_FILE, text)
+            if files is not None:
+                write_tokenizer_files(folder, files)
             elif has_other_tokenizer:  # of a model that was saved here before
-                (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+                for name in TOKENIZER_FILES:
+                    (folder / name).unlink(missing_ok=True)
             if is_ours(folder / CARD_FILE):
                 with whole_file(folder / CARD_FILE) as partial_file:
                     partial_file.write_text(readme, encoding="utf-8")
         except PermissionError as error:
             raise PermissionError(f"{folder} cannot be written to: {error}") from error
+
+
+def files_of(tokenizer: Any, num_text_tokens: int) -> TokenizerFiles:
+    """What is written of a tokenizer. Errors as in `tokenizer_json`."""
+    if isinstance(tokenizer, TokenizerFiles):
+        return tokenizer
+    text = tokenizer_json(tokenizer, num_text_tokens)
+    chats = any(getattr(tokenizer, name, None) for name in ("chat_template", "special_tokens", "special_tokens_map"))
+    return ChatTokenizer(tokenizer).files() if chats else TokenizerFiles(text)
 
 
 def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> Any:

@@ -1,16 +1,45 @@
-"""A tokenizer that travels with a model, as `tokenizer.json` of Hugging Face's `tokenizers`."""
+"""A tokenizer that travels with a model: `tokenizer.json` of Hugging Face's `tokenizers`; if it has a chat template or
+special tokens, also `chat_template.jinja` and `tokenizer_config.json`, as `transformers` has them.
+"""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transfusion_pytorch.saving.files import whole_file
+from transfusion_pytorch.saving.files import load_json, save_json, whole_file
 
 TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE)
+
+
+class TokenizerFiles(NamedTuple):
+    """What the files say: the tokenizer as JSON text, its chat template, and its special tokens by their names."""
+
+    tokenizer: str
+    chat_template: str | None = None
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """A tokenizer, and nothing else."""
+        return self.chat_template is None and self.config is None
 
 
 def num_ids(tokenizer: Any) -> int:
     """The highest id that a `tokenizers.Tokenizer` has, and one. A vocabulary may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def without_limits(tokenizer: Any) -> Any:
+    """Of a tokenizer that cuts text off or fills it up, a copy that does not."""
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return tokenizer
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def tokenizer_json(tokenizer: Any, num_text_tokens: int) -> str:
@@ -32,14 +61,9 @@ def tokenizer_json(tokenizer: Any, num_text_tokens: int) -> str:
     return backend.to_str(pretty=True)
 
 
-def save_tokenizer(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def load_tokenizer(text: str, num_text_tokens: int, path: Path | str) -> Any:
+def load_tokenizer(text: str, num_text_tokens: int | None, path: Path | str) -> Any:
     """The inverse of `tokenizer_json`. Raises `ImportError` that names the extra to install, and `ValueError` for what
-    is no tokenizer or one that does not fit.
+    is no tokenizer or one that does not fit (unless `num_text_tokens` is None).
     """
     try:
         from tokenizers import Tokenizer
@@ -51,6 +75,49 @@ def load_tokenizer(text: str, num_text_tokens: int, path: Path | str) -> Any:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the one type that it raises
         raise ValueError(f"{path} is no tokenizer: {error}") from error
-    if (size := num_ids(tokenizer)) > num_text_tokens:
+    if num_text_tokens is not None and (size := num_ids(tokenizer)) > num_text_tokens:
         raise ValueError(f"{path} has {size} ids, and the model num_text_tokens={num_text_tokens}: it is another's")
     return tokenizer
+
+
+def write_tokenizer_files(folder: Path, files: TokenizerFiles) -> None:
+    """Each file is whole or not there; those of another tokenizer that was there are removed."""
+    _write_text(folder / TOKENIZER_FILE, files.tokenizer)
+    if files.chat_template is None:
+        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    else:
+        _write_text(folder / CHAT_TEMPLATE_FILE, files.chat_template)
+    if files.config is None:
+        (folder / TOKENIZER_CONFIG_FILE).unlink(missing_ok=True)
+    else:
+        save_json(folder / TOKENIZER_CONFIG_FILE, dict(files.config))
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
+    """None where there is no tokenizer. Raises `ValueError` that names a file which is not readable."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        return None
+    template, config = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
+    content = load_json(config) if config.is_file() else None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{config} is malformed: it must be a dict, got a {type(content).__name__}")
+    return TokenizerFiles(
+        _read_text(folder / TOKENIZER_FILE),
+        _read_text(template) if template.is_file() else None,
+        content,
+    )
+
+
+# line ends as they are
+
+
+def _write_text(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_bytes(text.encode())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error

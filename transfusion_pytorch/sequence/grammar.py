@@ -73,8 +73,10 @@ class Grammar:
         """The ids of text, and with them `eos` and `meta` where those are allowed."""
         if (eos, meta) not in self._masks:
             ends = [self.vocabulary.eos] * eos + [self.vocabulary.meta] * meta
-            self._masks[eos, meta] = self._mask(ends)
-            self._masks[eos, meta][: self.vocabulary.num_text] = True
+            mask = self._mask(ends)
+            mask[: self.vocabulary.num_text] = True
+            mask[self.vocabulary.eos] = eos  # which is text in a language model
+            self._masks[eos, meta] = mask
         return self._masks[eos, meta]
 
     def advance(self, opening: str | None, token: int) -> str | None:

@@ -335,10 +335,11 @@ class Packer:
 
 def without_markers(sample: list[Piece], vocabulary: Vocabulary, where: str) -> list[Piece]:
     """A bare sample. One that begins with sos has been sampled: its markers are dropped, to be placed anew, with those
-    that open a modality which was never drawn. In all others ids beyond the text are refused.
+    that open a modality which was never drawn. In all others ids beyond the text are refused, but for a language model,
+    whose samples need not begin with sos.
     """
     first = sample[0]
-    is_sampled = isinstance(first, Text) and int(first.ids[0]) == vocabulary.sos
+    is_sampled = isinstance(first, Text) and (int(first.ids[0]) == vocabulary.sos or not vocabulary.is_framed)
     for j, piece in enumerate(sample):
         if isinstance(piece, Text):
             check_ids(piece.ids, vocabulary.num_logits if is_sampled else vocabulary.num_text, f"{where}, part {j}")

@@ -9,12 +9,22 @@ from torch import Tensor
 
 
 def rotary_phases(
-    position: Int[Tensor, " n"], dim_head: int, *, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
+    position: Int[Tensor, " n"],
+    dim_head: int,
+    *,
+    theta: float = 10_000.0,
+    frequencies: Float[Tensor, " f"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "n f 2"]:
-    """Cosine and sine of the angle that rotates each pair of channels (RoFormer, arXiv 2104.09864)."""
+    """Cosine and sine of the angle that rotates each pair of channels (RoFormer, arXiv 2104.09864).
+
+    `frequencies` are radians per position; by default those of RoFormer, from 1 down to almost `1 / theta`.
+    """
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, dim_head, 2, device=position.device, dtype=precise) / dim_head
-    angle = position.to(precise)[:, None] * theta**-exponent
+    if frequencies is None:
+        exponent = torch.arange(0, dim_head, 2, device=position.device, dtype=precise) / dim_head
+        frequencies = theta**-exponent
+    angle = position.to(precise)[:, None] * frequencies.to(precise)
     return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 

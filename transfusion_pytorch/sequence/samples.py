@@ -239,8 +239,12 @@ def check_ids(ids: Int[Tensor, "..."], limit: int, where: str) -> None:
 
 
 def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = True) -> list[Piece]:
-    """Frames a bare sample with its markers: sos, what opens and closes each modality, and eos if it is `complete`."""
-    marked: list[Piece] = [Text(as_ids([vocabulary.sos]))]
+    """Frames a bare sample with its markers: sos, what opens and closes each modality, and eos if it is `complete`.
+
+    The text of a language model has no sos in front, and no eos behind its own.
+    """
+    begins = vocabulary.is_framed or not pieces or not isinstance(pieces[0], Text)
+    marked: list[Piece] = [Text(as_ids([vocabulary.sos]))] if begins else []
     is_learned = True
     texts = [i for i, piece in enumerate(pieces) if isinstance(piece, Text)]
     for i, piece in enumerate(pieces):
@@ -251,16 +255,19 @@ def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = Tr
         opening = Text(vocabulary.opening(piece.type, piece.shape), is_learned)
         closing = Text(vocabulary.closing(piece.type), is_learned)
         marked += [opening, piece._replace(is_captioned=bool(texts) and i < texts[0]), closing]
+    last = marked[-1]
+    ends = not vocabulary.is_framed and isinstance(last, Text) and int(last.ids[-1]) == vocabulary.eos
     # behind a condition nobody asked the model to stop
-    return [*marked, Text(as_ids([vocabulary.eos]), is_learned)] if complete else marked
+    return [*marked, Text(as_ids([vocabulary.eos]), is_learned)] if complete and not ends else marked
 
 
 def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:
     """The inverse of `mark`, forgiving: markers may be there or not, and modalities opened without being drawn.
 
-    sos and eos are removed everywhere, and the closing marker of a modality behind it. So is every opening, whatever
-    follows: the markers of a modality come from the modality itself, and an opening without one says nothing. Only an
-    opening at the end of the sample stays, since its modality may be drawn next. All other ids are left alone.
+    sos and eos are removed everywhere (but for the eos of a language model, which is text), and the closing marker of a
+    modality behind it. So is every opening, whatever follows: the markers of a modality come from the modality itself,
+    and an opening without one says nothing. Only an opening at the end of the sample stays, since its modality may be
+    drawn next. All other ids are left alone.
 
     With `4` and `,` for characters of a shape and `x` for a modality:
 
@@ -270,11 +277,12 @@ def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece
     """
     bare: list[Piece] = []
     pieces = merge_texts(pieces)
+    frames = (vocabulary.sos, vocabulary.eos) if vocabulary.is_framed else (vocabulary.sos,)
     for i, piece in enumerate(pieces):
         if isinstance(piece, Modality):
             bare.append(piece)
             continue
-        ids = [token for token in piece.ids.tolist() if token not in (vocabulary.sos, vocabulary.eos)]
+        ids = [token for token in piece.ids.tolist() if token not in frames]
         before = pieces[i - 1] if i else None
         if isinstance(before, Modality) and ids[:1] == [vocabulary.eom[before.type]]:
             ids = ids[1:]

@@ -18,10 +18,19 @@ class Vocabulary:
 
     `null` stands for text that classifier-free guidance took away. It is read but never written, so it comes last and
     logits end before it.
+
+    With an `eos_id` the text is that of a language model, whose own id ends it (`num_text + 1` is then nobody's). Such
+    samples begin as they come, and with sos only where there is no text to begin with.
     """
 
     num_text: int
     num_modalities: int
+    eos_id: int | None = None
+
+    @property
+    def is_framed(self) -> bool:
+        """Whether every sample stands between sos and eos."""
+        return self.eos_id is None
 
     @property
     def sos(self) -> int:
@@ -29,7 +38,7 @@ class Vocabulary:
 
     @property
     def eos(self) -> int:
-        return self.num_text + 1
+        return self.num_text + 1 if self.eos_id is None else self.eos_id
 
     @property
     def meta(self) -> int:

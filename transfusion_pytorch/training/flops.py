@@ -90,6 +90,6 @@ def _multiplied_by(name: str) -> str | int | None:
     if parts[0] == "modalities":
         is_extra = {"positions", "encoder", "decoder"} & set(parts)  # positions are made once for each shape
         return None if is_extra else int(parts[1])
-    if name == "to_logits":
+    if parts[0] == "to_logits":
         return "target"
     return "span" if "to_modulation" in parts or parts[0] == "time_embedding" else "token"

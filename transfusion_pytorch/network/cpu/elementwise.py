@@ -135,9 +135,11 @@ class NormedHeads(torch.autograd.Function):
     moving halves of the channels around."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, gain: Tensor, phases: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, gain: Tensor, phases: Tensor, heads: int, eps: float = RMS_NORM_EPS
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = qkv[:, : len(gain)].to(phases.dtype)
-        inverse = (x.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
+        inverse = (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
         rotated = (x * inverse).mul_(gain)
         as_complex(rotated).mul_(torch.view_as_complex(phases)[:, None])
         ctx.save_for_backward(qkv, gain, phases, inverse)
@@ -163,7 +165,7 @@ class NormedHeads(torch.autograd.Function):
         grad_x.mul_(inverse).mul_(gain).addcmul_(x, along_x, value=-1)
         if grad_x.dtype != grad.dtype:
             grad[:, :both] = grad_x
-        return grad, grad_gain.to(gain.dtype), None, None
+        return grad, grad_gain.to(gain.dtype), None, None, None
 
 
 def rotate(x: Tensor, phases: Tensor) -> Tensor:

