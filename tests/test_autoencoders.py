@@ -5,15 +5,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from transfusion_pytorch import AutoencoderObjective, KLAutoencoder, KLDecoder, KLEncoder, Transfusion
+from transfusion_pytorch import AutoencoderObjective, KLAutoencoder, KLDecoder, KLEncoder, ModelCard, Transfusion
 from transfusion_pytorch.autoencoder.halves import measure_scale
 from transfusion_pytorch.autoencoder.model import Posterior, depth_to_space, space_to_depth
 from transfusion_pytorch.autoencoder.objective import perceptual_distance
 from transfusion_pytorch.autoencoder.scores import gaussian_windows, psnr, score, ssim
-from transfusion_pytorch.modalities.autoencoder import drawing_from
+from transfusion_pytorch.commands.pictures import PictureModel
+from transfusion_pytorch.data.images import FixedSize
+from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of, picture_channels
+from transfusion_pytorch.modalities.autoencoder import DataLayout, drawing_from
 
 SIZES = {1: (12,), 2: (8, 12), 3: (4, 8, 4)}
 
@@ -119,8 +123,19 @@ def test_the_measured_scale_is_taken_away_by_one_half_and_put_back_by_the_other(
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8), (3, 8, 6), (3, 8, 8, 8), ()])
 def test_data_of_another_layout_are_refused(shape):
-    with pytest.raises(ValueError, match="data of 3 channels and 2 axes, whose sides are multiples of 4, got shape"):
+    with pytest.raises(ValueError, match=r"expected data of shape \(3, 4 k, 4 k\) with whole numbers k") as error:
         small().encoder(torch.zeros(2, *shape))
+    assert f"got {shape}" in str(error.value)
+
+
+def test_layouts_tell_shapes_in_both_directions():
+    video = DataLayout(3, (4, 8, 8), has_first=True)
+    assert video.latent_shape((9, 16, 24)) == (3, 2, 3)
+    assert video.data_shape((3, 2, 3)) == (9, 16, 24)
+    assert video.problem_of((3, 9, 16, 24)) is None
+    assert video.problem_of((3, 1, 8, 8)) is None
+    assert "(3, 4 k + 1, 8 k, 8 k)" in video.problem_of((3, 8, 16, 24))
+    assert DataLayout(1, (2,)).problem_of((1, 0)) is not None
 
 
 @pytest.mark.parametrize(
@@ -286,9 +301,12 @@ def test_an_autoencoder_is_saved_and_loaded(tmp_path):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(loaded.encoder(data), model.encoder(data))
-    card = (tmp_path / "README.md").read_text()
-    assert "KLAutoencoder.from_pretrained" in card
-    assert "None" not in card
+    for card in (None, ModelCard(title="Mine")):
+        model.save_pretrained(tmp_path, card=card)
+        text = (tmp_path / "README.md").read_text()
+        assert f"# {'KL autoencoder' if card is None else 'Mine'}" in text
+        assert "modality_encoder=autoencoder.encoder" in text
+        assert "None" not in text
 
 
 @pytest.mark.parametrize("num_dim", [1, 2, 3])
@@ -317,6 +335,28 @@ def test_halves_plug_into_a_model_and_travel_with_it(num_dim, tmp_path):
     with torch.no_grad(), drawing_from(torch.Generator().manual_seed(1)):
         assert torch.equal(latents, autoencoder.encoder(data))
         assert torch.equal(io.decoder(latents), autoencoder.decoder(latents))
+
+
+def test_images_are_read_and_drawn_by_a_saved_model_without_being_told_how(tmp_path):
+    autoencoder = KLAutoencoder(2, channels=1, widths=(4, 8), num_blocks=(0, 0))
+    model = Transfusion(
+        num_text_tokens=256,
+        dim_latent=2,
+        channel_first_latent=True,
+        modality_default_shape=(4, 6),
+        modality_encoder=autoencoder.encoder,
+        modality_decoder=autoencoder.decoder,
+        transformer=dict(dim=16, depth=1, heads=2, dim_head=8),
+    )
+    model.save_pretrained(tmp_path)
+    pictures = PictureModel(Transfusion.from_pretrained(tmp_path), longest_text=4)
+    io = pictures.model.modalities[0]
+    assert picture_channels(io) == 1
+    assert has_channels_first(io)
+    reader = image_reader_of(io)
+    assert (reader.size, reader.mode, reader.channels_first) == (FixedSize(8, 12), "L", True)
+    Image.new("RGB", (30, 20), (255, 255, 255)).save(tmp_path / "white.png")
+    assert torch.equal(pictures.read(tmp_path / "white.png"), torch.ones(1, 8, 12))
 
 
 def test_a_model_with_other_channels_is_refused():

@@ -432,7 +432,7 @@ def test_what_would_be_dropped_is_refused(name, shape, expected):
     for call in (model, model.packer()):
         with pytest.raises(ValueError, match="sample 0, part 0") as error:
             call([[torch.zeros(shape)]])
-        assert f"{name} takes data of shape {expected}" in str(error.value)
+        assert f"expected data of shape {expected} with whole numbers k" in str(error.value)
         assert f"got {shape}" in str(error.value)
 
 

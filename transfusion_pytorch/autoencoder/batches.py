@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.autoencoder.model import DataLayout
 from transfusion_pytorch.data.loader import StepLoader
 from transfusion_pytorch.data.loading import SampleError, Skipped, default_name
 from transfusion_pytorch.data.mixture import Mixture, as_mixture, is_stream
 from transfusion_pytorch.data.order import SampleReference
 from transfusion_pytorch.data.plan import DataPlan
+from transfusion_pytorch.modalities.autoencoder import DataLayout
 from transfusion_pytorch.sequence.samples import Sample
 
 

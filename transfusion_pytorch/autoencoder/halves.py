@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from transfusion_pytorch.modalities.autoencoder import DataLayout
 from transfusion_pytorch.modalities.statistics import LatentStatistics, RunningStatistics
 
 
@@ -39,13 +40,26 @@ class LatentHalf(nn.Module):
 
 
 class EncoderHalf(LatentHalf):
-    """Data to normalised latents. Subclasses say what `encode` does."""
+    """Data to normalised latents. Subclasses say what `encode` does.
+
+    `layout` is that of the data, by which a model that was saved knows how to read image files.
+    """
+
+    def __init__(self, dim_latent: int, layout: DataLayout):
+        super().__init__(dim_latent, len(layout.factors))
+        self.layout = layout
 
     def encode(self, data: Float[Tensor, "b ..."]) -> Float[Tensor, "b c ..."]:
         """Latents in the autoencoder's scale."""
         raise NotImplementedError
 
+    def check(self, data: Float[Tensor, "b ..."]) -> None:
+        """Raises `ValueError` for data of another layout."""
+        if problem := self.layout.problem_of(data.shape[1:]):
+            raise ValueError(problem)
+
     def forward(self, data: Float[Tensor, "b ..."]) -> Float[Tensor, "b c ..."]:
+        self.check(data)
         return self.normalize(self.encode(data))
 
 
@@ -72,10 +86,11 @@ def measure_scale(encoder: EncoderHalf, decoder: DecoderHalf, batches: Iterable[
     """Measures mean and standard deviation of each channel of the latents of all `batches`, and keeps them in both
     halves: from then on latents outside have mean 0 and standard deviation 1.
 
-    Raises `ValueError` where there are no batches, or where latents are not finite.
+    Raises `ValueError` where there are no batches, for data of another layout, and for latents that are not finite.
     """
     running, device = RunningStatistics(encoder.dim_latent), torch.device("cpu")
     for batch in batches:
+        encoder.check(batch)
         latents = encoder.encode(batch)
         running.add(latents.movedim(1, -1).flatten(0, -2))
         device = latents.device

@@ -4,6 +4,7 @@ b instances, x channels of the data, c channels of a latent, h hidden channels, 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transfusion_pytorch.autoencoder.halves import DecoderHalf, EncoderHalf
+from transfusion_pytorch.modalities.autoencoder import DataLayout
 from transfusion_pytorch.modalities.unet import ResidualBlock, convolution, group_norm
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.saving.card import ModelCard
@@ -30,24 +32,6 @@ SPACE_TO_DEPTH = {
     2: ("b c (h p) (w q)", "b (c p q) h w"),
     3: ("b c (f p) (h q) (w r)", "b (c p q r) f h w"),
 }
-
-
-class DataLayout(NamedTuple):
-    """What data an autoencoder takes: its sides are multiples of `factor`, channels come first."""
-
-    channels: int
-    num_dim: int
-    factor: int
-
-    def problem_of(self, shape: Sequence[int]) -> str | None:
-        """What is wrong with an instance of this shape, if anything."""
-        channels, *axes = shape or (0,)
-        if channels == self.channels and len(axes) == self.num_dim and all(side % self.factor == 0 for side in axes):
-            return None
-        return (
-            f"expected data of {self.channels} channels and {self.num_dim} axes, whose sides are multiples of "
-            f"{self.factor}, got shape {tuple(shape)}; crop or pad the data, channels first"
-        )
 
 
 class Posterior(NamedTuple):
@@ -131,10 +115,9 @@ class KLEncoder(EncoderHalf):
         check_sizes(dim_latent, channels, widths, num_blocks, patch_size)
         if posterior not in ("sample", "mode"):
             raise ValueError(f'posterior is "sample" or "mode", got {posterior!r}')
-        super().__init__(dim_latent, num_dim)
-        self.posterior_use = posterior
-        self.layout = DataLayout(channels, num_dim, factor=patch_size * HALF_SIZE ** (len(widths) - 1))
-        self.patch_size = patch_size
+        factor = patch_size * HALF_SIZE ** (len(widths) - 1)
+        super().__init__(dim_latent, DataLayout(channels, (factor,) * num_dim))
+        self.posterior_use, self.patch_size = posterior, patch_size
         self.conv_in = convolution(num_dim, channels * patch_size**num_dim, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, num_dim=num_dim) for _ in range(count)))
@@ -148,8 +131,7 @@ class KLEncoder(EncoderHalf):
 
     def posterior(self, data: Float[Tensor, "b x ..."]) -> Posterior:
         """The distribution of the latents, in the autoencoder's scale and in single precision."""
-        if problem := self.layout.problem_of(data.shape[1:]):
-            raise ValueError(problem)
+        self.check(data)
         x = self.levels[0](self.conv_in(space_to_depth(data, self.patch_size)))
         for down, level in zip(self.downs, self.levels[1:], strict=True):
             x = level(down(x))
@@ -236,14 +218,16 @@ class KLAutoencoder(SavingMethods, nn.Module):
 
     def latent_shape(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The axes of the latents of data with these axes: `modality_default_shape` of a `Transfusion`."""
-        return tuple(side // self.encoder.layout.factor for side in axes)
+        return self.encoder.layout.latent_shape(axes)
 
     def constructor_arguments(self) -> dict[str, Any]:
         return dict(dim_latent=self.dim_latent, **self.options, posterior=self.encoder.posterior_use)
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None) -> None:
         """Writes weights, configuration and model card into a folder, as `Transfusion.save_pretrained` does."""
-        super().save_pretrained(folder, card=card or ModelCard(title="KL autoencoder", how_to_use=HOW_TO_USE))
+        card = ModelCard(title="KL autoencoder") if card is None else card
+        card = replace(card, how_to_use=HOW_TO_USE) if card.how_to_use is None else card
+        super().save_pretrained(folder, card=card)
 
 
 HOW_TO_USE = """```python

@@ -1,11 +1,11 @@
-"""One half of a frozen autoencoder, run on instances of one shape.
+"""One half of a frozen autoencoder: which data it takes, and how it is run on instances of one shape.
 
 g instances.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,45 @@ from torch import Tensor, nn
 from transfusion_pytorch.modalities.adapters import is_out_of_memory
 
 AT_ONCE = 64  # instances that go through together: memory does not grow with the batch beyond that
+
+
+class DataLayout(NamedTuple):
+    """Which data an encoder takes. Channels come first.
+
+    - `channels`: of the data
+    - `factors`: how many positions of the data make one of a latent, along each axis
+    - `has_first`: along the first axis, one position comes before all others, and makes a latent by itself (video)
+    """
+
+    channels: int
+    factors: tuple[int, ...]
+    has_first: bool = False
+
+    def latent_shape(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The axes of the latents of data with these axes: `modality_default_shape` of a `Transfusion`."""
+        sides = zip(axes, self.factors, self._firsts, strict=True)
+        return tuple((side - first) // factor + first for side, factor, first in sides)
+
+    def data_shape(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The inverse of `latent_shape`."""
+        sides = zip(axes, self.factors, self._firsts, strict=True)
+        return tuple((side - first) * factor + first for side, factor, first in sides)
+
+    def problem_of(self, shape: Sequence[int]) -> str | None:
+        """What is wrong with an instance of this shape, if anything."""
+        channels, *axes = shape or (0,)
+        fits = channels == self.channels and len(axes) == len(self.factors)
+        if fits and min(axes) > 0 and self.data_shape(self.latent_shape(axes)) == tuple(axes):
+            return None
+        sides = (f"{factor} k{' + 1' * first}" for factor, first in zip(self.factors, self._firsts, strict=True))
+        return (
+            f"expected data of shape ({', '.join([str(self.channels), *sides])}) with whole numbers k, channels first, "
+            f"got {tuple(shape)}; crop or pad the data"
+        )
+
+    @property
+    def _firsts(self) -> tuple[int, ...]:
+        return (int(self.has_first), *[0] * (len(self.factors) - 1))
 
 
 def run_half(

@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from transfusion_pytorch.autoencoder.halves import AutoencoderHalves, DecoderHalf, EncoderHalf, measure_scale
 from transfusion_pytorch.data.optional import import_optional
-from transfusion_pytorch.modalities.autoencoder import as_tensor
+from transfusion_pytorch.modalities.autoencoder import DataLayout, as_tensor
 from transfusion_pytorch.saving.components import register_component
 
 Config = Mapping[str, Any]
@@ -36,59 +36,38 @@ TINY_TILE_FACTOR = 8  # what AutoencoderTiny assumes when it places tiles
 class Family(NamedTuple):
     """What one class of diffusers differs in, read from its configuration.
 
-    - `num_dim`: axes of data and latents
-    - `dim_data`, `dim_latent`: their channels
-    - `factors`: how many positions of the data make one of a latent, along each axis
+    - `layout`: that of the data
+    - `dim_latent`: channels of a latent
     - `has_posterior`: latents are a distribution
-    - `counts_from_one`: the first axis is 1 + a multiple of its factor (the first frame of a video stands alone)
     """
 
-    num_dim: int
-    dim_data: Callable[[Config], int]
+    layout: Callable[[Config], DataLayout]
     dim_latent: Callable[[Config], int]
-    factors: Callable[[Config], Sequence[int]]
     has_posterior: bool = True
-    counts_from_one: bool = False
 
 
-def _wan_patch(config: Config) -> int:
-    return config.get("patch_size") or 1
+def _image_layout(config: Config) -> DataLayout:
+    widths = config["block_out_channels" if "block_out_channels" in config else "encoder_block_out_channels"]
+    return DataLayout(config["in_channels"], (2 ** (len(widths) - 1),) * 2)
+
+
+def _wan_layout(config: Config) -> DataLayout:
+    patch = config.get("patch_size") or 1
+    factor = 2 ** (len(config["dim_mult"]) - 1) * patch
+    return DataLayout(config["in_channels"] // patch**2, (WAN_FRAMES, factor, factor), has_first=True)
+
+
+def _oobleck_layout(config: Config) -> DataLayout:
+    return DataLayout(config["audio_channels"], (prod(config["downsampling_ratios"]),))
 
 
 FAMILIES = {
-    "AutoencoderKL": Family(
-        num_dim=2,
-        dim_data=lambda config: config["in_channels"],
-        dim_latent=lambda config: config["latent_channels"],
-        factors=lambda config: [2 ** (len(config["block_out_channels"]) - 1)] * 2,
-    ),
-    "AutoencoderDC": Family(
-        num_dim=2,
-        dim_data=lambda config: config["in_channels"],
-        dim_latent=lambda config: config["latent_channels"],
-        factors=lambda config: [2 ** (len(config["encoder_block_out_channels"]) - 1)] * 2,
-        has_posterior=False,
-    ),
-    "AutoencoderTiny": Family(
-        num_dim=2,
-        dim_data=lambda config: config["in_channels"],
-        dim_latent=lambda config: config["latent_channels"],
-        factors=lambda config: [2 ** (len(config["encoder_block_out_channels"]) - 1)] * 2,
-        has_posterior=False,
-    ),
-    "AutoencoderKLWan": Family(
-        num_dim=3,
-        dim_data=lambda config: config["in_channels"] // _wan_patch(config) ** 2,
-        dim_latent=lambda config: config["z_dim"],
-        factors=lambda config: [WAN_FRAMES, *[2 ** (len(config["dim_mult"]) - 1) * _wan_patch(config)] * 2],
-        counts_from_one=True,
-    ),
-    "AutoencoderOobleck": Family(
-        num_dim=1,
-        dim_data=lambda config: config["audio_channels"],
-        dim_latent=lambda config: config["encoder_hidden_size"] // 2,  # the other half is the posterior's scale
-        factors=lambda config: [prod(config["downsampling_ratios"])],
-    ),
+    "AutoencoderKL": Family(_image_layout, lambda config: config["latent_channels"]),
+    "AutoencoderDC": Family(_image_layout, lambda config: config["latent_channels"], has_posterior=False),
+    "AutoencoderTiny": Family(_image_layout, lambda config: config["latent_channels"], has_posterior=False),
+    "AutoencoderKLWan": Family(_wan_layout, lambda config: config["z_dim"]),
+    # half of its channels are the scale of the posterior
+    "AutoencoderOobleck": Family(_oobleck_layout, lambda config: config["encoder_hidden_size"] // 2),
 }
 
 
@@ -168,9 +147,9 @@ class _PretrainedHalf(nn.Module):
 
     def _build(self, class_name: str, config: Config, slicing: bool, tiling: bool) -> None:
         self.class_name, self.slicing, self.tiling = class_name, slicing, tiling
-        factors = self.family.factors(config)
-        if tiling and class_name == "AutoencoderTiny" and factors[0] != TINY_TILE_FACTOR:
-            raise ValueError(f"AutoencoderTiny places tiles for a factor of {TINY_TILE_FACTOR}, this has {factors[0]}")
+        factor = self.family.layout(config).factors[0]
+        if tiling and class_name == "AutoencoderTiny" and factor != TINY_TILE_FACTOR:
+            raise ValueError(f"AutoencoderTiny places tiles for a factor of {TINY_TILE_FACTOR}, this has {factor}")
         with torch.device("cpu"):  # real numbers, also where the weights are none yet
             self.statistics.set(*scale_of(config, self.statistics.dim_latent))
         with _weight_norm_allowed():
@@ -192,7 +171,10 @@ class _PretrainedHalf(nn.Module):
 
 @register_component
 class PretrainedEncoder(_PretrainedHalf, EncoderHalf):
-    """The encoder of an autoencoder of diffusers, by its class and configuration; see `pretrained_autoencoder`."""
+    """The encoder of an autoencoder of diffusers, by its class and configuration; see `pretrained_autoencoder`.
+
+    Raises `ValueError` for data of other channels, and for sides of which positions would be dropped.
+    """
 
     other_parts = DECODER_PARTS
 
@@ -210,32 +192,15 @@ class PretrainedEncoder(_PretrainedHalf, EncoderHalf):
             raise ValueError(f'posterior is "sample" or "mode", got {posterior!r}')
         if posterior is not None and not family.has_posterior:
             raise ValueError(f"{class_name} has no posterior: leave out posterior={posterior!r}")
-        super().__init__(family.dim_latent(config), family.num_dim)
+        super().__init__(family.dim_latent(config), family.layout(config))
         self.posterior = posterior or "sample"
-        self.dim_data, self.factors = family.dim_data(config), tuple(family.factors(config))
         self._build(class_name, config, slicing, tiling)
 
     def encode(self, data: Float[Tensor, "b x ..."]) -> Float[Tensor, "b c ..."]:
-        """Raises `ValueError` for data of other channels, and for sides of which positions would be dropped."""
-        self._check(tuple(data.shape[1:]))
         made = self.autoencoder.encode(data)
         if self.family.has_posterior and self.posterior == "mode":
             return made.latent_dist.mode()
         return as_tensor(made, self.class_name)
-
-    def _check(self, shape: tuple[int, ...]) -> None:
-        channels, *axes = shape
-        rests = [int(self.family.counts_from_one), *[0] * (self.num_dim - 1)]
-        fits = channels == self.dim_data and len(axes) == self.num_dim
-        if fits and all(side % factor == rest for side, factor, rest in zip(axes, self.factors, rests, strict=True)):
-            return
-        sides = ", ".join(
-            f"{factor} k + {rest}" if rest else f"{factor} k" for factor, rest in zip(self.factors, rests, strict=True)
-        )
-        raise ValueError(
-            f"{self.class_name} takes data of shape ({self.dim_data}, {sides}) with whole numbers k, got {shape}: it "
-            "would drop what is beyond, so crop or pad the data"
-        )
 
 
 @register_component
@@ -246,7 +211,7 @@ class PretrainedDecoder(_PretrainedHalf, DecoderHalf):
 
     def __init__(self, class_name: str, config: Config, *, slicing: bool = True, tiling: bool = False):
         family = family_of(class_name)
-        super().__init__(family.dim_latent(config), family.num_dim)
+        super().__init__(family.dim_latent(config), len(family.layout(config).factors))
         self._build(class_name, config, slicing, tiling)
 
     def decode(self, latents: Float[Tensor, "b c ..."]) -> Float[Tensor, "b x ..."]:
