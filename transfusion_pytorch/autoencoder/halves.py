@@ -82,7 +82,7 @@ class AutoencoderHalves(NamedTuple):
 
 
 @torch.no_grad()
-def measure_scale(encoder: EncoderHalf, decoder: DecoderHalf, batches: Iterable[Float[Tensor, "b ..."]]) -> None:
+def measure_scale(encoder: EncoderHalf, decoder: DecoderHalf, batches: Iterable[Float[Tensor, "_b ..."]]) -> None:
     """Measures mean and standard deviation of each channel of the latents of all `batches`, and keeps them in both
     halves: from then on latents outside have mean 0 and standard deviation 1.
 

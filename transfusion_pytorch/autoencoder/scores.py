@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: KLAutoencoder, batches: Iterable[Float[Tensor, "b x ..."]], *, generator: torch.Generator | None = None
+    model: KLAutoencoder, batches: Iterable[Float[Tensor, "_b x ..."]], *, generator: torch.Generator | None = None
 ) -> Scores:
     """Scores reconstructions, clipped to the range of the data. Posteriors are sampled from the generator.
 

@@ -78,7 +78,7 @@ def pretrained_autoencoder(
     posterior: PosteriorUse | None = None,
     slicing: bool = True,
     tiling: bool = False,
-    measured_on: Iterable[Float[Tensor, "b ..."]] | None = None,
+    measured_on: Iterable[Float[Tensor, "_b ..."]] | None = None,
     dtype: torch.dtype | None = None,
     **loading: Any,
 ) -> AutoencoderHalves:
