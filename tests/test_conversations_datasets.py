@@ -436,6 +436,21 @@ def test_what_is_only_understood_is_never_dropped():
     assert kinds(ConditionDropout(1.0, 1.0, 1)(edit(), torch.Generator())) == "ttDtvl"
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_text_is_dropped_by_the_model_where_something_is_drawn(draws):
+    made = format_of()
+    image, text = {"type": "image", "image": png()}, {"type": "text", "text": "a red one"}
+    asked, answered = ([text], [image]) if draws else ([image], [text])
+    model = model_of(made.tokenizer)
+    sample = made.sample_of([{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+    batch = model.packer(prob_uncond=1.0)([sample])
+    seen = batch.for_training(model.vocabulary.null).stream.token
+    first = int(batch.stream.spans.first_slot[0])
+    is_text = batch.stream.token[:first] < model.vocabulary.num_text
+    assert (seen[:first][is_text] == model.vocabulary.null).all() == draws
+    assert not (seen[first:] == model.vocabulary.null).any()
+
+
 def test_cached_latents_and_lone_tensors_are_dropped_too():
     latents = Latents(0, torch.zeros(2, 3))
     sample = Sample([Condition(latents), Condition(torch.zeros(2, 3)), latents])
