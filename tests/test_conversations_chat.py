@@ -6,8 +6,9 @@ from chats import CHATML, SPECIAL, byte_level, chat_tokenizer, data_url, model_o
 from torch import nn, tensor
 
 from transfusion_pytorch import Condition, ImageReader, PatchDecoder, PatchEncoder, SamplingOptions, Transfusion
+from transfusion_pytorch.commands.pictures import PictureModel
 from transfusion_pytorch.conversations import ChatMethods, ChatTokenizer, ConversationFormat
-from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of
+from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of, picture_channels
 
 ASKED = {
     "role": "user",
@@ -207,6 +208,16 @@ def test_how_a_model_takes_images(options, expected):
     assert str(image_reader_of(io)) == expected
     if expected != "None":
         assert has_channels_first(io) == ("channels_first=True" in expected)
+
+
+def test_any_encoder_that_says_how_makes_pictures():
+    model = chatting(modality_encoder=Photos(), channel_first_latent=True, dim_latent=2, modality_default_shape=(8, 8))
+    assert [picture_channels(io) for io in model.modalities] == [3]
+    assert [picture_channels(io) for io in chatting(dim_latent=5).modalities] == [None]
+    assert PictureModel(model).reader == Photos.image_reader
+    content = [{"type": "image", "image": png()}, {"type": "text", "text": "What?"}]
+    says(model, *ids_of(model, "Red.<|im_end|>"))
+    assert _texts(model.chat([{"role": "user", "content": content}])) == ["Red."]
 
 
 def test_pictures_through_patches():

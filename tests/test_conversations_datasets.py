@@ -423,6 +423,29 @@ def test_branches_are_dropped_on_their_own():
     assert dropped(ConditionDropout(vision_type=1), edit()).keys() == expected.keys()
 
 
+def test_both_branches_out_of_files(folder):
+    file = lines(
+        folder / "a.jsonl", {"source": "images/red.png", "instruction": "make it blue", "target": "images/blue.png"}
+    )
+    both = format_of(vision_type=1, vision_images=4)
+    data = EditTriples(file, both)
+    kept = EditTriples(file, both, transform=ConditionDropout(latents=1.0, vision=0.0, vision_type=1))
+    assert [kinds(each[0]) for each in (data, kept)] == ["tvltDtt", "tvtDtt"]
+    assert kinds(data.outline(0, torch.Generator())) == "tvltDtt"
+    shapes = [tuple(_tensor(part).shape) for part in data[0].parts if _tensor(part).is_floating_point()]
+    assert shapes == [(4, 4, 3), (2, 2, 3), (2, 2, 3)]
+    one = {"dim_latent": (3, 3), "modality_default_shape": ((2, 2), (4, 4))}
+    cached = cache_latents(data, model_of(both.tokenizer, **one), folder / "latents")
+    types = [
+        part.part.type if isinstance(part, Condition) else part.type for part in cached[0].parts if _has_type(part)
+    ]
+    assert types == [1, 0, 0]
+
+
+def _has_type(part) -> bool:
+    return isinstance(part.part if isinstance(part, Condition) else part, Latents)
+
+
 def test_without_a_vision_branch():
     shares = dropped(ConditionDropout(), edit(vision=False))
     assert shares.keys() == {"tltDtl", "ttDtl"}
