@@ -6,8 +6,9 @@ from chats import CHATML, SPECIAL, byte_level, chat_tokenizer, data_url, model_o
 from torch import nn, tensor
 
 from transfusion_pytorch import Condition, ImageReader, PatchDecoder, PatchEncoder, SamplingOptions, Transfusion
+from transfusion_pytorch.commands.pictures import PictureModel
 from transfusion_pytorch.conversations import ChatMethods, ChatTokenizer, ConversationFormat
-from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of
+from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of, picture_channels
 
 ASKED = {
     "role": "user",
@@ -209,6 +210,16 @@ def test_how_a_model_takes_images(options, expected):
         assert has_channels_first(io) == ("channels_first=True" in expected)
 
 
+def test_any_encoder_that_says_how_makes_pictures():
+    model = chatting(modality_encoder=Photos(), channel_first_latent=True, dim_latent=2, modality_default_shape=(8, 8))
+    assert [picture_channels(io) for io in model.modalities] == [3]
+    assert [picture_channels(io) for io in chatting(dim_latent=5).modalities] == [None]
+    assert PictureModel(model).reader == Photos.image_reader
+    content = [{"type": "image", "image": png()}, {"type": "text", "text": "What?"}]
+    says(model, *ids_of(model, "Red.<|im_end|>"))
+    assert _texts(model.chat([{"role": "user", "content": content}])) == ["Red."]
+
+
 def test_pictures_through_patches():
     model = chatting(modality_encoder=PatchEncoder(4, channels=1), modality_decoder=PatchDecoder(4), dim_latent=16)
     content = [{"type": "image", "image": picture("white", (20, 30))}, {"type": "text", "text": "What?"}]
@@ -237,3 +248,41 @@ def test_a_saved_model_chats(tmp_path):
     assert set(SPECIAL) <= loaded.tokenizer.special_texts
     assert loaded.tokenizer.chat_template == CHATML
     assert model_of(chat_tokenizer()).tokenizer is not None
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_answered():
+    """Two colours, to be named and to be drawn: a small model knows them by heart, and chats about them."""
+    model = chatting(transformer=dict(dim=64, depth=2, heads=2, dim_head=32))
+    made = model.conversation_format()
+    colours = ("red", "blue")
+    looked = {colour: [ASKED | {"content": [{"type": "image", "image": png(colour)}]}] for colour in colours}
+    wished = {colour: [{"role": "user", "content": f"Draw {colour}."}] for colour in colours}
+    told = {colour: {"role": "assistant", "content": f"It is {colour}."} for colour in colours}
+    drawn = {colour: {"role": "assistant", "content": [{"type": "image", "image": png(colour)}]} for colour in colours}
+    asked = {"role": "user", "content": "What is it?"}
+    samples = [
+        made.sample_of(messages)
+        for colour in colours
+        for messages in (
+            [*looked[colour], told[colour]],
+            [*wished[colour], drawn[colour], asked, told[colour]],
+        )
+    ]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+    batch = model.packer(prob_uncond=0.0)(samples * 4)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(batch).backward()
+        optimizer.step()
+    model.eval()
+    options = dict(text_temperature=0.0, cfg_scale=1.0, generator=torch.Generator().manual_seed(0))
+    for colour in colours:
+        assert _texts(model.chat(looked[colour], **options)) == [f"It is {colour}."]
+        answer = model.chat(wished[colour], **options)
+        (part,) = answer["content"]
+        means = torch.tensor(list(part["image"].tobytes())).reshape(4, 3).float().mean(0)
+        assert means.argmax() == dict(red=0, blue=2)[colour]
+        assert means.max() > 180
+        assert means.sort().values[1] < 80
+        assert _texts(model.chat([*wished[colour], answer, asked], **options)) == [f"It is {colour}."]

@@ -423,6 +423,29 @@ def test_branches_are_dropped_on_their_own():
     assert dropped(ConditionDropout(vision_type=1), edit()).keys() == expected.keys()
 
 
+def test_both_branches_out_of_files(folder):
+    file = lines(
+        folder / "a.jsonl", {"source": "images/red.png", "instruction": "make it blue", "target": "images/blue.png"}
+    )
+    both = format_of(vision_type=1, vision_images=4)
+    data = EditTriples(file, both)
+    kept = EditTriples(file, both, transform=ConditionDropout(latents=1.0, vision=0.0, vision_type=1))
+    assert [kinds(each[0]) for each in (data, kept)] == ["tvltDtt", "tvtDtt"]
+    assert kinds(data.outline(0, torch.Generator())) == "tvltDtt"
+    shapes = [tuple(_tensor(part).shape) for part in data[0].parts if _tensor(part).is_floating_point()]
+    assert shapes == [(4, 4, 3), (2, 2, 3), (2, 2, 3)]
+    one = {"dim_latent": (3, 3), "modality_default_shape": ((2, 2), (4, 4))}
+    cached = cache_latents(data, model_of(both.tokenizer, **one), folder / "latents")
+    types = [
+        part.part.type if isinstance(part, Condition) else part.type for part in cached[0].parts if _has_type(part)
+    ]
+    assert types == [1, 0, 0]
+
+
+def _has_type(part) -> bool:
+    return isinstance(part.part if isinstance(part, Condition) else part, Latents)
+
+
 def test_without_a_vision_branch():
     shares = dropped(ConditionDropout(), edit(vision=False))
     assert shares.keys() == {"tltDtl", "ttDtl"}
@@ -434,6 +457,21 @@ def test_what_is_only_understood_is_never_dropped():
     sample = Sample([Condition(ids), Condition((0, torch.zeros(2, 2, 3))), ids])
     assert ConditionDropout(1.0, 1.0)(sample, torch.Generator()).parts == sample.parts
     assert kinds(ConditionDropout(1.0, 1.0, 1)(edit(), torch.Generator())) == "ttDtvl"
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_text_is_dropped_by_the_model_where_something_is_drawn(draws):
+    made = format_of()
+    image, text = {"type": "image", "image": png()}, {"type": "text", "text": "a red one"}
+    asked, answered = ([text], [image]) if draws else ([image], [text])
+    model = model_of(made.tokenizer)
+    sample = made.sample_of([{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+    batch = model.packer(prob_uncond=1.0)([sample])
+    seen = batch.for_training(model.vocabulary.null).stream.token
+    first = int(batch.stream.spans.first_slot[0])
+    is_text = batch.stream.token[:first] < model.vocabulary.num_text
+    assert (seen[:first][is_text] == model.vocabulary.null).all() == draws
+    assert not (seen[first:] == model.vocabulary.null).any()
 
 
 def test_cached_latents_and_lone_tensors_are_dropped_too():

@@ -256,6 +256,8 @@ def test_what_ends_a_turn(name, end, stop):
 def test_a_template_that_does_not_tell_how_turns_end():
     refuses = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}{{ messages[0]['content'] }}"
     assert TurnRenderer(chat_tokenizer(refuses)).end_of_turn == "</s>"
+    deaf = "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}<|eot_id|>{% endfor %}"
+    assert TurnRenderer(chat_tokenizer(deaf)).end_of_turn == "</s>"
     silent = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     assert TurnRenderer(chat_tokenizer(silent)).end_of_turn == "</s>"
 

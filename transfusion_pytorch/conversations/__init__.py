@@ -1,6 +1,7 @@
 """Conversations: tokenizers with chat templates, messages with images, as samples and as answers of a model."""
 
 from transfusion_pytorch.conversations.chat import ChatMethods
+from transfusion_pytorch.conversations.clean_context import CleanContext
 from transfusion_pytorch.conversations.datasets import (
     CaptionConversations,
     ConversationDataset,
@@ -18,6 +19,7 @@ __all__ = [
     "CaptionConversations",
     "ChatMethods",
     "ChatTokenizer",
+    "CleanContext",
     "ConditionDropout",
     "ConversationDataset",
     "ConversationFormat",

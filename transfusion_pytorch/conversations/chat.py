@@ -71,7 +71,7 @@ class ChatMethods:
 
         Raises `ValueError`, `TypeError` or `FileNotFoundError` that names the message and the part at fault.
         """
-        given = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
+        given: dict[str, Any] = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
         return self._answers([messages], options, keywords, **given)[0]
 
     @takes_sampling_options
@@ -91,7 +91,7 @@ class ChatMethods:
         """Answers any number of conversations, up to `max_batch` of them at once, each as `chat` does. `max_new_tokens`
         are those behind the longest of them. Errors name the conversation too.
         """
-        given = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
+        given: dict[str, Any] = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
         return self._answers(conversations, options, keywords, max_batch=max_batch, **given)
 
     def _answers(

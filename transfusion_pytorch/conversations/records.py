@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -30,15 +32,16 @@ class Records:
             raise FileNotFoundError(f"there is no file {self.path}")
         with self.path.open("rb") as file:
             is_array = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"["
-        self._places = list(self._in_array() if is_array else self._in_lines())
-        if not self._places:
+        places = list(self._in_array() if is_array else self._in_lines())
+        self._places = torch.tensor(places, dtype=torch.int64, device="cpu")  # 24 bytes each
+        if not places:
             raise ValueError(f"{self.path} has no records, expected a JSON array or a JSON object on each line")
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = self._places[index]
+        place = self._place(index)
         with self.path.open("rb") as file:
             file.seek(place.start)
             data = file.read(place.end - place.start)
@@ -51,7 +54,10 @@ class Records:
         return record
 
     def describe(self, index: int) -> str:
-        return f"{self.path}, line {self._places[index].line}"
+        return f"{self.path}, line {self._place(index).line}"
+
+    def _place(self, index: int) -> Place:
+        return Place(*self._places[index].tolist())
 
     def _in_lines(self) -> Iterator[Place]:
         start = 0

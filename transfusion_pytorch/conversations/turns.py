@@ -85,15 +85,22 @@ class TurnRenderer:
         """
         question, answer = {"role": "user", "content": "?"}, {"role": ASSISTANT, "content": SENTINEL}
         try:
-            text = self._render([question, answer], False).text
-        except ValueError:
-            text = ""
-        rest = text.rpartition(SENTINEL)[2]
+            _, shown, rest = self._render([question, answer], False).text.rpartition(SENTINEL)
+        except ValueError:  # it need not take this conversation
+            shown = rest = ""
+        if not shown or not rest:
+            return self.tokenizer.special_tokens.get("eos_token", "")
         places = [(rest.find(token), token) for token in self.tokenizer.special_texts if token and token in rest]
-        if places:
-            place, token = min(places, key=lambda found: (found[0], -len(found[1])))
-            return rest[: place + len(token)]
-        return rest if SENTINEL in text and rest else self.tokenizer.special_tokens.get("eos_token", "")
+        if not places:
+            return rest
+        place, token = min(places, key=lambda found: (found[0], -len(found[1])))
+        return rest[: place + len(token)]
+
+    @cached_property
+    def end_token(self) -> str | None:
+        """The special token that ends a message of the assistant, None where that is ended by ordinary text."""
+        ends = [token for token in self.tokenizer.special_texts if token and self.end_of_turn.endswith(token)]
+        return max(ends, key=len, default=None)
 
     def _checked(self, messages: Sequence[Message], rendering: Rendering) -> Rendering:
         expected = [str(slot) for slot in range(count_slots(messages))]
@@ -103,12 +110,6 @@ class TurnRenderer:
                 "leaves messages out or repeats them"
             )
         return rendering
-
-    @cached_property
-    def end_token(self) -> str | None:
-        """The special token that ends a message of the assistant, None where that is ended by ordinary text."""
-        ends = [token for token in self.tokenizer.special_texts if token and self.end_of_turn.endswith(token)]
-        return max(ends, key=len, default=None)
 
     @cached_property
     def _takes_parts(self) -> bool:
