@@ -244,7 +244,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, m
         (VAE, ("--data", "{tmp}/empty"), "error: no folder {tmp}/empty"),
         (VAE, ("--data", "{tmp}/one"), "error: 100 images cannot be held out of 2: hold out fewer"),
         (VAE, ("--dataset", "digits", "--data", "{tmp}/one"), "error: digits are read from scikit-learn"),
-        (VAE, ("--dataset", "digits", "--widths", 8, 8), "error: widths and num_blocks have an entry for each"),
+        (VAE, ("--dataset", "digits", "--widths", 8), "error: widths and num_blocks have an entry for each"),
         ("train_toy.py", ("--data", "{tmp}/one"), "error: unrecognized arguments: --data {tmp}/one"),
     ],
 )
@@ -309,7 +309,7 @@ def test_bars_are_drawn_for_the_tracker(tmp_path):
     assert callback.on_sample(run_at(tmp_path, nothing)) == {}
 
 
-NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--precision", "fp32")
+NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--patch-size", 1, "--precision", "fp32")
 
 
 def test_a_folder_becomes_an_autoencoder_that_can_be_used_and_gone_on_with(tmp_path, monkeypatch, capsys):
