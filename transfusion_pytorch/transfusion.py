@@ -27,7 +27,7 @@ from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk, check_trunk
 from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
-from transfusion_pytorch.pretrained.methods import PretrainedMethods
+from transfusion_pytorch.pretrained.methods import LanguageModelMethods
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
@@ -54,7 +54,7 @@ class Transfusion(
     SamplingMethods,
     SavingMethods,
     StatisticsMethods,
-    PretrainedMethods,
+    LanguageModelMethods,
     ChatMethods,
     StreamMethods,
     MarkerIds,

@@ -20,10 +20,10 @@ from transfusion_pytorch.pretrained.language_model import (
     opened,
 )
 
-Model = TypeVar("Model", bound="PretrainedMethods")
+Model = TypeVar("Model", bound="LanguageModelMethods")
 
 
-class PretrainedMethods:
+class LanguageModelMethods:
     """Beginning with a language model. Mixed into `Transfusion`."""
 
     transformer: Any
@@ -161,7 +161,7 @@ class PretrainedMethods:
             f"{name}.markers" if isinstance(getattr(self, name), TextEmbedding | TextLogits) else name
             for name in ("text_embedding", "to_logits")
         ]
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             lora_dropout=dropout,
