@@ -21,6 +21,7 @@ ALLOWED = {
     "saving": [],
     "flow": ["saving.components"],
     "network": ["evaluating", "sequence.masks", "sequence.positions", "sequence.blocks", "saving.components"],
+    "mmdit": ["sequence.positions", "network", "saving"],
     "modalities": ["sequence", "flow", "network", "saving.components"],
     "display.terminal": [],
     "display.progress": [],

@@ -44,6 +44,7 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.mmdit import InContextMMDiT, MMDiT, SD3MMDiT
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
@@ -82,9 +83,11 @@ __all__ = [
     "EngineStats",
     "Fitted",
     "ImageReader",
+    "InContextMMDiT",
     "Latents",
     "LoadedStep",
     "LossBreakdown",
+    "MMDiT",
     "Mixture",
     "ModalityDone",
     "ModalityStarted",
@@ -93,6 +96,7 @@ __all__ = [
     "PatchDecoder",
     "PatchEncoder",
     "Request",
+    "SD3MMDiT",
     "Sample",
     "SampleError",
     "SampleReference",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from transfusion_pytorch.saving.card import CARD_FILE, ModelCard, is_ours, render
-from transfusion_pytorch.saving.components import own_class
+from transfusion_pytorch.saving.components import arguments_of, component_of, own_class
 from transfusion_pytorch.saving.configuration import (
     CONFIG_FILE,
     check_names,
@@ -25,48 +25,34 @@ from transfusion_pytorch.saving.hub import folder_of, upload
 from transfusion_pytorch.saving.tokenizer import TOKENIZER_FILE, load_tokenizer, save_tokenizer, tokenizer_json
 from transfusion_pytorch.saving.weights import WEIGHTS_FILE, build_without_weights, load_weights, weights_of
 
-Model = TypeVar("Model", bound="SavingMethods")
+Model = TypeVar("Model", bound="PretrainedMethods")
 
 
-class SavingMethods:
-    """Saving and loading by folders of safetensors and JSON. Mixed into `Transfusion`."""
-
-    vocabulary: Any
-    transformer: Any
-    modalities: Any
-    loss_weights: Any
-    fallback_to_default_shape_if_invalid: bool
-    model_output_clean: bool
-    odeint_kwargs: dict[str, Any]
-    prob_uncond: float
-    time_policy: Any
-    ignore_index: int
+class PretrainedMethods:
+    """Saving and loading by folders of safetensors and JSON, for a module whose class is a registered component, or
+    that says itself what it was built with.
+    """
 
     name_or_path: str | None = None  # where it was loaded from; PEFT writes it into the configuration of an adapter
+    example_call = "outputs = model(...)"  # a line of the model card
     _tokenizer: Any = None  # or the text of its file, until somebody wants it
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """The arguments that build this model again, as they are now: what was changed after it was built, such as
-        `prob_uncond` or an encoder, is what counts. Modules are the model's own.
+        """The arguments that build this module again. A subclass whose constructor takes other arguments returns those.
 
-        A subclass whose constructor takes other arguments returns those instead.
+        Raises `TypeError` where they are not known: for a subclass of a registered class.
         """
-        weights = self.loss_weights
-        return dict(
-            num_text_tokens=self.vocabulary.num_text,
-            transformer=self.transformer,
-            **self.modalities.arguments(),
-            fallback_to_default_shape_if_invalid=self.fallback_to_default_shape_if_invalid,
-            text_loss_weight=weights.text,
-            flow_loss_weight=weights.flow,
-            velocity_consistency_loss_weight=weights.velocity,
-            reconstruction_loss_weight=weights.recon,
-            model_output_clean=self.model_output_clean,
-            odeint_kwargs=self.odeint_kwargs,
-            prob_uncond=self.prob_uncond,
-            time_policy=self.time_policy,
-            ignore_index=self.ignore_index,
-        )
+        if component_of(self) is None:
+            raise TypeError(
+                f"{own_class(self).__name__} does not say what it was built with; decorate it with register_component, "
+                "or override constructor_arguments()"
+            )
+        return arguments_of(self)
+
+    @property
+    def _num_text_tokens(self) -> int:
+        """Which a tokenizer must fit to."""
+        raise TypeError(f"{own_class(self).__name__} has no text tokens; leave the tokenizer out")
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None, tokenizer: Any = None) -> None:
         """Writes the model into a folder, which is made if need be:
@@ -167,7 +153,7 @@ class SavingMethods:
         """The `tokenizers.Tokenizer` that the model was saved with, or None. Needs the package of that name."""
         if isinstance(self._tokenizer, str):
             where = f"{TOKENIZER_FILE} of {self.name_or_path}"
-            self._tokenizer = load_tokenizer(self._tokenizer, self.vocabulary.num_text, where)
+            self._tokenizer = load_tokenizer(self._tokenizer, self._num_text_tokens, where)
         return self._tokenizer
 
     @tokenizer.setter
@@ -184,9 +170,10 @@ class SavingMethods:
         weights = weights_of(self)  # type: ignore[arg-type]
         text = self._tokenizer if tokenizer is None else tokenizer
         if text is not None and not isinstance(text, str):
-            text = tokenizer_json(text, self.vocabulary.num_text)
+            text = tokenizer_json(text, self._num_text_tokens)
         count = sum(weights[name].numel() for name, _ in self.named_parameters())  # type: ignore[attr-defined]
-        readme = render(card or ModelCard(), config, source=source, num_parameters=count)
+        card = card or ModelCard(title=f"{own_class(self).__name__} model")
+        readme = render(card, config, source=source, num_parameters=count, example_call=self.example_call)
         if not self._is_writer:
             return
         if folder.exists() and not folder.is_dir():
@@ -205,6 +192,50 @@ class SavingMethods:
                     partial_file.write_text(readme, encoding="utf-8")
         except PermissionError as error:
             raise PermissionError(f"{folder} cannot be written to: {error}") from error
+
+
+class SavingMethods(PretrainedMethods):
+    """Saving and loading, mixed into `Transfusion`."""
+
+    vocabulary: Any
+    transformer: Any
+    modalities: Any
+    loss_weights: Any
+    fallback_to_default_shape_if_invalid: bool
+    model_output_clean: bool
+    odeint_kwargs: dict[str, Any]
+    prob_uncond: float
+    time_policy: Any
+    ignore_index: int
+
+    example_call = "sample = model.sample(max_length=512)  # [text, (type, modality), text, ...]"
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """The arguments that build this model again, as they are now: what was changed after it was built, such as
+        `prob_uncond` or an encoder, is what counts. Modules are the model's own.
+
+        A subclass whose constructor takes other arguments returns those instead.
+        """
+        weights = self.loss_weights
+        return dict(
+            num_text_tokens=self.vocabulary.num_text,
+            transformer=self.transformer,
+            **self.modalities.arguments(),
+            fallback_to_default_shape_if_invalid=self.fallback_to_default_shape_if_invalid,
+            text_loss_weight=weights.text,
+            flow_loss_weight=weights.flow,
+            velocity_consistency_loss_weight=weights.velocity,
+            reconstruction_loss_weight=weights.recon,
+            model_output_clean=self.model_output_clean,
+            odeint_kwargs=self.odeint_kwargs,
+            prob_uncond=self.prob_uncond,
+            time_policy=self.time_policy,
+            ignore_index=self.ignore_index,
+        )
+
+    @property
+    def _num_text_tokens(self) -> int:
+        return self.vocabulary.num_text
 
 
 def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> Any:

@@ -4,12 +4,12 @@ n tokens, f frequencies (half of a head's channels).
 """
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Real, Shaped
 from torch import Tensor
 
 
 def rotary_phases(
-    position: Int[Tensor, " n"], dim_head: int, *, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
+    position: Real[Tensor, " n"], dim_head: int, *, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "n f 2"]:
     """Cosine and sine of the angle that rotates each pair of channels (RoFormer, arXiv 2104.09864)."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
