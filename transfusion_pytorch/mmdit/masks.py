@@ -69,8 +69,8 @@ def plan_masks(
     if isinstance(attention_mask, BlockMask):
         if padding is not None or any(layout.registers) or any(layout.context_registers):
             raise ValueError(
-                "attention_mask: a BlockMask covers everything there is, and knows neither registers nor padding masks; give "
-                "a bool mask or a function of (b, h, query, key)"
+                "attention_mask: a BlockMask covers all tokens, and knows neither registers nor padding masks; give a "
+                "bool mask or a function of (b, h, query, key)"
             )
         _check_block_mask(attention_mask, layout.num_queries, layout.num_keys)
         mask = attention_mask

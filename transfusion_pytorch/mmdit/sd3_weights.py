@@ -128,13 +128,12 @@ def _block(weights: Weights, name: str, *, is_last: bool, is_dual: bool) -> Iter
         dual = f"{IMAGE}.dual_attn.modalities.0"
         yield from _heads(weights, dual, [f"{name}.attn2.to_{part}" for part in "qkv"], f"{name}.attn2.norm_")
         yield from _named(f"{dual}.to_out", weights.layer(f"{name}.attn2.to_out.0"))
+    norm = weights.layer(f"{name}.norm1_context.linear")
     if is_last:
-        yield from _named(
-            f"{TEXT}.attn_norm.to_modulation", _shift_first(weights.layer(f"{name}.norm1_context.linear"))
-        )
+        yield from _named(f"{TEXT}.attn_norm.to_modulation", _shift_first(norm))
         return
     yield from _named(f"attn.{TEXT}.to_out", weights.layer(f"{attn}.to_add_out"))
-    yield from _modulations(TEXT, weights.layer(f"{name}.norm1_context.linear"), ["attn_norm", "ff_norm"])
+    yield from _modulations(TEXT, norm, ["attn_norm", "ff_norm"])
     yield from _feedforward(weights, f"{TEXT}.ff", f"{name}.ff_context")
 
 
@@ -146,12 +145,11 @@ def _heads(
     for part in ("weight", "bias"):
         yield f"{ours}.to_qkv.{part}", torch.cat([layer[part] for layer in parts])
     for which in "qk":
-        if f"{norm}{which}.weight" not in weights.state:
+        name = f"{norm}{which}"
+        if f"{name}.weight" not in weights.state:
             continue
-        is_layer_norm = f"{norm}{which}.bias" in weights.state
-        tensors = (
-            weights.layer(f"{norm}{which}") if is_layer_norm else {"weight": weights.take(f"{norm}{which}.weight") - 1}
-        )
+        is_rms = f"{name}.bias" not in weights.state
+        tensors = {"weight": weights.take(f"{name}.weight") - 1} if is_rms else weights.layer(name)
         if not (is_pre_only and which == "q"):
             yield from _named(f"{ours}.{which}_norm", tensors)
 

@@ -90,11 +90,12 @@ class JointTransformer(PretrainedMethods, nn.Module):
         self.use_checkpoint = use_checkpoint
         self.rope = dict(axes=rope_axes, dim_head=dim_head, theta=rotary_theta)
         self.dual_modalities = tuple(dual_modalities)
-        counts: tuple[int, ...] = per_modality("num_registers", num_registers, count)
-        if min(counts) < 0:
-            raise ValueError(f"num_registers must not be negative, got {counts}")
-        self.registers = nn.ParameterList(
-            nn.Parameter(torch.randn(r, dim) * REGISTER_STD) for r, dim in zip(counts, self.dim_modalities, strict=True)
+        self.num_registers: tuple[int, ...] = per_modality("num_registers", num_registers, count)
+        if min(self.num_registers) < 0:
+            raise ValueError(f"num_registers must not be negative, got {self.num_registers}")
+        sizes = enumerate(zip(self.num_registers, self.dim_modalities, strict=True))
+        self.registers = nn.ParameterDict(  # by the number of their modality
+            {str(i): nn.Parameter(torch.randn(r, dim) * REGISTER_STD) for i, (r, dim) in sizes if r}
         )
 
     @property
@@ -111,7 +112,7 @@ class JointTransformer(PretrainedMethods, nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as a new model does."""
-        for register in self.registers:
+        for register in self.registers.values():
             nn.init.normal_(register, std=REGISTER_STD)
         modules = [module for module in self.modules() if module is not self and hasattr(module, "reset_parameters")]
         for module in reversed(modules):  # a layer that starts at zero is zeroed after those in it are drawn
@@ -139,7 +140,7 @@ class JointTransformer(PretrainedMethods, nn.Module):
         if context is not None and context.batch != batch:
             raise ValueError(f"context: expected the batch dimensions {tuple(batch)}, got {tuple(context.batch)}")
         check_padding(padding_masks, modality_tokens)
-        registers = tuple(len(each) if first <= i < last else 0 for i, each in enumerate(self.registers))
+        registers = tuple(each if first <= i < last else 0 for i, each in enumerate(self.num_registers))
         layout = Layout(
             batch=batch.numel(),
             lengths=(*[0] * first, *lengths, *[0] * (count - last)),
@@ -167,10 +168,9 @@ class JointTransformer(PretrainedMethods, nn.Module):
     def _with_registers(self, modality: int, x: Tensor) -> Tensor:
         """`(*batch, s, d)` to `(b, r + s, d)`."""
         x = x.reshape(-1, *x.shape[-2:])
-        registers = self.registers[modality]
-        if not len(registers):
+        if not self.num_registers[modality]:
             return x
-        return torch.cat((registers.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        return torch.cat((self.registers[str(modality)].to(x.dtype).expand(len(x), -1, -1), x), dim=1)
 
     def _plan(
         self,
