@@ -35,13 +35,16 @@ def test_swiglu_is_its_formula_and_has_no_biases():
 
 
 def test_gelu_is_its_formula_with_biases():
-    ff, x = awake(FeedForward(6, ff_mult=2, activation="gelu")), randn(5, 6).double()
-    inner = x @ ff.to_hidden.weight.T + ff.to_hidden.bias
-    activated = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
-    close(ff(x), activated @ ff.to_out.weight.T + ff.to_out.bias)
+    for activation, cumulative in (
+        ("gelu", lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
+        ("gelu_tanh", lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ):
+        ff, x = awake(FeedForward(6, ff_mult=2, activation=activation)), randn(5, 6).double()
+        inner = x @ ff.to_hidden.weight.T + ff.to_hidden.bias
+        close(ff(x), (inner * cumulative(inner)) @ ff.to_out.weight.T + ff.to_out.bias)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh"])
 def test_the_kernels_of_cpus_are_the_plain_formulas(activation):
     ff, x = awake(FeedForward(6, activation=activation)), randn(2, 3, 6).double().requires_grad_()
     parameters = [x, *ff.parameters()]
@@ -63,7 +66,7 @@ def test_a_feedforward_takes_any_batch_dimensions(shape):
 
 
 def test_wrong_feedforwards_are_refused():
-    with refused(ValueError, "activation must be 'swiglu' or 'gelu', got 'relu'", is_type=True):
+    with refused(ValueError, "activation must be one of swiglu, gelu, gelu_tanh, got 'relu'", is_type=True):
         FeedForward(6, activation="relu")
     with refused(ValueError, r"dim \* ff_mult must be at least 1, got 6 \* 0.01"):
         FeedForward(6, ff_mult=0.01)

@@ -16,7 +16,7 @@ from transfusion_pytorch.network.norms import RMSNorm, sinusoids
 from transfusion_pytorch.network.precision import working_dtype
 from transfusion_pytorch.network.shortcuts import uses_cpu_kernels
 
-Activation = Literal["swiglu", "gelu"]
+Activation = Literal["swiglu", "gelu", "gelu_tanh"]
 NORM_EPS = 1e-6  # that of DiT and SD3
 
 
@@ -26,7 +26,8 @@ class FeedForward(nn.Module):
     | activation | formula | biases |
     |---|---|---|
     | `"swiglu"` | `out(in(x) * silu(gate(x)))` (GLU variants, arXiv 2002.05202) | none |
-    | `"gelu"` | `out(gelu(in(x)))`, with the approximation by a tanh (SD3) | both layers |
+    | `"gelu"` | `out(gelu(in(x)))` | both layers |
+    | `"gelu_tanh"` | the same with the approximation by a tanh (SD3) | both layers |
 
     The two inner layers of SwiGLU are one product: the first half of `to_hidden` is `in`, the second is `gate`.
     """
@@ -34,18 +35,18 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, ff_mult: float = 4, activation: Activation = "swiglu"):
         super().__init__()
         if activation not in get_args(Activation):
-            raise ValueError(f"activation must be 'swiglu' or 'gelu', got {activation!r}")
+            raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
         hidden = int(dim * ff_mult)
         if hidden < 1:
             raise ValueError(f"dim * ff_mult must be at least 1, got {dim} * {ff_mult}")
-        self.is_gated = activation == "swiglu"
+        self.is_gated, self.approximate = activation == "swiglu", "tanh" if activation == "gelu_tanh" else "none"
         self.to_hidden = Linear(dim, 2 * hidden if self.is_gated else hidden, bias=not self.is_gated)
         self.to_out = Linear(hidden, dim, bias=not self.is_gated)
 
     def forward(self, x: Shaped[Tensor, "*batch s d"]) -> Shaped[Tensor, "*batch s d"]:
         hidden = self.to_hidden(x)
         if not self.is_gated:
-            return self.to_out(F.gelu(hidden, approximate="tanh"))
+            return self.to_out(F.gelu(hidden, approximate=self.approximate))
         if uses_cpu_kernels(hidden) and is_plain_linear(self.to_out):
             out = GatedLinear.apply(hidden.flatten(0, -2), self.to_out.weight, self.to_out.bias, "swiglu")
             return out.view(x.shape)  # type: ignore[attr-defined]

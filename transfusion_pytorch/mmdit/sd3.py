@@ -74,7 +74,7 @@ class SD3MMDiT(PretrainedMethods, nn.Module):
             rope_axes=0,
             attn_bias=True,
             ff_mult=ff_mult,
-            activation="gelu",
+            activation="gelu_tanh",
             dual_attention_layers=dual_attention_layers,
             dual_attention_modalities=(IMAGE,),
             use_checkpoint=use_checkpoint,
