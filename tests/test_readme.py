@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-PAGES = ["README.md", "docs/generation.md", "docs/training.md", "docs/saving.md", "docs/data.md"]
+PAGES = ["README.md", "docs/generation.md", "docs/training.md", "docs/saving.md", "docs/data.md", "docs/mmdit.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

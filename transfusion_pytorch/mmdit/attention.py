@@ -107,7 +107,7 @@ class JointAttention(nn.Module):
         asking = [(i, modality, x) for i, modality, x in there if not modality.is_pre_only]
         pieces = out.split([x.shape[-2] for _, _, x in asking], dim=1)
         for (i, modality, x), piece in zip(asking, pieces, strict=True):
-            outs[i] = modality.to_out(piece).view(x.shape)
+            outs[i] = modality.to_out(piece).view(x.shape)  # type: ignore[operator]
         return tuple(outs), own
 
 

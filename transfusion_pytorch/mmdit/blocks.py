@@ -83,7 +83,8 @@ class InContextMMDiTBlock(nn.Module):
         self, tokens: Tokens, mask: Mask | None, *, phases: Phases, context: Heads | None = None
     ) -> tuple[tuple[Tensor | None, ...], Heads]:
         """As `forward`, without checks. Also returns what the modalities brought into attention."""
-        normed = [None if x is None else part.attn_norm(x) for part, x in zip(self.modalities, tokens, strict=True)]
+        each = zip(self.modalities, tokens, strict=True)
+        normed = [None if x is None else part.attn_norm(x) for part, x in each]  # type: ignore[operator]
         outs, own = self.attn.attend(normed, mask, phases, context)
         each = zip(self.modalities, tokens, outs, strict=True)
         return tuple(None if x is None else part.finish(x, out) for part, x, out in each), own  # type: ignore[operator]
@@ -228,7 +229,7 @@ def phases_of_call(attn: JointAttention, tokens: Tokens, mask: Mask | None, phas
     """
     if phases is not None:
         return phases
-    lengths = check_tokens(tokens, attn.dim_modalities)
+    lengths = check_tokens(tokens, attn.dim_modalities)  # type: ignore[arg-type]
     queries = sum(n for n, part in zip(lengths, attn.modalities, strict=True) if not part.is_pre_only)
     check_mask(mask, tokens[0].shape[:-2], queries, sum(lengths))  # type: ignore[union-attr]
     return joint_phases(None, tokens, axes=attn.rope_axes, dim_head=attn.dim_head, theta=attn.rotary_theta)

@@ -4,7 +4,6 @@ n queries and m keys, which include registers where that is said; s tokens of on
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -105,20 +104,28 @@ def _flex_mask(
     if attention_mask is None or isinstance(attention_mask, Tensor) or has_registers:
         dense = _dense_mask(attention_mask, padding, layout)
         assert dense is not None
-        function = partial(_looked_up, dense.expand(layout.batch, -1, -1))
+        function = _looked_up(dense.expand(layout.batch, -1, -1))
     else:
-        function = attention_mask if padding is None else partial(_unpadded, attention_mask, padding)
+        function = attention_mask if padding is None else _unpadded(attention_mask, padding)
     queries = layout.num_queries + sum(layout.registers)
     keys = layout.num_keys + sum(layout.registers) + sum(layout.context_registers)
     return create_block_mask(function, layout.batch, None, queries, keys, device=str(layout.device))
 
 
-def _looked_up(dense: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return dense[b, query, key]
+# lambdas, because flex attention traces them, and nothing else must be around them then (`TYPECHECK=1`)
 
 
-def _unpadded(function: MaskFunction, padding: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return function(b, h, query, key) & padding[b, key]
+def _looked_up(dense: Tensor) -> MaskFunction:
+    return lambda b, h, query, key: dense[b, query, key]
+
+
+def _unpadded(function: MaskFunction, padding: Tensor) -> MaskFunction:
+    return lambda b, h, query, key: function(b, h, query, key) & padding[b, key]
+
+
+def _moved(function: MaskFunction, rows: Tensor, first: int) -> MaskFunction:
+    """Of some queries, and of keys from one on."""
+    return lambda b, h, query, key: function(b, h, rows[query], key + first)
 
 
 def with_registers(mask: Bool[Tensor, "*b n m"], layout: Layout) -> Bool[Tensor, "*b more_n more_m"]:
@@ -168,14 +175,8 @@ def rows_and_columns(mask: Mask, rows: Tensor | slice, columns: slice) -> Mask:
     b, h, queries, keys = mask.shape
     kept = torch.arange(queries, device=mask.kv_indices.device)[rows]
     first, stop, _ = columns.indices(keys)
-    function = partial(_moved, mask.mask_mod, kept, first)
+    function = _moved(mask.mask_mod, kept, first)
     return create_block_mask(function, b, h, len(kept), stop - first, device=str(kept.device))
-
-
-def _moved(
-    function: MaskFunction, rows: Tensor, first: int, b: Tensor, h: Tensor, query: Tensor, key: Tensor
-) -> Tensor:
-    return function(b, h, rows[query], key + first)
 
 
 def joint_padding(

@@ -5,6 +5,7 @@ dimensions are free.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,7 +205,7 @@ class MMDiT(JointTransformer):
             raise ValueError("pooled: this model was built without dim_pooled; leave it out")
         # (c,), (b, c) or (b, n, c) as (1, 1, c), (b, 1, c) or (b, n, c)
         aligned = [part if part.ndim == 3 else part.reshape(-1, 1, part.shape[-1]) for part in embedded]
-        cond = F.silu(sum(aligned[1:], start=aligned[0]))
+        cond = F.silu(reduce(torch.add, aligned))
         if all(part.ndim < 3 for part in embedded):
             return [None if x is None else cond for x in stream.tokens]
         parts = cond.split(layout.lengths, dim=1)

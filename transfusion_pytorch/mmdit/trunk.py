@@ -88,7 +88,7 @@ class JointTransformer(PretrainedMethods, nn.Module):
             raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         self.attention: Backend = attention
         self.use_checkpoint = use_checkpoint
-        self.rope = dict(axes=rope_axes, dim_head=dim_head, theta=rotary_theta)
+        self.rope: dict[str, Any] = dict(axes=rope_axes, dim_head=dim_head, theta=rotary_theta)
         self.dual_modalities = tuple(dual_modalities)
         self.num_registers: tuple[int, ...] = per_modality("num_registers", num_registers, count)
         if min(self.num_registers) < 0:
