@@ -305,6 +305,9 @@ def test_wrong_contexts_are_refused():
         model((image, text), context=context)
     with pytest.raises(ValueError, match=r"modality 1: expected .* \(\*batch, tokens, 8\), got \(2, 4, 12\)"):
         model((image,), context=context)
+    for wrong in ((), (image, text)):
+        with pytest.raises(ValueError, match=f"a context has the first 1 to 1 modalities, got {len(wrong)}"):
+            model.encode_context(wrong)
     with pytest.raises(ValueError, match=r"context: expected the batch dimensions \(1,\), got \(2,\)"):
         model((text[:1],), context=context)
     with pytest.raises(ValueError, match=r"attention_mask: expected the shape \(3, 7\) or \(2, 3, 7\)"):

@@ -133,6 +133,8 @@ class JointTransformer(PretrainedMethods, nn.Module):
         """
         first, count = (0 if context is None else len(context.lengths)), len(self.dim_modalities)
         last = first + len(modality_tokens) if is_context else count
+        if is_context and not 0 < last < count:
+            raise ValueError(f"modality_tokens: a context has the first 1 to {count - 1} modalities, got {last}")
         dims = self.dim_modalities[first:last]
         lengths = check_tokens(modality_tokens, dims, first)
         before, behind = [None] * first, [None] * (count - last)
