@@ -28,8 +28,10 @@ def close(a, b, atol=1e-10):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-def modulated(x, cond, norm):
-    shift, scale, gate = (cond @ norm.to_modulation.weight.T + norm.to_modulation.bias)[:, None].chunk(3, dim=-1)
+def modulated(x, cond, part, branch):
+    """The normed tokens and the gate of a branch: 0 joint attention, 1 feedforward, 2 dual attention."""
+    chunks = (cond @ part.to_modulation.weight.T + part.to_modulation.bias)[:, None].split(x.shape[-1], dim=-1)
+    shift, scale, gate = chunks[3 * branch : 3 * branch + 3]
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift, gate
 
 
@@ -43,24 +45,24 @@ def test_an_adaptive_block_starts_as_the_identity(count, dual):
 
 def test_an_adaptive_block_is_its_formula():
     block, inputs, cond = awake(adaptive()), tokens(), condition(2)
-    first = [modulated(x, cond, part.attn_norm) for x, part in zip(inputs, block.modalities, strict=True)]
+    first = [modulated(x, cond, part, 0) for x, part in zip(inputs, block.modalities, strict=True)]
     attended = block.attn([normed for normed, _ in first])
     expected = []
     for x, out, (_, gate), part in zip(inputs, attended, first, block.modalities, strict=True):
         x = x + gate * out
-        normed, gate = modulated(x, cond, part.ff_norm)
+        normed, gate = modulated(x, cond, part, 1)
         expected.append(x + gate * part.ff(normed))
     close(block(inputs, cond), tuple(expected))
 
 
 def test_dual_attention_is_a_second_branch_of_the_same_tokens():
     block, inputs, cond = awake(adaptive(dual_attention=(1,))), tokens(), condition(2)
-    first = [modulated(x, cond, part.attn_norm) for x, part in zip(inputs, block.modalities, strict=True)]
+    first = [modulated(x, cond, part, 0) for x, part in zip(inputs, block.modalities, strict=True)]
     attended = block.attn([normed for normed, _ in first])
     part = block.modalities[1]
-    normed, gate = modulated(inputs[1], cond, part.dual_norm)
+    normed, gate = modulated(inputs[1], cond, part, 2)
     x = inputs[1] + first[1][1] * attended[1] + gate * part.dual_attn([normed])[0]
-    normed, gate = modulated(x, cond, part.ff_norm)
+    normed, gate = modulated(x, cond, part, 1)
     close(block(inputs, cond)[1], x + gate * part.ff(normed))
     assert block.modalities[0].dual_attn is None
 
@@ -108,11 +110,8 @@ def test_gates_learn_first():
     block, inputs, cond = adaptive(), tokens(), condition(2)
     sum((out * randn(out.shape)).sum() for out in block(inputs, cond)).backward()
     for part in block.modalities:
-        for norm in (part.attn_norm, part.ff_norm):
-            shift, scale, gate = norm.to_modulation.weight.grad.chunk(3)
-            assert gate.any()
-            assert not shift.any()
-            assert not scale.any()
+        learns = [chunk.any().item() for chunk in part.to_modulation.weight.grad.chunk(6)]
+        assert learns == [False, False, True] * 2  # shift, scale, gate
         assert not part.ff.to_out.weight.grad.any()
     awake(block)
     block.zero_grad()

@@ -154,7 +154,7 @@ def test_a_modality_without_output_comes_back_as_none(make, time):
     last = "blocks.1.attn.modalities.1.to_qkv.weight"
     state[last] = state[last][16:]
     if time:
-        norm = "blocks.1.modalities.1.attn_norm.to_modulation"
+        norm = "blocks.1.modalities.1.to_modulation"
         for part in ("weight", "bias"):
             state[f"{norm}.{part}"] = state[f"{norm}.{part}"][:16]
     less.load_state_dict(state)

@@ -5,7 +5,6 @@ What has to be put in another order:
 | diffusers | here |
 |---|---|
 | `to_q`, `to_k`, `to_v` are layers of their own | one layer makes all three |
-| a norm makes (shift, scale, gate) of attention, feedforward and dual attention | each of these makes its own |
 | the last norm, and that of the last text block: (scale, shift) | (shift, scale) |
 | times: cosines, then sines | sines, then cosines |
 | root mean square norms multiply by `weight` | by `1 + weight` |
@@ -121,8 +120,7 @@ def _block(weights: Weights, name: str, *, is_last: bool, is_dual: bool) -> Iter
     yield from _named(f"attn.{IMAGE}.to_out", weights.layer(f"{attn}.to_out.0"))
     text = [f"{attn}.add_{part}_proj" for part in "qkv"]
     yield from _heads(weights, f"attn.{TEXT}", text, f"{attn}.norm_added_", is_pre_only=is_last)
-    chunks = ["attn_norm", "ff_norm", *(["dual_norm"] if is_dual else [])]
-    yield from _modulations(IMAGE, weights.layer(f"{name}.norm1.linear"), chunks)
+    yield from _named(f"{IMAGE}.to_modulation", weights.layer(f"{name}.norm1.linear"))
     yield from _feedforward(weights, f"{IMAGE}.ff", f"{name}.ff")
     if is_dual:
         dual = f"{IMAGE}.dual_attn.modalities.0"
@@ -130,10 +128,10 @@ def _block(weights: Weights, name: str, *, is_last: bool, is_dual: bool) -> Iter
         yield from _named(f"{dual}.to_out", weights.layer(f"{name}.attn2.to_out.0"))
     norm = weights.layer(f"{name}.norm1_context.linear")
     if is_last:
-        yield from _named(f"{TEXT}.attn_norm.to_modulation", _shift_first(norm))
+        yield from _named(f"{TEXT}.to_modulation", _shift_first(norm))
         return
     yield from _named(f"attn.{TEXT}.to_out", weights.layer(f"{attn}.to_add_out"))
-    yield from _modulations(TEXT, norm, ["attn_norm", "ff_norm"])
+    yield from _named(f"{TEXT}.to_modulation", norm)
     yield from _feedforward(weights, f"{TEXT}.ff", f"{name}.ff_context")
 
 
@@ -152,12 +150,6 @@ def _heads(
         tensors = {"weight": weights.take(f"{name}.weight") - 1} if is_rms else weights.layer(name)
         if not (is_pre_only and which == "q"):
             yield from _named(f"{ours}.{which}_norm", tensors)
-
-
-def _modulations(ours: str, layer: dict[str, Tensor], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for part, tensor in layer.items():
-        for name, chunk in zip(names, tensor.chunk(len(names)), strict=True):
-            yield f"{ours}.{name}.to_modulation.{part}", chunk
 
 
 def _feedforward(weights: Weights, ours: str, name: str) -> Iterator[tuple[str, Tensor]]:
