@@ -125,7 +125,7 @@ class AdaptiveModality(nn.Module):
         """Those of the joint attention, of the feedforward and of the dual attention, as far as there are any."""
         chunks = self.to_modulation(cond).chunk(self.num_chunks, dim=-1)
         branches = [chunks[i : i + 3] for i in range(0, len(chunks), 3)]
-        return [Modulation(1 + scale, shift, *(gate or (None,)), self.eps) for shift, scale, *gate in branches]
+        return [Modulation(1 + scale, shift, gate[0] if gate else None, self.eps) for shift, scale, *gate in branches]
 
     def finish(
         self, x: Tensor, out: Tensor | None, modulations: Sequence[Modulation], mask: Mask | None, phases: Tensor | None
