@@ -59,7 +59,7 @@ from transfusion_pytorch.examples.captions import (
 )
 from transfusion_pytorch.examples.data import IMAGE_LOADERS, ImageData
 from transfusion_pytorch.examples.pictures import load_picture, save_grid
-from transfusion_pytorch.saving.tokenizer import load_tokenizer, save_tokenizer, tokenizer_json
+from transfusion_pytorch.saving.tokenizer import TokenizerFiles, load_tokenizer, tokenizer_json, write_tokenizer_files
 from transfusion_pytorch.training.config import config_from_arguments
 from transfusion_pytorch.training.launch import Launch
 
@@ -233,7 +233,7 @@ def load_text(bpe_size: int | None, data: Captioned, folder: Path, launch: Launc
         return ByteText()
     if launch.is_main and not file.is_file():
         trained = train_bpe((caption for i in range(len(data.train)) for caption in data.train.captions(i)), bpe_size)
-        save_tokenizer(file, tokenizer_json(trained.tokenizer, bpe_size))
+        write_tokenizer_files(folder, TokenizerFiles(tokenizer_json(trained.tokenizer, bpe_size)))
     launch.wait()
     return TokenizerText(load_tokenizer(file.read_text(encoding="utf-8"), bpe_size, file))
 

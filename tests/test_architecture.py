@@ -25,6 +25,7 @@ ALLOWED = {
     "saving": ["conversations.tokenizer"],
     "flow": ["saving.components"],
     "network": ["evaluating", "sequence.masks", "sequence.positions", "sequence.blocks", "saving.components"],
+    "mmdit": ["sequence.positions", "network", "saving"],
     "modalities": ["sequence", "flow", "network", "saving.components"],
     "display.terminal": [],
     "display.progress": [],
@@ -58,16 +59,18 @@ ALLOWED = {
     "forwarding": ["sequence", "flow", "modalities", "network"],
     "pretrained": ["network", "modalities", "saving", "conversations.tokenizer"],
     "pretrained.autoencoders": ["modalities", "saving", "data.optional", "autoencoder.halves"],
-    "examples": [
-        "data",
-        "conversations",
-        "sequence.samples",
-        "training.config",
-        "training.launch",
-        "training.schedule",
-    ],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
+ALLOWED["examples"] = [
+    "data",
+    "conversations",
+    "modalities.unet",
+    "sequence.samples",
+    "training.config",
+    "training.launch",
+    "training.schedule",
+    "transfusion",
+]
 ALLOWED["commands"] = [
     "display.terminal",
     "display.lines",

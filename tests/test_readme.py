@@ -16,6 +16,7 @@ PAGES = [
     "docs/saving.md",
     "docs/data.md",
     "docs/conversations.md",
+    "docs/mmdit.md",
 ]
 
 

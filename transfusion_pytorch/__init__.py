@@ -48,6 +48,7 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.mmdit import InContextMMDiT, MMDiT, SD3MMDiT
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
@@ -90,12 +91,14 @@ __all__ = [
     "Fitted",
     "ImageFiles",
     "ImageReader",
+    "InContextMMDiT",
     "KLAutoencoder",
     "KLDecoder",
     "KLEncoder",
     "Latents",
     "LoadedStep",
     "LossBreakdown",
+    "MMDiT",
     "Mixture",
     "ModalityDone",
     "ModalityStarted",
@@ -104,6 +107,7 @@ __all__ = [
     "PatchDecoder",
     "PatchEncoder",
     "Request",
+    "SD3MMDiT",
     "Sample",
     "SampleError",
     "SampleReference",

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
+from transfusion_pytorch.transfusion import Transfusion
 
 from .data import load_text
 from .garments import GarmentConversations, GarmentData, text_of
@@ -53,8 +54,6 @@ class Begun(NamedTuple):
 
 def build_model(arguments: argparse.Namespace, shape: tuple[int, int, int], **options: Any) -> Begun:
     """Images `(c, h, w)` go through the halves of a U-Net, to an eighth of their sides: 16 tokens for 28 pixels."""
-    from transfusion_pytorch.transfusion import Transfusion
-
     name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
     channels, *axes = shape
     dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size

@@ -52,8 +52,10 @@ def is_ours(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def render(card: ModelCard, config: Mapping[str, Any], *, source: str, num_parameters: int) -> str:
-    """A card as Markdown with YAML in front. `source` is where the model can be loaded from."""
+def render(card: ModelCard, config: Mapping[str, Any], *, source: str, num_parameters: int, example_call: str) -> str:
+    """A card as Markdown with YAML in front. `source` is where the model can be loaded from, `example_call` a line of
+    code that uses it.
+    """
     data = huggingface_hub.ModelCardData(  # loaded here: it takes a quarter of a second
         library_name=LIBRARY,
         pipeline_tag=card.pipeline_tag,
@@ -69,7 +71,7 @@ def render(card: ModelCard, config: Mapping[str, Any], *, source: str, num_param
         "## Model\n\n" + _table("", "", _facts(config["arguments"], num_parameters)),
         _training(card),
         "## Figures\n\n" + _table("figure", "value", card.figures) if card.figures else "",
-        "## How to use it\n\n" + (_usage(config, source) if card.how_to_use is None else card.how_to_use),
+        "## How to use it\n\n" + (_usage(config, source, example_call) if card.how_to_use is None else card.how_to_use),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -82,7 +84,10 @@ def _training(card: ModelCard) -> str:
 
 def _facts(arguments: Mapping[str, Any], num_parameters: int) -> dict[str, Any]:
     """What a reader wants to know of the configuration first."""
-    facts: dict[str, Any] = {"parameters": f"{num_parameters:,}", "text tokens": arguments.get("num_text_tokens")}
+    facts: dict[str, Any] = {"parameters": f"{num_parameters:,}"}
+    for name in ("num_text_tokens", "depth", "heads", "dim_modalities", "dim_outs"):
+        if name in arguments:
+            facts[name.removeprefix("num_").replace("_", " ")] = arguments[name]
     trunk = arguments.get("transformer")
     if isinstance(trunk, dict):
         built = trunk.get("arguments", {})
@@ -112,14 +117,15 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _usage(config: Mapping[str, Any], source: str) -> str:
-    """Code that loads the model and draws a sample, with what has to be handed over."""
+def _usage(config: Mapping[str, Any], source: str, example_call: str) -> str:
+    """Code that loads the model and calls it, with what has to be handed over."""
     needed = needed_modules(config["arguments"])
     names = dict.fromkeys(line.partition(" ")[0].rstrip(":") for line in needed)
     given = "".join(f", {name}=..." for name in names)
     hint = "".join(f"# - {line}\n" for line in needed)
     hint = f"# hand over, built as it was for training:\n{hint}" if needed else ""
     class_name = config["class"].rpartition(".")[2]
-    lines = f"model = {class_name}.from_pretrained({source!r}{given})\nsample = model.sample(max_length=512)"
-    module = LIBRARY if class_name == "Transfusion" else config["class"].rpartition(".")[0]
-    return f"```python\nfrom {module} import {class_name}\n\n{hint}{lines}  # [text, (type, modality), text, ...]\n```"
+    lines = f"model = {class_name}.from_pretrained({source!r}{given})\n{example_call}"
+    is_ours = config["class"].startswith(f"{LIBRARY}.")
+    module = LIBRARY if is_ours else config["class"].rpartition(".")[0]
+    return f"```python\nfrom {module} import {class_name}\n\n{hint}{lines}\n```"

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
 from transfusion_pytorch.saving.card import CARD_FILE, ModelCard, is_ours, render
-from transfusion_pytorch.saving.components import own_class
+from transfusion_pytorch.saving.components import arguments_of, component_of, own_class
 from transfusion_pytorch.saving.configuration import (
     CONFIG_FILE,
     check_names,
@@ -34,53 +34,34 @@ from transfusion_pytorch.saving.tokenizer import (
 )
 from transfusion_pytorch.saving.weights import WEIGHTS_FILE, build_without_weights, load_weights, weights_of
 
-Model = TypeVar("Model", bound="SavingMethods")
+Model = TypeVar("Model", bound="PretrainedMethods")
 
 
-class SavingMethods:
-    """Saving and loading by folders of safetensors and JSON. Mixed into `Transfusion`."""
-
-    vocabulary: Any
-    transformer: Any
-    modalities: Any
-    loss_weights: Any
-    fallback_to_default_shape_if_invalid: bool
-    model_output_clean: bool
-    odeint_kwargs: dict[str, Any]
-    prob_uncond: float
-    time_policy: Any
-    ignore_index: int
-    time_conditioning: str
-    tie_embeddings: bool
+class PretrainedMethods:
+    """Saving and loading by folders of safetensors and JSON, for a module whose class is a registered component, or
+    that says itself what it was built with.
+    """
 
     name_or_path: str | None = None  # where it was loaded from; PEFT writes it into the configuration of an adapter
+    example_call = "outputs = model(...)"  # a line of the model card
     _tokenizer: Any = None  # or its files, until somebody wants it
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """The arguments that build this model again, as they are now: what was changed after it was built, such as
-        `prob_uncond` or an encoder, is what counts. Modules are the model's own.
+        """The arguments that build this module again. A subclass whose constructor takes other arguments returns those.
 
-        A subclass whose constructor takes other arguments returns those instead.
+        Raises `TypeError` where they are not known: for a subclass of a registered class.
         """
-        weights = self.loss_weights
-        return dict(
-            num_text_tokens=self.vocabulary.num_text,
-            transformer=self.transformer,
-            **self.modalities.arguments(),
-            fallback_to_default_shape_if_invalid=self.fallback_to_default_shape_if_invalid,
-            text_loss_weight=weights.text,
-            flow_loss_weight=weights.flow,
-            velocity_consistency_loss_weight=weights.velocity,
-            reconstruction_loss_weight=weights.recon,
-            model_output_clean=self.model_output_clean,
-            odeint_kwargs=self.odeint_kwargs,
-            prob_uncond=self.prob_uncond,
-            time_policy=self.time_policy,
-            ignore_index=self.ignore_index,
-            time_conditioning=self.time_conditioning,
-            eos_id=self.vocabulary.eos_id,
-            tie_embeddings=self.tie_embeddings,
-        )
+        if component_of(self) is None:
+            raise TypeError(
+                f"{own_class(self).__name__} does not say what it was built with; decorate it with register_component, "
+                "or override constructor_arguments()"
+            )
+        return arguments_of(self)
+
+    @property
+    def _num_text_tokens(self) -> int:
+        """Which a tokenizer must fit to."""
+        raise TypeError(f"{own_class(self).__name__} has no text tokens; leave the tokenizer out")
 
     def save_pretrained(self, folder: str | Path, *, card: ModelCard | None = None, tokenizer: Any = None) -> None:
         """Writes the model into a folder, which is made if need be:
@@ -182,7 +163,7 @@ class SavingMethods:
         tokens, a `tokenizers.Tokenizer` otherwise. Needs the package of that name.
         """
         if isinstance(files := self._tokenizer, TokenizerFiles):
-            where, size = f"{TOKENIZER_FILE} of {self.name_or_path}", self.vocabulary.num_text
+            where, size = f"{TOKENIZER_FILE} of {self.name_or_path}", self._num_text_tokens
             if files.is_plain:
                 self._tokenizer = load_tokenizer(files.tokenizer, size, where)
             else:
@@ -202,9 +183,10 @@ class SavingMethods:
         config = describe(own_class(self), self.constructor_arguments())
         weights = weights_of(self)  # type: ignore[arg-type]
         tokenizer = self._tokenizer if tokenizer is None else tokenizer
-        files = None if tokenizer is None else files_of(tokenizer, self.vocabulary.num_text)
+        files = None if tokenizer is None else files_of(tokenizer, self._num_text_tokens)
         count = sum(weights[name].numel() for name, _ in self.named_parameters())  # type: ignore[attr-defined]
-        readme = render(card or ModelCard(), config, source=source, num_parameters=count)
+        card = card or ModelCard(title=f"{own_class(self).__name__} model")
+        readme = render(card, config, source=source, num_parameters=count, example_call=self.example_call)
         if not self._is_writer:
             return
         if folder.exists() and not folder.is_dir():
@@ -224,6 +206,55 @@ class SavingMethods:
                     partial_file.write_text(readme, encoding="utf-8")
         except PermissionError as error:
             raise PermissionError(f"{folder} cannot be written to: {error}") from error
+
+
+class SavingMethods(PretrainedMethods):
+    """Saving and loading, mixed into `Transfusion`."""
+
+    vocabulary: Any
+    transformer: Any
+    modalities: Any
+    loss_weights: Any
+    fallback_to_default_shape_if_invalid: bool
+    model_output_clean: bool
+    odeint_kwargs: dict[str, Any]
+    prob_uncond: float
+    time_policy: Any
+    ignore_index: int
+    time_conditioning: str
+    tie_embeddings: bool
+
+    example_call = "sample = model.sample(max_length=512)  # [text, (type, modality), text, ...]"
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """The arguments that build this model again, as they are now: what was changed after it was built, such as
+        `prob_uncond` or an encoder, is what counts. Modules are the model's own.
+
+        A subclass whose constructor takes other arguments returns those instead.
+        """
+        weights = self.loss_weights
+        return dict(
+            num_text_tokens=self.vocabulary.num_text,
+            transformer=self.transformer,
+            **self.modalities.arguments(),
+            fallback_to_default_shape_if_invalid=self.fallback_to_default_shape_if_invalid,
+            text_loss_weight=weights.text,
+            flow_loss_weight=weights.flow,
+            velocity_consistency_loss_weight=weights.velocity,
+            reconstruction_loss_weight=weights.recon,
+            model_output_clean=self.model_output_clean,
+            odeint_kwargs=self.odeint_kwargs,
+            prob_uncond=self.prob_uncond,
+            time_policy=self.time_policy,
+            ignore_index=self.ignore_index,
+            time_conditioning=self.time_conditioning,
+            eos_id=self.vocabulary.eos_id,
+            tie_embeddings=self.tie_embeddings,
+        )
+
+    @property
+    def _num_text_tokens(self) -> int:
+        return self.vocabulary.num_text
 
 
 def files_of(tokenizer: Any, num_text_tokens: int) -> TokenizerFiles:

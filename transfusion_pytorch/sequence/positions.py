@@ -4,12 +4,12 @@ n tokens, f frequencies (half of a head's channels).
 """
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Real, Shaped
 from torch import Tensor
 
 
 def rotary_phases(
-    position: Int[Tensor, " n"],
+    position: Real[Tensor, " n"],
     dim_head: int,
     *,
     theta: float = 10_000.0,
