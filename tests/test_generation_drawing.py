@@ -1,12 +1,10 @@
 """Solvers and guidance: what is drawn is the solution of the flow, step for step."""
 
 from itertools import pairwise
-from math import prod
 
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -16,6 +14,7 @@ from generation_models import (
     drawn,
     latents,
     noise,
+    options_over,
     shapes_of,
     slots_of,
     text,
@@ -32,8 +31,7 @@ TOLERANT = dict(atol=1.0, rtol=1.0)  # the flow of a model that learnt nothing i
 WITHIN = dict(first_step=torch.tensor(0.5, dtype=torch.float64), step_t=torch.ones(1, dtype=torch.float64))
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=30) | options
+options_with = options_over(max_length=30)
 
 
 @pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS))
@@ -127,7 +125,7 @@ def straight_to(target):
 
     def velocities(hidden, stream, x_t, t):
         way = target - noise()
-        sizes = {modality: map(prod, stream.spans.shapes_of(modality)) for modality in x_t}
+        sizes = {modality: stream.placements[modality].sizes for modality in x_t}
         return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
 
     return velocities

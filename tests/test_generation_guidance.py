@@ -3,12 +3,10 @@
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
-from math import prod
 
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -19,6 +17,7 @@ from generation_models import (
     drawn,
     latents,
     noise,
+    options_over,
     text,
     watch_evaluations,
 )
@@ -37,8 +36,7 @@ STAGES = {  # the times, within an interval, at which each method asks for a vel
 LINE_OF_2 = (LINE, (2,))
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), plan=[LINE_OF_2], max_length=60) | options
+options_with = options_over(plan=[LINE_OF_2], max_length=60)
 
 
 # when guidance acts
@@ -274,7 +272,7 @@ def straight_to(target):
 
     def velocities(hidden, stream, x_t, t):
         way = target - noise()
-        sizes = {modality: map(prod, stream.spans.shapes_of(modality)) for modality in x_t}
+        sizes = {modality: stream.placements[modality].sizes for modality in x_t}
         return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
 
     return velocities

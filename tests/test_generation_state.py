@@ -5,12 +5,20 @@ from itertools import chain, repeat
 
 import pytest
 import torch
-from generation_models import GREEDY, LINE, assert_same, build, drawn, latents, noise, shapes_of, text
+from generation_models import (
+    LINE,
+    assert_same,
+    build,
+    drawn,
+    latents,
+    noise,
+    options_over,
+    shapes_of,
+    text,
+)
 from torch import nn
 
-
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=20) | options
+options_with = options_over(max_length=20)
 
 
 CALLS = {

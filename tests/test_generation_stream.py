@@ -8,11 +8,11 @@ import pytest
 import torch
 from generation_models import (
     CHANNELS,
-    GREEDY,
     IMAGE,
     LINE,
     MODELS,
     VECTOR,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
@@ -22,6 +22,7 @@ from generation_models import (
     latents,
     noise,
     num_given,
+    options_over,
     shapes_of,
     slots_of,
     text,
@@ -38,13 +39,11 @@ from transfusion_pytorch.generation.events import (
 )
 from transfusion_pytorch.generation.options import SamplingOptions
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 LETTERS = {TextToken: "t", ModalityStarted: "(", DrawingProgress: ".", ModalityDone: ")", Ended: "|"}
 PROMPTS = [None, text(1, 2), latents(IMAGE, 2, 1), [text(0), latents(LINE, 2), text(3)]]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=24) | options
+options_with = options_over(max_length=24)
 
 
 def spelt(events) -> str:

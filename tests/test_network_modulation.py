@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_streams import perturb, stream
+from torch import nn
 
 from transfusion_pytorch.network.attend import (
     CachedAttention,
@@ -18,6 +19,7 @@ from transfusion_pytorch.network.attend import (
 )
 from transfusion_pytorch.network.cache import KVCache
 from transfusion_pytorch.network.cache_views import CacheView, DecodeView
+from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.lookup import SEGMENT, Segments, look_up, sum_segments
 from transfusion_pytorch.network.norms import (
     AdaptiveNorm,
@@ -133,3 +135,42 @@ def test_plans_are_types():
     views = CacheView(cache, [row], layout), DecodeView(cache, [row], [0], torch.zeros(64, 2, 2))
     for view, kind in zip(views, (CachedAttention, DecodeAttention), strict=True):
         assert isinstance(plan_attention(layout, view, kind="flex"), kind)
+
+
+# a table of many times
+
+
+@pytest.mark.parametrize("rows", [[2, 2], [0, 3], [3, 1]])
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_rows_of_a_table_are_what_norms_make_of_their_conditions(rows, is_equal):
+    """Of spans of one length, which need no index, and of others."""
+    trunk = nn.ModuleList([AdaptiveNorm(DIM, 4), AdaptiveNorm(DIM, 4, has_gate=False)]).double()
+    for norm in trunk:
+        perturb(norm)
+    made = stream("AAA", "BBB" if is_equal else "BB")
+    x, out = torch.randn(2, len(made.span), DIM, dtype=torch.float64).unbind()
+    conditions = torch.randn(4, 4, dtype=torch.float64)
+    index = None if is_equal else made.span + 1
+    with torch.no_grad():
+        ours = ConditionTable(trunk, "abcd", conditions).conditioning(["abcd"[row] for row in rows], index)
+        plain = Conditioning(conditions[rows], made.span + 1)
+        assert torch.equal(ours.spans, plain.spans)
+        for norm in trunk:
+            kept, expected = norm.modulation(ours), norm.modulation(plain)
+            torch.testing.assert_close(kept.normed(x), expected.normed(x), rtol=0, atol=1e-12)
+            if norm.text_gate is not None:
+                torch.testing.assert_close(kept.add_gated(x, out), expected.add_gated(x, out), rtol=0, atol=1e-12)
+
+
+class Doubled(AdaptiveNorm):
+    """A norm of somebody else, which does as it likes."""
+
+    def modulation(self, conditioning):
+        return super().modulation(conditioning._replace(spans=2 * conditioning.spans))
+
+
+def test_a_table_leaves_norms_of_others_alone():
+    norm, conditions = perturb(Doubled(DIM, 4)), torch.randn(3, 4)
+    made = ConditionTable(nn.ModuleList([norm]), range(3), conditions).conditioning([1, 2], None)
+    assert made.modulations is None
+    assert torch.equal(made.spans, conditions[1:])

@@ -194,16 +194,18 @@ class RequestState:
 
     def accept(self, token: int, log_probability: float | None = None) -> None:
         """Appends a chosen id, which was `allowed`, and does what follows from it."""
+        shape = None
+        if token in self.vocabulary.som:  # with a user's parser, before anything changes: it may be interrupted
+            shape = self._written_shape(self.vocabulary.som.index(token), self.opening or "")
         self.num_chosen += 1
         is_planned = self.opening is None and isinstance(self._planned, TextPart)
         if is_planned and token == self.vocabulary.meta:
             self._leave_part()
             return
-        opening, self.opening = self.opening, self.grammar.advance(self.opening, token)
+        self.opening = self.grammar.advance(self.opening, token)
         self._append_id(token, log_probability)
         if token in self.vocabulary.som:
-            modality = self.vocabulary.som.index(token)
-            self._try_to_draw(modality, self._written_shape(modality, opening or ""))
+            self._try_to_draw(self.vocabulary.som.index(token), shape)
         elif token == self.vocabulary.eos:
             self.end(EndReason.EOS)
         elif token in self.options.stop_ids:
@@ -232,7 +234,7 @@ class RequestState:
         """Appends the clean latents, which are read next, like anything else that was written."""
         it = self.denoising
         assert it is not None
-        piece = Modality(it.type, it.latents().to(self.model.dtype))
+        piece = Modality(it.type, it.latents().to(self.model.dtype, copy=True))  # no view that keeps others alive
         if self.is_observed:
             self.events.append(FinishedModality(self.num_modalities, it.num_evaluations))
         self.denoising = None

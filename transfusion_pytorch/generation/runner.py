@@ -6,16 +6,19 @@ r branches, k latents of a span, c their channels, d model.
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
+from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
+from transfusion_pytorch.sequence.hashing import content_key
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
@@ -41,7 +44,10 @@ class Model(Protocol):
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
     def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
     def with_positions(self, stream: TokenStream) -> TokenStream: ...
-    def forward_stream(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
+    def forward_stream(
+        self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None, conditioning: Any = None
+    ) -> Any: ...
+    def condition(self, modality: Tensor, t: Tensor) -> Tensor: ...
     def velocities(self, output: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -50,16 +56,75 @@ class Model(Protocol):
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    - `spans`: where they are in its span table; `history`: latents by type of the modalities before them, if it has any
+    Denoisings that are evaluated together have their latents in one tensor `(u, w)`, one behind the other: `w` are
+    their channels if all have as many, else 1.
+
+    - `spans`: where each branch's span is in the span table; `channels` of each type
+    - `sources`: for each type, which rows of the joined latents its spans take, in their order; None for all in order
+    - `results`: where the velocities of each branch are, in the order of the branches; None for all in order
+    - `history`: latents by type, with those of the modalities before the spans, if the stream has any
     - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
-    history: dict[int, Tensor]
     spans: list[int]
+    channels: dict[int, int]
+    sources: dict[int, Int[Tensor, " k"] | None]
+    results: Int[Tensor, " u"] | None
+    history: dict[int, Tensor]
     view: Any = None
     rows: Sequence[Any] = ()
     stamp: Hashable = None
+
+    @classmethod
+    def of(
+        cls,
+        stream: TokenStream,
+        spans: list[int],
+        owners: Sequence[int],
+        joined: Sequence[Modality],
+        history: dict[int, Tensor],
+        cached: Sequence[Any] = (None, (), None),
+    ) -> "SpanStream":
+        """`owners[i]` says which of the `joined` modalities span i is. `cached` are view, rows and stamp."""
+        device, channels = stream.token.device, {it.type: it.tensor.shape[-1] for it in joined}
+        width = joined_width(it.tensor for it in joined)
+        starts = [0, *accumulate(it.tensor.numel() // width for it in joined)]
+        owner_of, sizes = dict(zip(spans, owners, strict=True)), stream.spans.sizes
+        sources: dict[int, Tensor | None] = {}
+        made: dict[int, tuple[int, int]] = {}  # where the velocities of each span will be
+        end = 0
+        for kind in sorted(channels):
+            taken, seen = [], starts[-1]  # what was there before comes behind all joined latents
+            for span in stream.spans.of_type(kind):
+                count = sizes[span] * channels[kind] // width
+                first = starts[owner_of[span]] if span in owner_of else seen
+                taken.append((first, first + count))
+                made[span] = (end, end + count)
+                seen, end = seen + count, end + count
+            sources[kind] = _index(taken, starts[-1], device)
+        return cls(
+            stream, spans, channels, sources, _index([made[span] for span in spans], end, device), history, *cached
+        )
+
+    def latents(self, x: Float[Tensor, "u w"]) -> dict[int, Tensor]:
+        """The latents of the stream by type, from the joined ones."""
+        latents = dict(self.history)
+        for kind, index in self.sources.items():
+            if kind in self.history:
+                before = self.history[kind].reshape(-1, x.shape[1])
+                picked = torch.cat((x, before))
+            else:
+                picked = x
+            picked = picked if index is None else picked.index_select(0, index)
+            latents[kind] = picked if picked.shape[1] == self.channels[kind] else picked.view(-1, self.channels[kind])
+        return latents
+
+    def joined(self, velocities: dict[int, Tensor], width: int) -> Float[Tensor, "v w"]:
+        """Those of each branch's span, one behind the other."""
+        made = [it if it.shape[1] == width else it.reshape(-1, width) for it in map(velocities.get, self.sources)]
+        flat = made[0] if len(made) == 1 else torch.cat(made)
+        return flat if self.results is None else flat.index_select(0, self.results)
 
 
 class Prefix(NamedTuple):
@@ -84,8 +149,7 @@ class CachedRunner:
 
     def prepare(self) -> None:
         """Sets the type of the cache to that of the forward pass, which autocast may change."""
-        kind = self.model.device.type
-        self.cache.set_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype)
+        self.cache.set_dtype(autocast_dtype(self.model.device) or self.model.dtype)
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens of the cache that branches of these lengths take."""
@@ -256,8 +320,18 @@ class CachedRunner:
 
     # velocities
 
-    def lay_out(self, branches: Sequence[Branch], spans: Sequence[Modality]) -> SpanStream:
-        """The stream of one span behind each branch. Nothing of it is committed."""
+    def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
+        """What spans of these types at these times take from the network besides attention, computed together."""
+        model = self.model
+        types = torch.tensor([type for type, _ in times], device="cpu").to(model.device, non_blocking=True)
+        conditions = model.condition(types, _as_times(model, [time for _, time in times]))
+        return ConditionTable(model.transformer, times, conditions)
+
+    def lay_out(self, branches: Sequence[Branch], owners: Sequence[int], joined: Sequence[Modality]) -> SpanStream:
+        """The stream of one span behind each branch: that of `joined[owners[i]]` behind branch i. Nothing of it is
+        committed.
+        """
+        spans = [joined[owner] for owner in owners]
         sizes = list(map(self._num_tokens, spans))
         has_history = any(branch.past.length for branch in branches)
         if has_history:
@@ -269,17 +343,25 @@ class CachedRunner:
         keys = [(span.type, span.shape, *_place(branch)) for branch, span in zip(branches, spans, strict=True)]
         order = sorted(range(len(branches)), key=keys.__getitem__)
         samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
-        stream = self.model.pack_stream(samples, past).to(self.model.device)
-        locations, stream = _inverse(order), self.model.with_positions(stream)
+        stream = self.model.with_positions(self.model.pack_stream(samples, past).to(self.model.device))
         if not has_history:
-            return SpanStream(stream, {}, locations)
+            return SpanStream.of(stream, _inverse(order), owners, joined, {})
         rows = [branches[i].row for i in order]
-        view = self._view(rows, stream)
-        return SpanStream(stream, {}, locations, view, rows, self.cache.stamp(rows))
+        cached = self._view(rows, stream), rows, self.cache.stamp(rows)
+        return SpanStream.of(stream, _inverse(order), owners, joined, {}, cached)
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
-        """The velocity of each span laid out, flat `(k, c)`, at its own time."""
-        return _evaluate(self.model, laid, x_t, times)
+    def velocities(
+        self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
+    ) -> Float[Tensor, "v w"]:
+        """The velocities of each branch's span, one behind the other, each at its own time."""
+        spans, every_time = laid.stream.spans, [CLEAN] * len(laid.spans)
+        for span, time in zip(laid.spans, times, strict=True):
+            every_time[span] = time
+        keys = list(zip(spans.types, every_time, strict=True))
+        if table is None or not table.has(keys):
+            return _evaluate(self.model, laid, x, every_time)
+        index = None if laid.stream.has_equal_spans else laid.stream.modulation_index
+        return _evaluate(self.model, laid, x, every_time, conditioning=table.conditioning(keys, index))
 
 
 class UncachedRunner:
@@ -331,15 +413,23 @@ class UncachedRunner:
         for branch, own in zip(state.branches, hidden.unbind(), strict=True):
             branch.mark_id_read(own)
 
-    def lay_out(self, branches: Sequence[Branch], spans: Sequence[Modality]) -> SpanStream:
-        samples = [[*branch.everything(), span] for branch, span in zip(branches, spans, strict=True)]
-        stream = self.model.pack_stream(samples).to(self.model.device)
-        owners = stream.spans.sample.tolist()
-        last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
-        return SpanStream(self.model.with_positions(stream), self.model.latents_by_type(samples), last)
+    def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
+        return None
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
-        return _evaluate(self.model, laid, x_t, times)
+    def lay_out(self, branches: Sequence[Branch], owners: Sequence[int], joined: Sequence[Modality]) -> SpanStream:
+        samples = [[*branch.everything(), joined[owner]] for branch, owner in zip(branches, owners, strict=True)]
+        stream = self.model.with_positions(self.model.pack_stream(samples).to(self.model.device))
+        samples_of = stream.spans.sample.tolist()
+        last = [max(span for span, sample in enumerate(samples_of) if sample == i) for i in range(len(branches))]
+        return SpanStream.of(stream, last, owners, joined, self.model.latents_by_type(samples))
+
+    def velocities(
+        self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
+    ) -> Float[Tensor, "v w"]:
+        every_time = [CLEAN] * len(laid.stream.spans)
+        for span, time in zip(laid.spans, times, strict=True):
+            every_time[span] = time
+        return _evaluate(self.model, laid, x, every_time)
 
 
 Runner = CachedRunner | UncachedRunner
@@ -351,11 +441,11 @@ def create_runner(model: Model, *, cache_kv: bool = True) -> Runner:
 
 
 def fingerprint(pieces: Iterable[Piece]) -> Hashable:
-    """Equal for equal pieces, to the bit."""
+    """Equal for equal pieces, to the bit. Latents without a `key` are read back from their device."""
     return tuple(
         tuple(piece.ids.tolist())
         if isinstance(piece, Text)
-        else (piece.type, piece.shape, piece.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else (piece.type, piece.shape, piece.key or content_key(piece.tensor))
         for piece in pieces
     )
 
@@ -377,23 +467,34 @@ def _clean_times(model: Model, stream: TokenStream) -> Tensor:
     return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
 
 
-def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
-    spans = laid.stream.spans
-    now, at = dict(zip(laid.spans, x_t, strict=True)), dict(zip(laid.spans, times, strict=True))
-    every_time = [at.get(span, CLEAN) for span in range(len(spans))]
-    t = torch.tensor(every_time, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
-    latents = {}
-    for modality in sorted(set(spans.types)):
-        members = spans.of_type(modality)
-        every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
-        latents[modality] = torch.cat([every[span] for span in members])
-    output = model.forward_stream(laid.stream, latents, t, laid.view)
-    velocities = model.velocities(output, laid.stream, latents, t)
-    by_span: dict[int, Tensor] = {}
-    for modality, flat in velocities.items():
-        by_span |= _split(flat, spans, spans.of_type(modality))
-    return [by_span[span] for span in laid.spans]
+def _as_times(model: Model, times: Sequence[float]) -> Float[Tensor, " m"]:
+    if len(set(times)) == 1:  # nothing is uploaded
+        return torch.full((len(times),), times[0], device=model.device, dtype=model.precision)
+    return torch.tensor(times, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
 
 
-def _split(flat: Tensor, spans: Any, members: list[int]) -> dict[int, Tensor]:
-    return dict(zip(members, flat.split([spans.sizes[span] for span in members]), strict=True))
+def _evaluate(
+    model: Model, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], **made: Any
+) -> Float[Tensor, "v w"]:
+    """One forward pass at the `times` of all spans; `made` is what follows from those, where it was computed before."""
+    t, latents = _as_times(model, times), laid.latents(x)
+    output = model.forward_stream(laid.stream, latents, t, laid.view, **made)
+    return laid.joined(model.velocities(output, laid.stream, latents, t), x.shape[1])
+
+
+def joined_width(latents: Iterable[Tensor]) -> int:
+    """The columns of latents that are joined in one tensor: their channels if all have as many, else 1."""
+    channels = {it.shape[-1] for it in latents}
+    return channels.pop() if len(channels) == 1 else 1
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type of products under autocast, None without."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _index(parts: Sequence[tuple[int, int]], count: int, device: torch.device) -> Int[Tensor, " k"] | None:
+    """All numbers from the start to the end of each part; None where these are the first `count`, in order."""
+    index = torch.cat([torch.arange(start, end, device="cpu") for start, end in parts])
+    is_all = len(index) == count and bool((index.diff() == 1).all()) and int(index[0]) == 0
+    return None if is_all else index.to(device, non_blocking=True)

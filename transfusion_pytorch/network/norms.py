@@ -3,7 +3,8 @@
 n tokens, m spans, t tokens of each of equally long spans, d model, c condition, a axes, f features.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,14 @@ class Conditioning(NamedTuple):
     | text alone | None | `TextModulation`: one for all tokens |
     | spans of one length and no text (drawing) | `modulation_index` is None | `SpanModulation`: one a span |
     | anything else | `modulation_index`: 0 = text, i + 1 = span i | `IndexedModulation`: looked up by each token |
+
+    `modulations` of each norm, where they were made before (`conditions.py`).
     """
 
     spans: Float[Tensor, "m c"]
     modulation_index: Int[Tensor, " n"] | None
     segments: Segments | None = None
+    modulations: Mapping[Any, Any] | None = None
 
     def with_segments(self) -> "Conditioning":
         """For devices and compiled graphs where many tokens of one index cannot be added up one by one."""
@@ -159,6 +163,8 @@ class AdaptiveNorm(nn.Module):
         gate = None if self.text_gate is None else 1 + self.text_gate
         if conditioning is None:
             return TextModulation(1 + self.text_scale, gate)
+        if conditioning.modulations is not None:
+            return conditioning.modulations[self]
         projected = self.to_modulation(conditioning.spans)
         table = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
         if conditioning.modulation_index is None:
