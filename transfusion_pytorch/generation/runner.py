@@ -111,12 +111,11 @@ class SpanStream:
         """The latents of the stream by type, from the joined ones."""
         latents = dict(self.history)
         for kind, index in self.sources.items():
-            if kind in self.history:
-                before = self.history[kind].reshape(-1, x.shape[1])
-                picked = torch.cat((x, before))
-            else:
-                picked = x
-            picked = picked if index is None else picked.index_select(0, index)
+            picked = x
+            if index is not None:
+                before = self.history.get(kind)
+                rows = x if before is None else torch.cat((x, before.reshape(-1, x.shape[1])))
+                picked = rows.index_select(0, index)
             latents[kind] = picked if picked.shape[1] == self.channels[kind] else picked.view(-1, self.channels[kind])
         return latents
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from transfusion_pytorch.evaluating import class_of
+from transfusion_pytorch.evaluating import class_of, module_of
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, IndexedModulation, SpanModulation
 
 
@@ -57,7 +57,7 @@ class ConditionTable:
         made: dict[nn.Module, SpanModulation | IndexedModulation] = {}
         for norm in self._norms:
             scale, shift, gate = next(each), next(each), None if norm.text_gate is None else next(each)
-            made[norm] = (
+            made[module_of(norm)] = (
                 SpanModulation(scale, shift, gate)
                 if of_token is None
                 else IndexedModulation(scale, shift, gate, of_token)

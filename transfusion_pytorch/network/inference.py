@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.evaluating import module_of
 from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
 from transfusion_pytorch.network.cpu.products import emulated
 from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
@@ -168,7 +169,7 @@ def _norms(layers: Any) -> list[AdaptiveNorm]:
 
 def _of_spans(norms: Sequence[AdaptiveNorm], conditioning: Conditioning) -> Modulations:
     if conditioning.modulations is not None:
-        made = [conditioning.modulations[norm] for norm in norms]
+        made = [conditioning.modulations[module_of(norm)] for norm in norms]
         index = made[0].index if isinstance(made[0], IndexedModulation) else None
         return Modulations(*([each[part] for each in made] for part in range(3)), index)
     every = torch.stack([F.linear(conditioning.spans, it.to_modulation.weight, it.to_modulation.bias) for it in norms])

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.evaluating import module_of
 from transfusion_pytorch.network.cpu.elementwise import GatedAdd, ModulatedNorm
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.lookup import Segments, look_up
@@ -164,7 +165,7 @@ class AdaptiveNorm(nn.Module):
         if conditioning is None:
             return TextModulation(1 + self.text_scale, gate)
         if conditioning.modulations is not None:
-            return conditioning.modulations[self]
+            return conditioning.modulations[module_of(self)]
         projected = self.to_modulation(conditioning.spans)
         table = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)
         if conditioning.modulation_index is None:
