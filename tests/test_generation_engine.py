@@ -35,6 +35,7 @@ from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.network.cache import KVCache
 from transfusion_pytorch.network.cache_views import CacheView, DecodeView
+from transfusion_pytorch.sequence.samples import Text
 from transfusion_pytorch.sequence.stream import Past, pack
 
 PROMPTS = [

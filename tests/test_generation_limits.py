@@ -297,10 +297,10 @@ def reads_of(monkeypatch, model) -> list:
     """Every prefill from now on: the lengths of its rows, and the sizes of its spans."""
     seen, run = [], model.forward_stream
 
-    def forward(stream, *others):
+    def forward(stream, *others, **options):
         if sum(stream.lengths) > len(stream.lengths):
             seen.append((tuple(stream.lengths), tuple(stream.spans.sizes)))
-        return run(stream, *others)
+        return run(stream, *others, **options)
 
     monkeypatch.setattr(model, "forward_stream", forward)
     return seen

@@ -19,8 +19,9 @@ from transfusion_pytorch.flow.solver import TABLEAUS, integrate, is_single_step,
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.plan import times_of
-from transfusion_pytorch.generation.runner import Model, Runner, SpanStream, autocast_dtype, joined_width
+from transfusion_pytorch.generation.runner import Model, Runner, SpanStream, autocast_dtype
 from transfusion_pytorch.network.conditions import ConditionTable
+from transfusion_pytorch.sequence.joined import join, split
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
 ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002
@@ -210,7 +211,9 @@ class Denoiser:
             return rates * self._velocity(denoisings, x, [it.time_at(fraction) for it in denoisings])
 
         after = single_step(method, derivative, start)
-        moved = Joined(after, _split(after, denoisings))  # before any denoising changes, so a failure leaves none so
+        moved = Joined(
+            after, split(after, [it.x for it in denoisings])
+        )  # before any denoising changes, so a failure leaves none so
         for denoising, x in zip(denoisings, moved.parts, strict=True):
             denoising.x = x
             denoising.step += 1
@@ -230,8 +233,7 @@ class Denoiser:
         if known is not None and all(it.x is part for it, part in zip(denoisings, known.parts, strict=True)):
             return known.whole
         self._joined = {}
-        width = joined_width(it.x for it in denoisings)
-        return torch.cat([it.x.reshape(-1, width) for it in denoisings])
+        return join([it.x for it in denoisings])
 
     def _solve_alone(self, denoisings: Sequence[Denoising]) -> None:
         [denoising] = denoisings
@@ -267,7 +269,7 @@ class Denoiser:
             velocity = denoisings[0].combine(parts)
         else:
             velocity = _combined(denoisings, order, every)
-        for denoising, part in zip(denoisings, _split(velocity, denoisings), strict=True):
+        for denoising, part in zip(denoisings, split(velocity, [it.x for it in denoisings]), strict=True):
             denoising.velocity = part
             denoising.num_evaluations += 1
         return velocity
@@ -289,20 +291,11 @@ def _combined(
     denoisings: Sequence[Denoising], order: Sequence[tuple[int, Branch]], every: Float[Tensor, "v w"]
 ) -> Float[Tensor, "u w"]:
     """Guided velocities, where each denoising is guided in its own way."""
-    parts = _split(every, [denoisings[owner] for owner, _ in order])
+    parts = split(every, [denoisings[owner].x for owner, _ in order])
     by_owner: list[list[Tensor]] = [[] for _ in denoisings]
     for (owner, _), part in zip(order, parts, strict=True):
         by_owner[owner].append(part)
-    made = [it.combine(own) for it, own in zip(denoisings, by_owner, strict=True)]
-    return torch.cat([it.reshape(-1, every.shape[1]) for it in made])
-
-
-def _split(joined: Float[Tensor, "u w"], denoisings: Sequence[Denoising]) -> list[Float[Tensor, "k c"]]:
-    """The part of each denoising."""
-    parts = joined.split([it.x.numel() // joined.shape[1] for it in denoisings])
-    return [
-        part if part.shape == it.x.shape else part.view_as(it.x) for part, it in zip(parts, denoisings, strict=True)
-    ]
+    return join([it.combine(own) for it, own in zip(denoisings, by_owner, strict=True)])
 
 
 def _rates(

@@ -4,14 +4,13 @@ r branches, k latents of a span, c their channels, d model.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.times import CLEAN
@@ -19,6 +18,7 @@ from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decod
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.hashing import content_key
+from transfusion_pytorch.sequence.joined import JoinedSpans
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
@@ -56,74 +56,23 @@ class Model(Protocol):
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    Denoisings that are evaluated together have their latents in one tensor `(u, w)`, one behind the other: `w` are
-    their channels if all have as many, else 1.
-
-    - `spans`: where each branch's span is in the span table; `channels` of each type
-    - `sources`: for each type, which rows of the joined latents its spans take, in their order; None for all in order
-    - `results`: where the velocities of each branch are, in the order of the branches; None for all in order
-    - `history`: latents by type, with those of the modalities before the spans, if the stream has any
+    - `spans`: where each branch's span is in the span table; `joined`: how latents and velocities get in and out
     - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
-    spans: list[int]
-    channels: dict[int, int]
-    sources: dict[int, Int[Tensor, " k"] | None]
-    results: Int[Tensor, " u"] | None
-    history: dict[int, Tensor]
+    spans: Sequence[int]
+    joined: JoinedSpans
     view: Any = None
     rows: Sequence[Any] = ()
     stamp: Hashable = None
 
-    @classmethod
-    def of(
-        cls,
-        stream: TokenStream,
-        spans: list[int],
-        owners: Sequence[int],
-        joined: Sequence[Modality],
-        history: dict[int, Tensor],
-        cached: Sequence[Any] = (None, (), None),
-    ) -> "SpanStream":
-        """`owners[i]` says which of the `joined` modalities span i is. `cached` are view, rows and stamp."""
-        device, channels = stream.token.device, {it.type: it.tensor.shape[-1] for it in joined}
-        width = joined_width(it.tensor for it in joined)
-        starts = [0, *accumulate(it.tensor.numel() // width for it in joined)]
-        owner_of, sizes = dict(zip(spans, owners, strict=True)), stream.spans.sizes
-        sources: dict[int, Tensor | None] = {}
-        made: dict[int, tuple[int, int]] = {}  # where the velocities of each span will be
-        end = 0
-        for kind in sorted(channels):
-            taken, seen = [], starts[-1]  # what was there before comes behind all joined latents
-            for span in stream.spans.of_type(kind):
-                count = sizes[span] * channels[kind] // width
-                first = starts[owner_of[span]] if span in owner_of else seen
-                taken.append((first, first + count))
-                made[span] = (end, end + count)
-                seen, end = seen + count, end + count
-            sources[kind] = _index(taken, starts[-1], device)
-        return cls(
-            stream, spans, channels, sources, _index([made[span] for span in spans], end, device), history, *cached
-        )
-
-    def latents(self, x: Float[Tensor, "u w"]) -> dict[int, Tensor]:
-        """The latents of the stream by type, from the joined ones."""
-        latents = dict(self.history)
-        for kind, index in self.sources.items():
-            picked = x
-            if index is not None:
-                before = self.history.get(kind)
-                rows = x if before is None else torch.cat((x, before.reshape(-1, x.shape[1])))
-                picked = rows.index_select(0, index)
-            latents[kind] = picked if picked.shape[1] == self.channels[kind] else picked.view(-1, self.channels[kind])
-        return latents
-
-    def joined(self, velocities: dict[int, Tensor], width: int) -> Float[Tensor, "v w"]:
-        """Those of each branch's span, one behind the other."""
-        made = [it if it.shape[1] == width else it.reshape(-1, width) for it in map(velocities.get, self.sources)]
-        flat = made[0] if len(made) == 1 else torch.cat(made)
-        return flat if self.results is None else flat.index_select(0, self.results)
+    def times_of_spans(self, times: Sequence[float]) -> list[float]:
+        """The time of every span of the stream, from those of the branches; what was there before is clean."""
+        every = [CLEAN] * len(self.stream.spans)
+        for span, time in zip(self.spans, times, strict=True):
+            every[span] = time
+        return every
 
 
 class Prefix(NamedTuple):
@@ -330,8 +279,8 @@ class CachedRunner:
         """The stream of one span behind each branch: that of `joined[owners[i]]` behind branch i. Nothing of it is
         committed.
         """
-        spans = [joined[owner] for owner in owners]
-        sizes = list(map(self._num_tokens, spans))
+        pieces = [joined[owner] for owner in owners]
+        sizes = list(map(self._num_tokens, pieces))
         has_history = any(branch.past.length for branch in branches)
         if has_history:
             for branch, size in zip(branches, sizes, strict=True):
@@ -339,28 +288,26 @@ class CachedRunner:
             rows = [branch.row for branch in branches]
             self.cache.reserve(rows, sizes)
             self.cache.gather(sorted(rows, key=lambda row: row.index), at_end=True)
-        keys = [(span.type, span.shape, *_place(branch)) for branch, span in zip(branches, spans, strict=True)]
+        keys = [(piece.type, piece.shape, *_place(branch)) for branch, piece in zip(branches, pieces, strict=True)]
         order = sorted(range(len(branches)), key=keys.__getitem__)
-        samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
+        samples, past = [[pieces[i]] for i in order], [branches[i].past for i in order]
         stream = self.model.with_positions(self.model.pack_stream(samples, past).to(self.model.device))
+        spans = _inverse(order)
+        laid = SpanStream(stream, spans, JoinedSpans.of(stream, spans, owners, joined, {}))
         if not has_history:
-            return SpanStream.of(stream, _inverse(order), owners, joined, {})
+            return laid
         rows = [branches[i].row for i in order]
-        cached = self._view(rows, stream), rows, self.cache.stamp(rows)
-        return SpanStream.of(stream, _inverse(order), owners, joined, {}, cached)
+        return replace(laid, view=self._view(rows, stream), rows=rows, stamp=self.cache.stamp(rows))
 
     def velocities(
         self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
     ) -> Float[Tensor, "v w"]:
         """The velocities of each branch's span, one behind the other, each at its own time."""
-        spans, every_time = laid.stream.spans, [CLEAN] * len(laid.spans)
-        for span, time in zip(laid.spans, times, strict=True):
-            every_time[span] = time
-        keys = list(zip(spans.types, every_time, strict=True))
+        keys = list(zip(laid.stream.spans.types, laid.times_of_spans(times), strict=True))
         if table is None or not table.has(keys):
-            return _evaluate(self.model, laid, x, every_time)
+            return _evaluate(self.model, laid, x, times)
         index = None if laid.stream.has_equal_spans else laid.stream.modulation_index
-        return _evaluate(self.model, laid, x, every_time, conditioning=table.conditioning(keys, index))
+        return _evaluate(self.model, laid, x, times, conditioning=table.conditioning(keys, index))
 
 
 class UncachedRunner:
@@ -420,15 +367,13 @@ class UncachedRunner:
         stream = self.model.with_positions(self.model.pack_stream(samples).to(self.model.device))
         samples_of = stream.spans.sample.tolist()
         last = [max(span for span, sample in enumerate(samples_of) if sample == i) for i in range(len(branches))]
-        return SpanStream.of(stream, last, owners, joined, self.model.latents_by_type(samples))
+        history = self.model.latents_by_type(samples)
+        return SpanStream(stream, last, JoinedSpans.of(stream, last, owners, joined, history))
 
     def velocities(
         self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
     ) -> Float[Tensor, "v w"]:
-        every_time = [CLEAN] * len(laid.stream.spans)
-        for span, time in zip(laid.spans, times, strict=True):
-            every_time[span] = time
-        return _evaluate(self.model, laid, x, every_time)
+        return _evaluate(self.model, laid, x, times)
 
 
 Runner = CachedRunner | UncachedRunner
@@ -475,25 +420,13 @@ def _as_times(model: Model, times: Sequence[float]) -> Float[Tensor, " m"]:
 def _evaluate(
     model: Model, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], **made: Any
 ) -> Float[Tensor, "v w"]:
-    """One forward pass at the `times` of all spans; `made` is what follows from those, where it was computed before."""
-    t, latents = _as_times(model, times), laid.latents(x)
+    """One forward pass. `made` is what follows from the times, where it was computed before."""
+    t, latents = _as_times(model, laid.times_of_spans(times)), laid.joined.latents(x)
     output = model.forward_stream(laid.stream, latents, t, laid.view, **made)
-    return laid.joined(model.velocities(output, laid.stream, latents, t), x.shape[1])
-
-
-def joined_width(latents: Iterable[Tensor]) -> int:
-    """The columns of latents that are joined in one tensor: their channels if all have as many, else 1."""
-    channels = {it.shape[-1] for it in latents}
-    return channels.pop() if len(channels) == 1 else 1
+    return laid.joined.join(model.velocities(output, laid.stream, latents, t), x.shape[1])
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type of products under autocast, None without."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _index(parts: Sequence[tuple[int, int]], count: int, device: torch.device) -> Int[Tensor, " k"] | None:
-    """All numbers from the start to the end of each part; None where these are the first `count`, in order."""
-    index = torch.cat([torch.arange(start, end, device="cpu") for start, end in parts])
-    is_all = len(index) == count and bool((index.diff() == 1).all()) and int(index[0]) == 0
-    return None if is_all else index.to(device, non_blocking=True)
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
