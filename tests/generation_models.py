@@ -187,6 +187,17 @@ def solve(
         return odeint(velocity, start, torch.linspace(0, 1, steps + 1, dtype=start.dtype), **solver)[-1]
 
 
+def straight_to(target):
+    """A flow whose velocity is the same everywhere, and leads every span from `noise` to `target`."""
+
+    def velocities(hidden, stream, x_t, t):
+        way = target - noise()
+        sizes = {modality: stream.placements[modality].sizes for modality in x_t}
+        return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
+
+    return velocities
+
+
 def velocity_behind(model, before: list[Piece], span: Modality, t: Tensor) -> Tensor:
     stream, values = model.pack_stream([[*before, span]]), model.latents_by_type([[*before, span]])
     times = torch.ones(len(stream.spans), dtype=torch.float64)

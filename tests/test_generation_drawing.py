@@ -17,6 +17,7 @@ from generation_models import (
     options_over,
     shapes_of,
     slots_of,
+    straight_to,
     text,
 )
 
@@ -118,17 +119,6 @@ def test_new_model_returns_its_noise(method):
         torch.testing.assert_close(got, expected)
     else:
         assert torch.equal(got, expected)
-
-
-def straight_to(target):
-    """A flow whose velocity is the same everywhere, and leads every span from `noise` to `target`."""
-
-    def velocities(hidden, stream, x_t, t):
-        way = target - noise()
-        sizes = {modality: stream.placements[modality].sizes for modality in x_t}
-        return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
-
-    return velocities
 
 
 @pytest.mark.parametrize("steps", [1, 7])

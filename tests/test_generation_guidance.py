@@ -18,6 +18,7 @@ from generation_models import (
     latents,
     noise,
     options_over,
+    straight_to,
     text,
     watch_evaluations,
 )
@@ -265,17 +266,6 @@ def test_shifted_grids_are_solved_by_the_other_methods(method, shift):
         first = torch.tensor(1 / 3 / (1 / 3 + shift * 2 / 3), dtype=torch.float64)
         solver["options"] = dict(first_step=first, step_t=torch.ones(1, dtype=torch.float64))
     assert_flows(model, sample, steps=3, shift=shift, scale=3.0, **solver)
-
-
-def straight_to(target):
-    """A velocity that is the same everywhere, and leads every span from `noise` to `target`."""
-
-    def velocities(hidden, stream, x_t, t):
-        way = target - noise()
-        sizes = {modality: stream.placements[modality].sizes for modality in x_t}
-        return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
-
-    return velocities
 
 
 @pytest.mark.parametrize("shift", [0.01, 7.0])

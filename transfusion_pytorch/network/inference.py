@@ -170,11 +170,11 @@ def _norms(layers: Any) -> list[AdaptiveNorm]:
 def _of_spans(norms: Sequence[AdaptiveNorm], conditioning: Conditioning) -> Modulations:
     if conditioning.modulations is not None:
         made = [conditioning.modulations[module_of(norm)] for norm in norms]
-        index = made[0].index if isinstance(made[0], IndexedModulation) else None
-        return Modulations(*([each[part] for each in made] for part in range(3)), index)
+        scale, shift, gate = ([each[part] for each in made] for part in range(3))
+        return Modulations(scale, shift, gate, made[0].index if isinstance(made[0], IndexedModulation) else None)
     every = torch.stack([F.linear(conditioning.spans, it.to_modulation.weight, it.to_modulation.bias) for it in norms])
     scale, shift, gate = every.chunk(3, dim=-1)
-    parts, index = (1 + scale, shift, gate), conditioning.modulation_index
+    index = conditioning.modulation_index
     if index is None:
-        return Modulations(*(part[:, :, None].unbind() for part in parts))
-    return Modulations(*(part.unbind() for part in parts), index - 1)
+        scale, shift, gate = (part[:, :, None] for part in (scale, shift, gate))
+    return Modulations((1 + scale).unbind(), shift.unbind(), gate.unbind(), None if index is None else index - 1)
