@@ -18,7 +18,7 @@ from transfusion_pytorch.flow.path import estimate_clean, interpolate
 from transfusion_pytorch.flow.solver import TABLEAUS, integrate, is_single_step, single_step
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.plan import times_of
+from transfusion_pytorch.generation.resolve import times_of
 from transfusion_pytorch.generation.runner import Model, Runner, SpanStream, autocast_dtype
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.sequence.joined import join, split

@@ -30,12 +30,13 @@ from transfusion_pytorch.generation.options import (
     seeds_of,
     takes_sampling_options,
 )
-from transfusion_pytorch.generation.plan import Plan, resolve, shape_of
 from transfusion_pytorch.generation.request import RequestState
+from transfusion_pytorch.generation.resolve import resolve, shape_of
 from transfusion_pytorch.generation.runner import CachedRunner
 from transfusion_pytorch.generation.scheduler import Limits, Scheduler
 from transfusion_pytorch.sequence.checks import check_int, check_number
 from transfusion_pytorch.sequence.hashing import content_key
+from transfusion_pytorch.sequence.plan import Plan
 from transfusion_pytorch.sequence.prompts import Prompt, parse_prompt, split_unfinished_modality
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 

@@ -22,17 +22,10 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.plan import (
-    ModalityPart,
-    Plan,
-    TextPart,
-    axes_of,
-    initial_noise,
-    most_latents,
-    shape_of,
-)
+from transfusion_pytorch.generation.resolve import axes_of, initial_noise, most_latents, shape_of
 from transfusion_pytorch.generation.runner import Model
 from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
+from transfusion_pytorch.sequence.plan import ModalityPart, Plan, TextPart
 from transfusion_pytorch.sequence.prompts import Prompt, without_text
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_ids, as_text, mark, merge_texts
 from transfusion_pytorch.sequence.vocabulary import format_shape
