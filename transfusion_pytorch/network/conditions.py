@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.evaluating import class_of, module_of
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, IndexedModulation, SpanModulation
+from transfusion_pytorch.network.transformer import Transformer
 
 
 class ConditionTable:
     """The `conditions` of some times, one a row, and the modulations of all norms of a trunk.
 
-    `rows` are found by whatever the caller names them. Where a norm is a subclass of ours there are conditions only.
+    `rows` are found by whatever the caller names them. A trunk that is not our `Transformer`, or has norms of others,
+    may do as it likes with a condition: there are no modulations then.
     """
 
     def __init__(self, trunk: nn.Module, keys: Sequence[Hashable], conditions: Shaped[Tensor, "r c"]):
@@ -27,7 +29,7 @@ class ConditionTable:
         self.conditions = conditions
         self._norms = [norm for norm in trunk.modules() if isinstance(norm, AdaptiveNorm)]
         self._parts: Shaped[Tensor, "p r 1 d"] | None = None
-        if self._norms and all(class_of(norm) is AdaptiveNorm for norm in self._norms):
+        if class_of(trunk) is Transformer and all(class_of(norm) is AdaptiveNorm for norm in self._norms):
             made = [norm.modulation(Conditioning(conditions, None)) for norm in self._norms]
             self._parts = torch.stack([part for each in made for part in each[:3] if part is not None])
 
