@@ -6,7 +6,8 @@ s denoisings, k latents of one, c their channels; u rows of joined latents, w th
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise, zip_longest
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -58,13 +59,6 @@ class Denoising:
 
     def __post_init__(self) -> None:
         self.solver_key = repr(sorted(self.options.odeint_kwargs.items()))  # type: ignore[union-attr]
-
-    @classmethod
-    def begin(
-        cls, modality: int, shape: Shape, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch
-    ) -> "Denoising":
-        """From noise."""
-        return cls(modality, shape, options, noise, times_of(options), conditional)
 
     @classmethod
     def edit(cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch) -> "Denoising":
@@ -179,7 +173,8 @@ class Denoiser:
             self._autocast = autocast
         together = set(denoisings)
         self._joined = {key: it for key, it in self._joined.items() if together.issuperset(key)}
-        for _, group in groupby(sorted(denoisings, key=_solver_key), key=_solver_key):
+        of_solver = attrgetter("solver_key")
+        for _, group in groupby(sorted(denoisings, key=of_solver), key=of_solver):
             members = list(group)
             if is_single_step(members[0].options.odeint_kwargs or {}):
                 for part in self._parts(members):
@@ -306,7 +301,3 @@ def _rates(
         return intervals[0]
     rows = torch.tensor([it.x.numel() // joined.shape[1] for it in denoisings], device="cpu")
     return torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(rows)[:, None].to(joined)
-
-
-def _solver_key(denoising: Denoising) -> Any:
-    return denoising.solver_key

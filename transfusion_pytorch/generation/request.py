@@ -22,7 +22,7 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.resolve import axes_of, initial_noise, most_latents, shape_of
+from transfusion_pytorch.generation.resolve import axes_of, initial_noise, most_latents, shape_of, times_of
 from transfusion_pytorch.generation.runner import Model
 from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
 from transfusion_pytorch.sequence.plan import ModalityPart, Plan, TextPart
@@ -288,7 +288,7 @@ class RequestState:
         if options.init_modality is not None and number == self.num_given:
             denoising = Denoising.edit(options, noise, self.branch)
         else:
-            denoising = Denoising.begin(modality, shape, options, noise, self.branch)
+            denoising = Denoising(modality, shape, options, noise, times_of(options), self.branch)
         if options.modality_cfg_scale != 1 and number:
             denoising.without_all = self._branch_without_all(modality, shape)
         has_text = bool(self.num_text) or options.negative_prompt is not None
