@@ -32,6 +32,7 @@ class Model(Protocol):
     vocabulary: Any
     modalities: Any
     transformer: Any
+    text_embedding: Any
     odeint_kwargs: dict[str, Any]
     fallback_to_default_shape_if_invalid: bool
     prob_uncond: float
@@ -255,8 +256,11 @@ class CachedRunner:
 
     def _step(self, state: BatchState) -> Decoded:
         """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
-        hidden = self.model.forward_stream(state.stream, {}, state.no_times, state.view).hidden
-        logits = self.model.logits(hidden)
+        model, stream = self.model, state.stream
+        hidden = model.transformer(  # `forward_stream` without what it does for spans
+            model.text_embedding(stream.token), position=stream.position, layout=stream.layout, cache=state.view
+        )
+        logits = model.logits(hidden)
         return Decoded(hidden, logits, None if state.has_processors else state.choose(logits))
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
