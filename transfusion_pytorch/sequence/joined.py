@@ -23,15 +23,15 @@ class JoinedSpans:
     """How joined latents become those of a stream, and its velocities joined ones.
 
     - `channels` of each type
-    - `sources`: for each type, which rows of the joined latents its spans are, in order; None if they are all, as they
-      are. Rows from u on are those of its `history`: its latents in the stream, those joined included
+    - `sources`: for each type, `(k)`: which rows of the joined latents its spans are, in order; None if they are all,
+      as they are. Rows from u on are those of its `history`: its latents in the stream, those joined included
     - `results`: which rows of the stream's velocities are wanted, in which order; None if they are all, as they are
     """
 
     channels: Mapping[int, int]
-    sources: Mapping[int, Int[Tensor, " k"] | None]
+    sources: Mapping[int, Tensor | None]
     results: Int[Tensor, " v"] | None
-    history: Mapping[int, Float[Tensor, "k c"]]
+    history: Mapping[int, Tensor]
 
     @classmethod
     def of(
@@ -63,8 +63,8 @@ class JoinedSpans:
             sources[kind] = _index(taken, starts[-1], device)
         return cls(channels, sources, _index([made[span] for span in spans], end, device), history)
 
-    def latents(self, x: Float[Tensor, "u w"]) -> dict[int, Float[Tensor, "k c"]]:
-        """Those of the stream by type."""
+    def latents(self, x: Float[Tensor, "u w"]) -> dict[int, Tensor]:
+        """Those of the stream by type, `(k, c)`."""
         latents = dict(self.history)
         for kind, index in self.sources.items():
             picked = x
@@ -75,7 +75,7 @@ class JoinedSpans:
             latents[kind] = picked if picked.shape[1] == self.channels[kind] else picked.view(-1, self.channels[kind])
         return latents
 
-    def join(self, velocities: Mapping[int, Float[Tensor, "k c"]], width: int) -> Float[Tensor, "v w"]:
+    def join(self, velocities: Mapping[int, Tensor], width: int) -> Float[Tensor, "v w"]:
         """What the stream made of its spans."""
         made = [velocities[kind] for kind in self.sources]
         made = [each if each.shape[1] == width else each.reshape(-1, width) for each in made]
