@@ -1,5 +1,6 @@
 """Small models for the tests of sampling, and oracles that know nothing of the engine."""
 
+from collections.abc import Callable
 from math import cos, log1p, pi, prod, sin, sqrt
 
 import torch
@@ -13,6 +14,7 @@ from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Piece, Text
 VECTOR, LINE, IMAGE, VIDEO = range(4)  # the modalities of `build`, of 0 to 3 axes
 CHANNELS = (2, 3, 1, 2)
 GREEDY = dict(text_temperature=0.0, modality_steps=2, max_length=40, max_modality_tokens=6)
+WRITES = dict(meta=-9.0, eos=-9.0)  # pushed so (`build`), a model writes text and nothing else
 
 
 # options of `build`: everything that the transformer and its read-out can be
@@ -69,6 +71,11 @@ def build(
 
 def noise(rows: int = 64, channels: int = 3, seed: int = 1) -> Tensor:
     return torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def options_over(**own) -> Callable[..., dict]:
+    """The options that the tests of a module begin with, as a function of those that a test replaces."""
+    return lambda **options: GREEDY | dict(init_modality_noise=noise()) | own | options
 
 
 def latents(modality: int, *shape: int, seed: int = 2) -> tuple[int, Tensor]:
@@ -178,6 +185,17 @@ def solve(
 
     with torch.no_grad():
         return odeint(velocity, start, torch.linspace(0, 1, steps + 1, dtype=start.dtype), **solver)[-1]
+
+
+def straight_to(target):
+    """A flow whose velocity is the same everywhere, and leads every span from `noise` to `target`."""
+
+    def velocities(hidden, stream, x_t, t):
+        way = target - noise()
+        sizes = {modality: stream.placements[modality].sizes for modality in x_t}
+        return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
+
+    return velocities
 
 
 def velocity_behind(model, before: list[Piece], span: Modality, t: Tensor) -> Tensor:

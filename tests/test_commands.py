@@ -14,7 +14,9 @@ from transfusion_pytorch.__main__ import main
 from transfusion_pytorch.commands.errors import one_line, run_command
 from transfusion_pytorch.commands.pictures import PictureModel, save_picture
 from transfusion_pytorch.data import BucketedSize, FixedSize, ImageReader, NativeSize
+from transfusion_pytorch.data.loader import StepLoader
 from transfusion_pytorch.data.loading import SampleError
+from transfusion_pytorch.data.plan import DataPlan
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS, without_controls
 from transfusion_pytorch.modalities.patches import PatchDecoder, PatchEncoder
 
@@ -248,6 +250,29 @@ def test_what_users_can_mend_is_one_line(error, capsys, monkeypatch):
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(type(error)):
         run_command(lambda: fail(error))
+
+
+class Broken:
+    """A data set whose errors have messages of several lines."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise ValueError("of another\nNote: kind")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_data_worker_says_what_it_says_elsewhere(workers):
+    loader = StepLoader(DataPlan(Broken(), batch_size=1), lambda samples, _: samples, num_workers=workers)
+    said = ""
+    try:
+        next(iter(loader))
+    except SampleError as error:
+        error.__traceback__ = None  # so that the worker ends at once
+        said = one_line(error)
+    assert said.startswith("source 'data', index ")
+    assert said.endswith("could not be loaded: ValueError: of another Note: kind")
 
 
 def test_faults_of_our_own_keep_their_traceback():

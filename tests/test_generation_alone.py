@@ -6,7 +6,7 @@ from generation_models import IMAGE, LINE, VECTOR, VIDEO, build, noise
 from torchdiffeq import odeint
 
 from transfusion_pytorch import UNetDown, UNetUp
-from transfusion_pytorch.generation import plan
+from transfusion_pytorch.generation import resolve
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.sampler import SamplingColumns, keep_min_p, sample_tokens
 from transfusion_pytorch.sequence.samples import Modality
@@ -88,7 +88,7 @@ def test_modalities_of_a_batch_do_not_see_each_other(monkeypatch):
     options = dict(modality_type=LINE, fixed_modality_shape=(4,), modality_steps=2)
     alone = [model.generate_modality_only(init_modality_noise=start, **options) for start in starts]
     waiting = iter(starts)
-    monkeypatch.setattr(plan, "normal", lambda *seed_and_shape: next(waiting))
+    monkeypatch.setattr(resolve, "normal", lambda *seed_and_shape: next(waiting))
     batch = model.generate_modality_only(3, **options)
     torch.testing.assert_close(batch, torch.cat(alone), atol=1e-9, rtol=0)
 

@@ -2,7 +2,6 @@
 
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     MODELS,
@@ -14,8 +13,8 @@ from generation_models import (
     build,
     drawn,
     latents,
-    noise,
     num_given,
+    options_over,
     parts_of,
     shapes_of,
     slots_of,
@@ -44,8 +43,7 @@ def alone(model, prompts, **options):
     return [model.sample(prompt, **options) for prompt in prompts]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise()) | options
+options_with = options_over()
 
 
 def test_many_prompts_at_once_are_as_one_by_one(monkeypatch):

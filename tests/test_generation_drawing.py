@@ -1,12 +1,10 @@
 """Solvers and guidance: what is drawn is the solution of the flow, step for step."""
 
 from itertools import pairwise
-from math import prod
 
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -16,13 +14,16 @@ from generation_models import (
     drawn,
     latents,
     noise,
+    options_over,
     shapes_of,
     slots_of,
+    straight_to,
     text,
 )
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.flow.solver import ADAPTIVE_METHODS, OTHER_METHODS, SINGLE_STEP_METHODS
+from transfusion_pytorch.generation import denoiser
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.sequence.prompts import without_text
 from transfusion_pytorch.sequence.samples import Text
@@ -32,8 +33,7 @@ TOLERANT = dict(atol=1.0, rtol=1.0)  # the flow of a model that learnt nothing i
 WITHIN = dict(first_step=torch.tensor(0.5, dtype=torch.float64), step_t=torch.ones(1, dtype=torch.float64))
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=30) | options
+options_with = options_over(max_length=30)
 
 
 @pytest.mark.parametrize("method", sorted(SINGLE_STEP_METHODS))
@@ -120,17 +120,6 @@ def test_new_model_returns_its_noise(method):
         torch.testing.assert_close(got, expected)
     else:
         assert torch.equal(got, expected)
-
-
-def straight_to(target):
-    """A flow whose velocity is the same everywhere, and leads every span from `noise` to `target`."""
-
-    def velocities(hidden, stream, x_t, t):
-        way = target - noise()
-        sizes = {modality: map(prod, stream.spans.shapes_of(modality)) for modality in x_t}
-        return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
-
-    return velocities
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -298,3 +287,64 @@ def test_latents_that_are_not_finite_end_their_request(method):
         requests[1].result()
     for request in (requests[0], requests[2]):
         assert_same(request.result(), model.sample(text(1), **options))
+
+
+# times that are known ahead
+
+
+def times_embedded(model) -> list[int]:
+    """For every call of the time embedding from now on: how many times it embeds."""
+    counts: list[int] = []
+    model.time_embedding.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("steps", "method", "expected"),
+    [
+        ([5, 5], "midpoint", [10]),
+        ([4], "euler", [4]),
+        ([2, 4], "euler", [4]),  # half of the times are shared
+        ([2, 3], "euler", [4]),
+        ([100], "midpoint", [64, 64, 64, 8]),
+    ],
+)
+def test_times_are_embedded_together(steps, method, expected):
+    model = build()
+    engine, counts = model.create_engine(), times_embedded(model)
+    for i, count in enumerate(steps):
+        options = dict(plan=[(LINE, (2,))], modality_steps=count, odeint_kwargs=dict(method=method))
+        engine.submit(text(i), **options_with(**options))
+    engine.run()
+    assert counts == expected
+
+
+@pytest.mark.parametrize("most", [1, 3, 64])
+@pytest.mark.parametrize(
+    "shapes", [[(LINE, (2,)), (LINE, (2,))], [(LINE, (2,)), (LINE, (3,))], [(IMAGE, (1, 2)), (LINE, (2,))]]
+)
+def test_modulations_made_ahead_are_those_of_each_time(monkeypatch, most, shapes):
+    """Beside others at other times, of equal and of other lengths; looked up again where only some are kept."""
+    monkeypatch.setattr(denoiser, "TIMES_AT_ONCE", most)
+    model = build(seed=4)
+    steps = [dict(modality_steps=4), dict(modality_steps=3, time_shift=2.0, cfg_scale=2.0), dict(modality_steps=4)]
+    asked = [options_with(plan=[shapes[i % 2]], max_length=9) | own for i, own in enumerate(steps)]
+    engine = model.create_engine()
+    requests = []
+    for i, options in enumerate(asked):
+        requests.append(engine.submit(text(i), **options))
+        engine.step()
+    engine.run()
+    for i, (request, options) in enumerate(zip(requests, asked, strict=True)):
+        assert_same(request.result(), model.sample(text(i), cache_kv=False, **options))
+
+
+def test_a_solver_that_chooses_its_times_computes_them_one_by_one():
+    model = build()
+    counts = times_embedded(model)
+    sample = model.sample(
+        text(1), **options_with(plan=[(LINE, (2,))], odeint_kwargs=dict(method="dopri5"), cfg_scale=2.0)
+    )
+    assert set(counts) == {2}
+    assert len(counts) > 6
+    assert len(drawn(sample)) == 1

@@ -7,7 +7,6 @@ import pytest
 import torch
 from generation_models import (
     CHANNELS,
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -19,6 +18,7 @@ from generation_models import (
     latents,
     noise,
     noise_of,
+    options_over,
     shapes_of,
     text,
     velocity_behind,
@@ -36,8 +36,7 @@ INIT = {modality: latents(modality, *shape, seed=4) for modality, shape in SHAPE
 TOLERANT = dict(atol=1.0, rtol=1.0)  # the flow of a model that learnt nothing is rough
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=22, max_modality_tokens=3) | options
+options_with = options_over(max_length=22, max_modality_tokens=3)
 
 
 def mask_of(modality: int, seed: int = 3) -> torch.Tensor:

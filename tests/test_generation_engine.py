@@ -3,11 +3,11 @@
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
     VIDEO,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
@@ -18,6 +18,7 @@ from generation_models import (
     latents,
     noise,
     num_given,
+    options_over,
     script,
     shapes_of,
     slots_of,
@@ -34,7 +35,8 @@ from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.scheduler import Scheduler
 from transfusion_pytorch.network.cache import KVCache
 from transfusion_pytorch.network.cache_views import CacheView, DecodeView
-from transfusion_pytorch.sequence.stream import Past, pack_ids
+from transfusion_pytorch.sequence.samples import Text
+from transfusion_pytorch.sequence.stream import Past, pack
 
 PROMPTS = [
     None,
@@ -47,12 +49,10 @@ PROMPTS = [
 ]
 SEEDED = dict(modality_steps=2, max_modality_tokens=4, max_length=30, cfg_scale=2.0)
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-WRITES = dict(meta=-9.0, eos=-9.0)  # pushed so, a model writes text and nothing else
 HUGE = 1e300 * torch.ones(8, 3, dtype=torch.float64)  # noise whose square is infinite: latents become NaN
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=24) | options
+options_with = options_over(max_length=24)
 
 
 def alone(model, prompt, **options):
@@ -965,7 +965,7 @@ def test_masks_are_made_where_the_cache_is():
     cache = KVCache(layers=1, kv_heads=1, dim_head=2, device=torch.device("meta"), dtype=torch.float32)
     rows = [cache.acquire() for _ in range(2)]
     cache.commit(rows, [3, 5])
-    stream = pack_ids([[1, 2], [3, 4]], [Past(3, 3), Past(5, 5)]).to("meta")
+    stream = pack([[Text(text(1, 2))], [Text(text(3, 4))]], past=[Past(3, 3), Past(5, 5)]).to("meta")
     for run in CacheView(cache, rows, stream.layout).runs:
         assert {chunk.mask.device.type for chunk in run.chunks} == {run.slots.device.type} == {"meta"}
     view = DecodeView(cache, rows, [3, 5], torch.zeros(64, 1, 2, device="meta"))
@@ -979,9 +979,9 @@ def test_long_prompts_are_read_a_part_at_a_time(monkeypatch):
     expected, sizes, run = model.sample_many(prompts, **options), [], model.forward_stream
     monkeypatch.setattr(runner, "READ_AT_ONCE", 12)
 
-    def watch(stream, *args):
+    def watch(stream, *args, **options):
         sizes.append(len(stream.token) if len(stream.lengths) > 1 and not args[0] else 0)  # several texts
-        return run(stream, *args)
+        return run(stream, *args, **options)
 
     monkeypatch.setattr(model, "forward_stream", watch)
     for sample, other in zip(model.sample_many(prompts, **options), expected, strict=True):

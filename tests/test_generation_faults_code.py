@@ -6,15 +6,15 @@ import weakref
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
     fail,
     latents,
-    noise,
+    options_over,
     script,
     shapes_of,
     text,
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transfusion_pytorch.generation.events import Ended, EndReason
 
 FAR = 1e4  # where a picky module fails
-WRITES = dict(meta=-9.0, eos=-9.0)
 
 
 class NobodyExpectsThis(Exception):
@@ -47,8 +46,7 @@ class Picky(nn.Module):
         return self.inner(x)
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=24) | options
+options_with = options_over(max_length=24)
 
 
 def far(*shape: int) -> tuple[int, Tensor]:
@@ -143,6 +141,30 @@ def test_an_encoder_that_fails_refuses_its_prompt():
     engine.run()
     assert_same(other.result(), model.sample(text(1), **options_with()))
     assert_no_row_is_lost(engine)
+
+
+def test_an_interrupted_parser_is_asked_again():
+    """Its `som` is not written before the shape is known: no marker is left without its modality."""
+    countdown = iter([1, 2])
+
+    def parser(written: str):
+        if next(countdown, None) == 1:
+            raise KeyboardInterrupt
+        return tuple(map(int, written.split(",")))
+
+    model, options = build(seed=3), options_with()
+    ids = [model.meta_id, *model.char_tokenizer("2").tolist(), model.som_ids[LINE]]
+    options |= dict(logits_processors=[script(*ids, given=2)])
+    beside = options_with(plan=["text", (IMAGE, (1, 2)), ("text", 3)])
+    expected = [model.sample(text(1), **options), model.sample(text(2), **beside)]
+    engine = build(seed=3, to_modality_shape_fn=parser).create_engine()
+    requests = [engine.submit(text(1), **options), engine.submit(text(2), **beside)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.run()
+    for request, sample in zip(requests, expected, strict=True):
+        assert_same(request.result(), sample)
+    assert (LINE, (2, 3)) in shapes_of(requests[0].result())
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])

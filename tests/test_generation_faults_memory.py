@@ -9,17 +9,17 @@ from math import log2
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
     cache_of,
     drawn,
     latents,
-    noise,
+    options_over,
     text,
 )
 from torch import Tensor, nn
@@ -27,14 +27,12 @@ from torch import Tensor, nn
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, ModalityStarted
 from transfusion_pytorch.generation.request import MOST_PROGRESS
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 PLAN = [("text", 3), (LINE, (2,)), ("text", 2)]
 OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("none left")]
 OUT_OF_MEMORY += [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=40) | options
+options_with = options_over(max_length=40)
 
 
 # a forward pass that does not fit

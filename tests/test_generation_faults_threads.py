@@ -6,16 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from generation_models import GREEDY, LINE, assert_no_row_is_lost, assert_same, build, noise, slots_of, text
+from generation_models import (
+    LINE,
+    WRITES,
+    assert_no_row_is_lost,
+    assert_same,
+    build,
+    options_over,
+    slots_of,
+    text,
+)
 
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, TextToken
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 PLAN = [("text", 3), (LINE, (2,)), ("text", 3)]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=40) | options
+options_with = options_over(max_length=40)
 
 
 class Gate:

@@ -22,7 +22,7 @@ from generation_models import (
 )
 
 from transfusion_pytorch import UNetDown, UNetUp
-from transfusion_pytorch.generation import plan
+from transfusion_pytorch.generation import resolve
 from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.sequence.grammar import Grammar, MostLatents
 from transfusion_pytorch.sequence.vocabulary import ALPHABET, Vocabulary, format_shape, parse_shape
@@ -126,9 +126,9 @@ def test_whatever_a_model_wishes_to_write_stays_within_limits(name, num_dims):
 
 
 def test_no_more_noise_is_made_than_the_limit_allows(monkeypatch):
-    made, normal = [], plan.normal
+    made, normal = [], resolve.normal
     monkeypatch.setattr(
-        plan, "normal", lambda seed, stream, size, *where: made.append(size) or normal(seed, stream, size, *where)
+        resolve, "normal", lambda seed, stream, size, *where: made.append(size) or normal(seed, stream, size, *where)
     )
     model = build(num_text_tokens=2)
     model = wilful(0, WISHES["nines"](model), num_text_tokens=2)

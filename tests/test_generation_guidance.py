@@ -3,12 +3,10 @@
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
-from math import prod
 
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -19,6 +17,8 @@ from generation_models import (
     drawn,
     latents,
     noise,
+    options_over,
+    straight_to,
     text,
     watch_evaluations,
 )
@@ -37,8 +37,7 @@ STAGES = {  # the times, within an interval, at which each method asks for a vel
 LINE_OF_2 = (LINE, (2,))
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), plan=[LINE_OF_2], max_length=60) | options
+options_with = options_over(plan=[LINE_OF_2], max_length=60)
 
 
 # when guidance acts
@@ -267,17 +266,6 @@ def test_shifted_grids_are_solved_by_the_other_methods(method, shift):
         first = torch.tensor(1 / 3 / (1 / 3 + shift * 2 / 3), dtype=torch.float64)
         solver["options"] = dict(first_step=first, step_t=torch.ones(1, dtype=torch.float64))
     assert_flows(model, sample, steps=3, shift=shift, scale=3.0, **solver)
-
-
-def straight_to(target):
-    """A velocity that is the same everywhere, and leads every span from `noise` to `target`."""
-
-    def velocities(hidden, stream, x_t, t):
-        way = target - noise()
-        sizes = {modality: map(prod, stream.spans.shapes_of(modality)) for modality in x_t}
-        return {kind: torch.cat([way[:size, : x.shape[1]] for size in sizes[kind]]) for kind, x in x_t.items()}
-
-    return velocities
 
 
 @pytest.mark.parametrize("shift", [0.01, 7.0])

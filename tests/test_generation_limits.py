@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
@@ -18,6 +18,7 @@ from generation_models import (
     generators,
     latents,
     noise,
+    options_over,
     slots_of,
     text,
     to_pieces,
@@ -27,12 +28,10 @@ from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.engine import QueueFull
 from transfusion_pytorch.generation.events import Ended, EndReason
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 PLAN = [("text", 4), (LINE, (2,)), ("text", 3)]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=40) | options
+options_with = options_over(max_length=40)
 
 
 # prompts longer than max_length
@@ -298,10 +297,10 @@ def reads_of(monkeypatch, model) -> list:
     """Every prefill from now on: the lengths of its rows, and the sizes of its spans."""
     seen, run = [], model.forward_stream
 
-    def forward(stream, *others):
+    def forward(stream, *others, **options):
         if sum(stream.lengths) > len(stream.lengths):
             seen.append((tuple(stream.lengths), tuple(stream.spans.sizes)))
-        return run(stream, *others)
+        return run(stream, *others, **options)
 
     monkeypatch.setattr(model, "forward_stream", forward)
     return seen
@@ -450,6 +449,29 @@ def test_log_probabilities_are_those_of_the_model_itself(options, cache_kv):
     for sample, other in zip(samples, without, strict=True):
         assert_same(sample, other)
         assert other.log_probabilities is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ids_and_log_probabilities_come_in_one_copy(monkeypatch, dtype):
+    engine, copies, to_list = build(push=WRITES, dtype=dtype).create_engine(), [], torch.Tensor.tolist
+    for i in range(3):
+        engine.submit(text(i), **options_with(log_probabilities=True))
+    for _ in range(2):
+        engine.step()
+
+    def copied(tensor):
+        copies.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def listed(tensor):
+        assert tensor.untyped_storage().data_ptr() in copies, "read from the device"
+        return to_list(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", copied)
+        patch.setattr(torch.Tensor, "tolist", listed)
+        engine.step()
+    assert len(copies) == 1
 
 
 def test_events_tell_log_probabilities():

@@ -5,15 +5,16 @@ from math import prod
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
+    WRITES,
     assert_same,
     build,
     drawn,
     latents,
     noise,
+    options_over,
     shapes_of,
     text,
     to_pieces,
@@ -24,13 +25,11 @@ from torchdiffeq import odeint
 
 from transfusion_pytorch.sequence.samples import Modality, Text
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 PLAN = [("text", 2), (LINE, (3,)), ("text", 3), (IMAGE, (1, 2)), (VECTOR, ())]
 PROMPTS = [None, text(1, 2), [latents(LINE, 2), text(3)], [text(0), latents(IMAGE, 2, 1), text(1)]]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=80, plan=PLAN, cfg_scale=2.5) | options
+options_with = options_over(max_length=80, plan=PLAN, cfg_scale=2.5)
 
 
 def negated(model, before: list, negative) -> list:

@@ -5,17 +5,17 @@ from contextlib import suppress
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
     generators,
     latents,
-    noise,
     num_given,
+    options_over,
     text,
 )
 
@@ -24,13 +24,11 @@ from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.runner import CachedRunner, UncachedRunner, create_runner
 from transfusion_pytorch.sequence.samples import Modality, Text
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 LONG = [text(0, 1, 2, 3), latents(LINE, 3), text(1, 2), latents(IMAGE, 2, 2), text(3, 0, 0, 1, 2, 3)]
 FREE = dict(text_temperature=1.0, text_min_p=0.0)
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=60) | options
+options_with = options_over(max_length=60)
 
 
 def alone(model, prompt, **options):
@@ -231,3 +229,42 @@ def test_what_is_read_is_counted_once(prompt):
         engine = model.create_engine(max_prefill_tokens=most)
         engine.sample_many([prompt], **options_with(plan=[("text", 4)]))
         assert engine.stats.tokens_read == num_given(model, prompt) + 3
+
+
+@pytest.mark.parametrize("push", [None, WRITES])
+def test_latents_of_a_prompt_are_not_read_back_from_the_device(monkeypatch, push):
+    """Prompts that are equal are found by keys that were made before they went there."""
+    model, options = build(seed=3, push=push), options_with(plan=[("text", 2)])
+    expected = alone(model, LONG, **options)
+    engine = model.create_engine()
+    requests = [engine.submit(LONG, **options) for _ in range(3)]
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("something was read back"))
+    engine.step()
+    monkeypatch.undo()
+    assert engine.stats.tokens_read == num_given(model, LONG)
+    engine.run()
+    for request in requests:
+        assert_same(request.result(), expected)
+
+
+def test_prompts_whose_latents_differ_by_a_bit_are_not_shared():
+    model, options = build(seed=3), options_with(plan=[("text", 2)])
+    (kind, x), engine = latents(LINE, 3), model.create_engine()
+    other = x.clone()
+    other[1, 1] = torch.nextafter(other[1, 1], torch.tensor(9.0, dtype=x.dtype))
+    engine.sample_many([(kind, x), (kind, other), (kind, x.clone())], **options)
+    assert engine.stats.tokens_read == 2 * num_given(model, (kind, x)) + 3
+
+
+class Dithered(torch.nn.Module):
+    """An encoder that makes other latents each time."""
+
+    def forward(self, data):
+        return data + torch.rand_like(data)
+
+
+def test_latents_that_an_encoder_makes_anew_are_not_shared():
+    model, options = build(seed=3, modality_encoder=(None, Dithered(), None, None)), options_with(plan=[("text", 2)])
+    engine, prompt = model.create_engine(), latents(LINE, 3)
+    engine.sample_many([prompt, prompt], **options)
+    assert engine.stats.tokens_read == 2 * num_given(model, prompt) + 2

@@ -4,7 +4,6 @@ import pytest
 import torch
 from generation_models import (
     CHANNELS,
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -13,7 +12,7 @@ from generation_models import (
     build,
     drawn,
     latents,
-    noise,
+    options_over,
     parts_of,
     shapes_of,
     slots_of,
@@ -23,9 +22,7 @@ from torch import nn
 
 from transfusion_pytorch import EndReason
 
-
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), cfg_scale=2.0) | options
+options_with = options_over(cfg_scale=2.0)
 
 
 @pytest.mark.parametrize("seed", range(6))

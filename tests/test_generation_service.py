@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
@@ -18,8 +18,8 @@ from generation_models import (
     drawn,
     generators,
     latents,
-    noise,
     num_given,
+    options_over,
     shapes_of,
     slots_of,
     text,
@@ -31,11 +31,7 @@ from transfusion_pytorch.generation.engine import QueueFull
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, ModalityStarted
 from transfusion_pytorch.generation.options import SamplingOptions
 
-WRITES = dict(meta=-9.0, eos=-9.0)
-
-
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=24) | options
+options_with = options_over(max_length=24)
 
 
 def alone(model, prompt, **options):

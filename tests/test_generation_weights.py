@@ -7,14 +7,14 @@ import weakref
 import pytest
 import torch
 from generation_models import (
-    GREEDY,
     IMAGE,
     LINE,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
     latents,
-    noise,
+    options_over,
     slots_of,
     text,
 )
@@ -25,12 +25,10 @@ from transfusion_pytorch.evaluating import watch_weights, weights_changed
 from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.events import EndReason
 
-WRITES = dict(meta=-9.0, eos=-9.0)
 PLAN = [("text", 4), (LINE, (2,)), ("text", 4), (IMAGE, (1, 2)), ("text", 3)]
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), max_length=60, cfg_scale=2.0, modality_cfg_scale=1.5) | options
+options_with = options_over(max_length=60, cfg_scale=2.0, modality_cfg_scale=1.5)
 
 
 def move(model, *, secretly: bool) -> None:

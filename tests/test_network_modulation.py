@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_streams import perturb, stream
+from torch import nn
 
 from transfusion_pytorch.network.attend import (
     CachedAttention,
@@ -18,6 +19,7 @@ from transfusion_pytorch.network.attend import (
 )
 from transfusion_pytorch.network.cache import KVCache
 from transfusion_pytorch.network.cache_views import CacheView, DecodeView
+from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.lookup import SEGMENT, Segments, look_up, sum_segments
 from transfusion_pytorch.network.norms import (
     AdaptiveNorm,
@@ -27,6 +29,7 @@ from transfusion_pytorch.network.norms import (
     TextModulation,
 )
 from transfusion_pytorch.network.shortcuts import plain_formulas
+from transfusion_pytorch.network.transformer import Transformer
 
 DIM = 6
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=60)
@@ -133,3 +136,47 @@ def test_plans_are_types():
     views = CacheView(cache, [row], layout), DecodeView(cache, [row], [0], torch.zeros(64, 2, 2))
     for view, kind in zip(views, (CachedAttention, DecodeAttention), strict=True):
         assert isinstance(plan_attention(layout, view, kind="flex"), kind)
+
+
+# a table of many times
+
+
+def trunk_of(norm_type=AdaptiveNorm) -> Transformer:
+    trunk = Transformer(DIM, depth=2, dim_head=2, heads=1)
+    trunk.layers[1].ff_norm = norm_type(DIM, DIM)
+    return perturb(trunk).double()
+
+
+@pytest.mark.parametrize("rows", [[2, 2], [0, 3], [3, 1]])
+@pytest.mark.parametrize("is_equal", [True, False])
+@torch.no_grad()
+def test_rows_of_a_table_are_what_norms_make_of_their_conditions(rows, is_equal):
+    """Of spans of one length, which need no index, and of others."""
+    trunk, made = trunk_of(), stream("AAA", "BBB" if is_equal else "BB")
+    x, out = torch.randn(2, len(made.span), DIM, dtype=torch.float64).unbind()
+    conditions = torch.randn(4, DIM, dtype=torch.float64)
+    index = None if is_equal else made.span + 1
+    ours = ConditionTable(trunk, "abcd", conditions).conditioning(["abcd"[row] for row in rows], index)
+    plain = Conditioning(conditions[rows], made.span + 1)
+    assert torch.equal(ours.spans, plain.spans)
+    assert len(ours.modulations) == 5
+    for norm in [*ours.modulations]:
+        kept, expected = norm.modulation(ours), norm.modulation(plain)
+        torch.testing.assert_close(kept.normed(x), expected.normed(x), rtol=0, atol=1e-12)
+        if norm.text_gate is not None:
+            torch.testing.assert_close(kept.add_gated(x, out), expected.add_gated(x, out), rtol=0, atol=1e-12)
+
+
+class Doubled(AdaptiveNorm):
+    """A norm of somebody else, which does as it likes."""
+
+    def modulation(self, conditioning):
+        return super().modulation(conditioning._replace(spans=2 * conditioning.spans))
+
+
+@pytest.mark.parametrize("trunk", [trunk_of(Doubled), nn.ModuleList([AdaptiveNorm(DIM, DIM)]).double()])
+def test_a_table_leaves_norms_and_trunks_of_others_alone(trunk):
+    conditions = torch.randn(3, DIM, dtype=torch.float64)
+    made = ConditionTable(trunk, range(3), conditions).conditioning([1, 2], None)
+    assert made.modulations is None
+    assert torch.equal(made.spans, conditions[1:])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from generation_models import (
     CHANNELS,
-    GREEDY,
     IMAGE,
     LINE,
     VECTOR,
@@ -15,7 +14,7 @@ from generation_models import (
     build,
     drawn,
     latents,
-    noise,
+    options_over,
     shapes_of,
 )
 from generation_models import text as ids
@@ -37,8 +36,7 @@ def text(*shape):
     return randint(0, 8, shape)
 
 
-def options_with(**options):
-    return GREEDY | dict(init_modality_noise=noise(), cfg_scale=1.0) | options
+options_with = options_over(cfg_scale=1.0)
 
 
 def sampler(**options):

@@ -17,6 +17,7 @@ from generation_models import (
     IMAGE,
     LINE,
     VECTOR,
+    WRITES,
     assert_no_row_is_lost,
     assert_same,
     build,
@@ -40,7 +41,6 @@ from transfusion_pytorch.generation.events import (
 from transfusion_pytorch.serving import AsyncEngine, EngineClosed
 from transfusion_pytorch.serving.mailbox import Mailbox
 
-WRITES = dict(meta=-9.0, eos=-9.0)  # pushed so, a model writes text and nothing else
 ENDLESS = dict(plan=[("text", 10**6)], max_length=2 * 10**6, text_temperature=0.0)
 SHORT = GREEDY | dict(init_modality_noise=noise(), max_length=16)
 SEEDED = dict(modality_steps=2, max_modality_tokens=4, max_length=26, cfg_scale=2.0)
@@ -115,6 +115,28 @@ def test_samples_are_those_of_the_model(most):
 
     for sample, expected in zip(asyncio.run(main()), expected_of(model), strict=True):
         assert_same(sample, expected)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_autocast_of_its_creation_is_that_of_its_thread(is_on):
+    model = build(seed=4, dtype=torch.float32)
+    seen = []
+
+    def watch(ids, logits):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return logits
+
+    async def main():
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            engine = AsyncEngine(model)
+        async with engine:
+            return await engine.sample(text(1), logits_processors=[watch], **SHORT)
+
+    sample = asyncio.run(main())
+    assert {on for on, _ in seen} == {is_on}
+    assert not is_on or {dtype for _, dtype in seen} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+        assert_same(sample, model.sample(text(1), logits_processors=[watch], **SHORT), tolerance=1e-6)
 
 
 def test_streams_tell_what_streams_of_the_model_tell():

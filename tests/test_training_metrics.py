@@ -2,10 +2,7 @@
 
 import csv
 import io
-import json
-import os
 import re
-import subprocess
 import sys
 from collections import defaultdict
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from tiny import ragged_batch, tiny
 from torch import nn, tensor
+from tracked import tensorboard_events, trackio_run
 
 from transfusion_pytorch import Sample, plain_formulas
 from transfusion_pytorch.training import reporting, trackers
@@ -435,11 +433,8 @@ def track(name, folder):
 def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     track("tensorboard", tmp_path)
-    events = EventAccumulator(str(tmp_path / "digits" / "one"))
-    events.Reload()
+    events = tensorboard_events(tmp_path / "digits" / "one")
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 1.5), (5, 1.25)]
     assert [(event.step, event.value) for event in events.Scalars("flow_0")] == [(3, 0.5)]
     assert [image.step for image in events.Images("samples")] == [3, 4]
@@ -449,30 +444,15 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
 
 
 def test_trackio_gets_numbers_and_pictures(tmp_path):
-    """In a process of its own: it reads its folder from the environment when it is imported."""
-    pytest.importorskip("accelerate")
-    pytest.importorskip("trackio")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_training_metrics as tests; "
-    code += "tests.track('trackio', '.')"
-    environment = dict(os.environ, TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    import sqlite3
-
-    (database,) = (tmp_path / "trackio").glob("*.db")
-    with sqlite3.connect(database) as connection:
-        rows = connection.execute("select run_name, step, metrics from metrics order by id").fetchall()
-        ((config,),) = connection.execute("select config from configs where run_name = 'one' limit 1").fetchall()
-    connection.close()
-    logged = [(run, step, json.loads(metrics)) for run, step, metrics in rows]
+    logged, [config, *_] = trackio_run("import test_training_metrics as tests; tests.track('trackio', '.')", tmp_path)
     assert logged[0] == ("one", 3, {"loss": 1.5, "flow_0": 0.5})
     assert logged[-1] == ("one", 5, {"loss": 1.25})
-    pictures = [(step, metrics["samples"]["file_path"]) for _, step, metrics in logged if "samples" in metrics]
+    pictures = [(it.step, it.values["samples"]["file_path"]) for it in logged if "samples" in it.values]
     assert [step for step, _ in pictures] == [3, 4]
     for _, path in pictures:
         picture = pytest.importorskip("PIL.Image").open(tmp_path / "trackio" / "media" / path)
         assert numpy.array_equal(numpy.array(picture)[..., :3], GRID)
-    assert json.loads(config)["sizes"] == "[4, 4]"
+    assert config["sizes"] == "[4, 4]"
 
 
 class Recorder:

@@ -1,11 +1,6 @@
 """What a run sends to trackers, through the trainer: numbers, and the pictures that callbacks return."""
 
 import io
-import json
-import os
-import sqlite3
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy
@@ -13,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_training_trainer import CONFIG, rows, trainer
+from tracked import tensorboard_events, trackio_run
 
 from transfusion_pytorch import Callback
 
@@ -40,11 +36,8 @@ def assert_is(picture, step: int) -> None:
 
 def test_tensorboard_gets_what_callbacks_draw(tmp_path):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(tmp_path / "run", "tensorboard")
-    events = EventAccumulator(str(tmp_path / "run" / "shapes" / "run"))
-    events.Reload()
+    events = tensorboard_events(tmp_path / "run" / "shapes" / "run")
     pictures = events.Images("samples/grid")
     assert [picture.step for picture in pictures] == [2, 4]
     for picture in pictures:
@@ -55,27 +48,15 @@ def test_tensorboard_gets_what_callbacks_draw(tmp_path):
 
 
 def test_trackio_gets_what_callbacks_draw(tmp_path):
-    """In a process of its own: it reads its folder from the environment when it is imported. Nothing is sent."""
-    pytest.importorskip("trackio")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from pathlib import Path; "
-    code += "import test_training_trainer_trackers as tests; tests.train(Path('run'), 'trackio')"
-    environment = dict(os.environ, TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (database,) = (tmp_path / "trackio").glob("shapes*.db")
-    with sqlite3.connect(database) as connection:
-        logged = connection.execute("select step, metrics from metrics order by id").fetchall()
-    connection.close()
-    logged = [(step, json.loads(metrics)) for step, metrics in logged]
-    pictures = [(step, metrics["samples/grid"]["file_path"]) for step, metrics in logged if "samples/grid" in metrics]
+    statement = "from pathlib import Path; import test_training_trainer_trackers as tests; "
+    logged, _ = trackio_run(statement + "tests.train(Path('run'), 'trackio')", tmp_path)
+    pictures = [(it.step, it.values["samples/grid"]["file_path"]) for it in logged if "samples/grid" in it.values]
     assert [step for step, _ in pictures] == [2, 4]
     for step, path in pictures:
         assert_is(Image.open(tmp_path / "trackio" / "media" / path), step)
-    assert [(step, metrics["samples/share"]) for step, metrics in logged if "samples/share" in metrics] == [
-        (2, 0.5),
-        (4, 1.0),
-    ]
-    losses = [(step, metrics["loss"]) for step, metrics in logged if "loss" in metrics]
+    shares = [(it.step, it.values["samples/share"]) for it in logged if "samples/share" in it.values]
+    assert shares == [(2, 0.5), (4, 1.0)]
+    losses = [(it.step, it.values["loss"]) for it in logged if "loss" in it.values]
     assert losses == [(int(row["step"]), float(row["loss"])) for row in rows(tmp_path / "run")]
 
 

@@ -98,7 +98,12 @@ def _view_with(module: Module, children: dict[int, tuple[nn.Module, nn.Module]])
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module, also through a view."""
-    return type(module._view_of) if isinstance(module, _EvaluationView) else type(module)
+    return type(module_of(module))
+
+
+def module_of(module: nn.Module) -> nn.Module:
+    """The module itself, also through a view."""
+    return module._view_of if isinstance(module, _EvaluationView) else module
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.flow.path import velocity_towards
@@ -65,9 +65,14 @@ class StreamMethods:
         latents: LatentsByType,
         t: Float[Tensor, " m"],
         cache: CacheView | DecodeView | None = None,
+        conditioning: Conditioning | None = None,
     ) -> StreamOutput:
-        """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it."""
-        condition, adapter_state = self._condition(stream, t), {}
+        """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it. `conditioning` is
+        what follows from these times, where that was made before.
+        """
+        condition = self._condition(stream, t) if conditioning is None else conditioning.spans
+        conditioning = self._conditioning(stream, condition) if conditioning is None else conditioning
+        adapter_state = {}
         x = None if self._is_one_modality(stream) else self.text_embedding(stream.token)
         for modality, values in latents.items():
             placement = stream.placements[modality]
@@ -83,7 +88,7 @@ class StreamMethods:
             x,
             position=stream.position,
             layout=stream.layout,
-            conditioning=self._conditioning(stream, condition),
+            conditioning=conditioning,
             cache=cache,
             **self._routing(stream),
         )
@@ -99,7 +104,11 @@ class StreamMethods:
         """The vector that modulates each span: its time and its type."""
         if not len(t) and self._processes() is None:
             return self.type_embedding.weight[:0]  # a decode step has no spans, and no time for operations on none
-        return self.time_embedding(t) + self.type_embedding(stream.spans.modality.to(t.device))
+        return self.condition(stream.spans.modality.to(t.device), t)
+
+    def condition(self, modality: Int[Tensor, " m"], t: Float[Tensor, " m"]) -> Shaped[Tensor, "m d"]:
+        """The vector that modulates a span, for any types and times."""
+        return self.time_embedding(t) + self.type_embedding(modality)
 
     def _conditioning(self, stream: TokenStream, condition: Shaped[Tensor, "m d"]) -> Conditioning | None:
         """What spans tell their tokens; None for text alone. A padded batch has rows for more spans. With several

@@ -1,6 +1,7 @@
 """Errors as whoever types a command should see them."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -30,4 +31,10 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line: `FileNotFoundError` of the system as "photos.tar: No such file or directory"."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(_without_traceback(str(error)).split()) or type(error).__name__
+
+
+def _without_traceback(message: str) -> str:
+    """What an error of a data worker says, behind the traceback that torch puts into its message."""
+    found = re.match(r"Caught (\w+) in .*\nOriginal Traceback", message)
+    return re.split(rf"^(?:\w+\.)*{found[1]}: ", message, flags=re.MULTILINE)[-1] if found else message

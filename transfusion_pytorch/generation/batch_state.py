@@ -157,7 +157,6 @@ class BatchState:
     step: Int[Tensor, " 1"]
     seen: Bool[Tensor, "r v"] | None
     num_text: int
-    no_times: Float[Tensor, " none"]
     num_left: int = STEPS_OF_NUMBERS
 
     @classmethod
@@ -200,7 +199,6 @@ class BatchState:
             step=torch.zeros(1, dtype=torch.long, device=device),
             seen=seen,
             num_text=requests[0].vocabulary.num_text,
-            no_times=torch.empty(0, device=device, dtype=dtype),
         )
 
     @property

@@ -1,12 +1,13 @@
 """Denoising: modalities between noise and data, and one solver step for all of them together.
 
-s denoisings, k latents of one, c their channels.
+s denoisings, k latents of one, c their channels; u rows of joined latents, w their width, v rows of all branches.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from itertools import groupby, islice, pairwise, zip_longest
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,15 +16,18 @@ from torch import Tensor
 from transfusion_pytorch.failures import Halving
 from transfusion_pytorch.flow.guidance import guided, guided_twice, rescaled
 from transfusion_pytorch.flow.path import estimate_clean, interpolate
-from transfusion_pytorch.flow.solver import integrate, is_single_step, single_step
+from transfusion_pytorch.flow.solver import TABLEAUS, integrate, is_single_step, single_step
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.plan import times_of
-from transfusion_pytorch.generation.runner import Model, Runner, SpanStream
+from transfusion_pytorch.generation.resolve import times_of
+from transfusion_pytorch.generation.runner import Model, Runner, SpanStream, autocast_dtype
+from transfusion_pytorch.network.conditions import ConditionTable
+from transfusion_pytorch.sequence.joined import join, split
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
 ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002
 LAYOUTS = 4  # kept: with guidance and without it, for two solvers
+TIMES_AT_ONCE = 64  # time embeddings and modulations are made for so many evaluations ahead
 
 
 @dataclass(eq=False)
@@ -57,13 +61,6 @@ class Denoising:
         self.solver_key = repr(sorted(self.options.odeint_kwargs.items()))  # type: ignore[union-attr]
 
     @classmethod
-    def begin(
-        cls, modality: int, shape: Shape, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch
-    ) -> "Denoising":
-        """From noise."""
-        return cls(modality, shape, options, noise, times_of(options), conditional)
-
-    @classmethod
     def edit(cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch) -> "Denoising":
         """On the straight path from noise to `init_modality`, as far along as `strength` says."""
         init, mask = options.init_modality, options.modality_mask
@@ -88,10 +85,25 @@ class Denoising:
         start, end = self.times[self.step : self.step + 2]
         return start + fraction * (end - start)
 
+    def times_ahead(self, fractions: Sequence[float]) -> list[tuple[int, float]]:
+        """Its type and the times of all evaluations to come, those at these fractions of each interval."""
+        return [
+            (self.type, start + fraction * (end - start))
+            for start, end in pairwise(self.times[self.step :])
+            for fraction in fractions
+        ]
+
     def branches_at(self, time: float) -> list[Branch]:
         """The branches to evaluate at this time: guidance acts within its interval only."""
         low, high = self.options.cfg_interval
         return self.branches if low - ROUNDING <= time <= high + ROUNDING else [self.conditional]
+
+    @property
+    def guidance(self) -> Hashable:
+        """Equal for denoisings whose velocities may be combined in one tensor, number by number."""
+        options = self.options
+        by_number = not options.cfg_rescale and self.stays is None
+        return (options.cfg_scale, options.modality_cfg_scale, self.without_text is None) if by_number else self
 
     def combine(self, velocities: Sequence[Float[Tensor, "k c"]]) -> Float[Tensor, "k c"]:
         """The guided velocity, from those of each branch of `branches_at`."""
@@ -125,6 +137,13 @@ class Denoising:
         return flat.unflatten(0, self.shape) if self.shape else flat[0]
 
 
+class Joined(NamedTuple):
+    """The latents of denoisings that took a step together: `parts` are views of the `whole`, one for each."""
+
+    whole: Float[Tensor, "u w"]
+    parts: list[Float[Tensor, "k c"]]
+
+
 class Denoiser:
     """Takes solver steps. Denoisings of one solver step together, whatever their types, shapes and times.
 
@@ -135,14 +154,27 @@ class Denoiser:
     def __init__(self, model: Model, runner: Runner, halving: Halving, *, most_tokens: int):
         self.model, self.runner, self.halving, self.most_tokens = model, runner, halving, most_tokens
         self.evaluations = 0
-        self._laid: dict[tuple, SpanStream] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all layouts, and what follows from the weights."""
+        self._laid: dict[Hashable, SpanStream] = {}
+        self._joined: dict[tuple[Denoising, ...], Joined] = {}
+        self._table: ConditionTable | None = None
+        self._autocast: torch.dtype | None = None
 
     def step(self, denoisings: Sequence[Denoising]) -> list[tuple[Denoising, Exception]]:
         """One interval each. Adaptive and multi-step methods take all of their intervals at once, one denoising at a
         time. Returns those that failed, with their errors.
         """
         failed = []
-        for _, group in groupby(sorted(denoisings, key=_solver_key), key=_solver_key):
+        if (autocast := autocast_dtype(self.model.device)) != self._autocast:
+            self.reset()
+            self._autocast = autocast
+        together = set(denoisings)
+        self._joined = {key: it for key, it in self._joined.items() if together.issuperset(key)}
+        of_solver = attrgetter("solver_key")
+        for _, group in groupby(sorted(denoisings, key=of_solver), key=of_solver):
             members = list(group)
             if is_single_step(members[0].options.odeint_kwargs or {}):
                 for part in self._parts(members):
@@ -150,10 +182,6 @@ class Denoiser:
             else:
                 failed += [failure for each in members for failure in self.halving.run([each], self._solve_alone)]
         return failed
-
-    def reset(self) -> None:
-        """Forgets all layouts."""
-        self._laid = {}
 
     def _parts(self, denoisings: Sequence[Denoising]) -> Iterable[list[Denoising]]:
         part: list[Denoising] = []
@@ -168,72 +196,108 @@ class Denoiser:
         yield part
 
     def _step_together(self, denoisings: Sequence[Denoising]) -> None:
-        """One interval each, all in one flat vector. Times are numbers on the host."""
-        sizes = [it.x.numel() for it in denoisings]
-        rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], sizes, denoisings[0].x)
+        """One interval each, all in one tensor. Times are numbers on the host."""
+        method = (denoisings[0].options.odeint_kwargs or {})["method"]
+        self._look_ahead(denoisings, TABLEAUS[method].fractions)
+        start = self._join(denoisings)
+        rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], denoisings, start)
 
-        def derivative(fraction: float, flat: Tensor) -> Tensor:
-            return rates * self._velocity(denoisings, flat, sizes, [it.time_at(fraction) for it in denoisings])
+        def derivative(fraction: float, x: Tensor) -> Tensor:
+            return rates * self._velocity(denoisings, x, [it.time_at(fraction) for it in denoisings])
 
-        flat = torch.cat([it.x.flatten() for it in denoisings])
-        after = single_step((denoisings[0].options.odeint_kwargs or {})["method"], derivative, flat)
-        # clones, which keep no other latents alive; all are made before any denoising changes, so a failure leaves none
-        moved = [part.view_as(it.x).clone() for part, it in zip(after.split(sizes), denoisings, strict=True)]
-        for denoising, x in zip(denoisings, moved, strict=True):
+        after = single_step(method, derivative, start)
+        moved = Joined(
+            after, split(after, [it.x for it in denoisings])
+        )  # before any denoising changes, so a failure leaves none so
+        for denoising, x in zip(denoisings, moved.parts, strict=True):
             denoising.x = x
             denoising.step += 1
+        self._joined[tuple(denoisings)] = moved
+
+    def _look_ahead(self, denoisings: Sequence[Denoising], fractions: Sequence[float]) -> None:
+        """Computes what depends on times only for many evaluations to come, unless that is done already."""
+        needed = {(it.type, it.time_at(fraction)) for it in denoisings for fraction in fractions}
+        if self._table is None or not self._table.has(needed):
+            ahead = zip_longest(*(it.times_ahead(fractions) for it in denoisings))
+            times = dict.fromkeys(time for each in ahead for time in each if time is not None)
+            self._table = self.runner.tabulate(list(islice(times, max(len(needed), TIMES_AT_ONCE))))
+
+    def _join(self, denoisings: Sequence[Denoising]) -> Float[Tensor, "u w"]:
+        """The latents of all in one tensor: that of the step before if they were together there."""
+        known = self._joined.pop(tuple(denoisings), None)
+        if known is not None and all(it.x is part for it, part in zip(denoisings, known.parts, strict=True)):
+            return known.whole
+        self._joined = {}
+        return join([it.x for it in denoisings])
 
     def _solve_alone(self, denoisings: Sequence[Denoising]) -> None:
         [denoising] = denoisings
         times = torch.tensor(denoising.times, dtype=torch.float64, device="cpu").to(denoising.x)
 
-        def velocity(time: Tensor, flat: Tensor) -> Tensor:
-            made = self._velocity([denoising], flat, [flat.numel()], [float(time)])
+        def velocity(time: Tensor, x: Tensor) -> Tensor:
+            made = self._velocity([denoising], x, [float(time)])
             # an adaptive method may never finish on a velocity that is not finite
             if not made.isfinite().all():
                 raise ValueError("the velocity of a drawing is not finite")
             return made
 
-        after = integrate(velocity, denoising.x.flatten(), times, denoising.options.odeint_kwargs or {})
-        denoising.x, denoising.step = after.view_as(denoising.x).clone(), len(denoising.times) - 1
+        after = integrate(velocity, denoising.x, times, denoising.options.odeint_kwargs or {})
+        denoising.x, denoising.step = after.clone(), len(denoising.times) - 1
 
     def _velocity(
-        self, denoisings: Sequence[Denoising], flat: Tensor, sizes: Sequence[int], times: Sequence[float]
-    ) -> Tensor:
+        self, denoisings: Sequence[Denoising], x: Float[Tensor, "u w"], times: Sequence[float]
+    ) -> Float[Tensor, "u w"]:
         """The guided velocity of every denoising at its own time, from one forward pass over all of their branches."""
-        x = [part.view_as(it.x) for part, it in zip(flat.split(list(sizes)), denoisings, strict=True)]
         branches = [it.branches_at(time) for it, time in zip(denoisings, times, strict=True)]
-        owners = [i for i, own in enumerate(branches) for _ in own]
-        laid = self._lay_out([branch for own in branches for branch in own], [denoisings[i] for i in owners])
-        every = iter(self.runner.velocities(laid, [x[i] for i in owners], [times[i] for i in owners]))
+        # all conditional branches first, then all of the next kind
+        order = [
+            (owner, own[rank])
+            for rank in range(max(map(len, branches)))
+            for owner, own in enumerate(branches)
+            if rank < len(own)
+        ]
+        laid = self._lay_out(denoisings, order)
+        every = self.runner.velocities(laid, x, [times[owner] for owner, _ in order], self._table)
         self.evaluations += 1
-        velocities = []
-        for denoising, own in zip(denoisings, branches, strict=True):
-            denoising.velocity = denoising.combine([next(every) for _ in own])
+        if len({(len(own), it.guidance) for own, it in zip(branches, denoisings, strict=True)}) == 1:
+            parts = [every] if len(every) == len(x) else every.unflatten(0, (-1, len(x))).unbind()
+            velocity = denoisings[0].combine(parts)
+        else:
+            velocity = _combined(denoisings, order, every)
+        for denoising, part in zip(denoisings, split(velocity, [it.x for it in denoisings]), strict=True):
+            denoising.velocity = part
             denoising.num_evaluations += 1
-            velocities.append(denoising.velocity.flatten())
-        return torch.cat(velocities)
+        return velocity
 
-    def _lay_out(self, branches: Sequence[Branch], owners: Sequence[Denoising]) -> SpanStream:
+    def _lay_out(self, denoisings: Sequence[Denoising], order: Sequence[tuple[int, Branch]]) -> SpanStream:
         """The stream of these branches, used again until they or their rows change."""
-        key = tuple((branch, branch.past, it.type, it.shape) for branch, it in zip(branches, owners, strict=True))
+        key = (tuple(denoisings), tuple(order))
         laid = self._laid.pop(key, None)
         if laid is None or not self.runner.is_current(laid.rows, laid.stamp):
-            pieces = [Modality(it.type, it.latents()) for it in owners]
-            laid = self.runner.lay_out(branches, pieces)
+            pieces = [Modality(it.type, it.x, axes=it.shape) for it in denoisings]
+            laid = self.runner.lay_out([branch for _, branch in order], [owner for owner, _ in order], pieces)
             # void ones hold memory that the cache has freed
             self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it.rows, it.stamp)}
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])
         return laid
 
 
-def _rates(intervals: Sequence[float], sizes: Sequence[int], like: Tensor) -> float | Float[Tensor, " n"]:
-    """The length of the interval of every number, or one for all."""
+def _combined(
+    denoisings: Sequence[Denoising], order: Sequence[tuple[int, Branch]], every: Float[Tensor, "v w"]
+) -> Float[Tensor, "u w"]:
+    """Guided velocities, where each denoising is guided in its own way."""
+    parts = split(every, [denoisings[owner].x for owner, _ in order])
+    by_owner: list[list[Tensor]] = [[] for _ in denoisings]
+    for (owner, _), part in zip(order, parts, strict=True):
+        by_owner[owner].append(part)
+    return join([it.combine(own) for it, own in zip(denoisings, by_owner, strict=True)])
+
+
+def _rates(
+    intervals: Sequence[float], denoisings: Sequence[Denoising], joined: Float[Tensor, "u w"]
+) -> float | Float[Tensor, "u 1"]:
+    """The length of the interval of every row, or one for all."""
     if len(set(intervals)) == 1:
         return intervals[0]
-    lengths = torch.tensor(sizes, device="cpu")
-    return torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(lengths).to(like)
-
-
-def _solver_key(denoising: Denoising) -> Any:
-    return denoising.solver_key
+    rows = torch.tensor([it.x.numel() // joined.shape[1] for it in denoisings], device="cpu")
+    return torch.tensor(intervals, dtype=torch.float64, device="cpu").repeat_interleave(rows)[:, None].to(joined)

@@ -30,13 +30,15 @@ from transfusion_pytorch.generation.options import (
     seeds_of,
     takes_sampling_options,
 )
-from transfusion_pytorch.generation.plan import Plan, resolve, shape_of
 from transfusion_pytorch.generation.request import RequestState
+from transfusion_pytorch.generation.resolve import resolve, shape_of
 from transfusion_pytorch.generation.runner import CachedRunner
 from transfusion_pytorch.generation.scheduler import Limits, Scheduler
 from transfusion_pytorch.sequence.checks import check_int, check_number
+from transfusion_pytorch.sequence.hashing import content_key
+from transfusion_pytorch.sequence.plan import Plan
 from transfusion_pytorch.sequence.prompts import Prompt, parse_prompt, split_unfinished_modality
-from transfusion_pytorch.sequence.samples import Modality, Text
+from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -315,6 +317,7 @@ class Engine:
         model, vocabulary = self._view, self.model.vocabulary
         negative = negative_prompts_of(options.negative_prompt, len(prompts))
         parsed = [parse_prompt(prompt, vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        parsed = [[self._with_key(piece) for piece in pieces] for pieces in parsed]
         resolved = resolve(replace(options, negative_prompt=negative[0]), model)
         each = [resolved] * len(prompts)
         if any(one is not negative[0] for one in negative):
@@ -329,6 +332,13 @@ class Engine:
         _warn_of_long_prompts(requests)
         self._requests.update(requests)
         return requests
+
+    def _with_key(self, piece: Piece) -> Piece:
+        """Latents that are on the CPU get their key there; what an encoder makes of equal data may differ."""
+        if not isinstance(piece, Modality) or piece.tensor.device.type != "cpu":
+            return piece
+        is_latent = piece.is_encoded or self.model.modalities[piece.type].encoder is None
+        return piece._replace(key=content_key(piece.tensor)) if is_latent else piece
 
     def _check_room(self, requests: Sequence[RequestState]) -> None:
         most = self.limits.max_cache_tokens

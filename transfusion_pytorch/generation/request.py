@@ -22,17 +22,10 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.plan import (
-    ModalityPart,
-    Plan,
-    TextPart,
-    axes_of,
-    initial_noise,
-    most_latents,
-    shape_of,
-)
+from transfusion_pytorch.generation.resolve import axes_of, initial_noise, most_latents, shape_of, times_of
 from transfusion_pytorch.generation.runner import Model
 from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
+from transfusion_pytorch.sequence.plan import ModalityPart, Plan, TextPart
 from transfusion_pytorch.sequence.prompts import Prompt, without_text
 from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_ids, as_text, mark, merge_texts
 from transfusion_pytorch.sequence.vocabulary import format_shape
@@ -194,16 +187,18 @@ class RequestState:
 
     def accept(self, token: int, log_probability: float | None = None) -> None:
         """Appends a chosen id, which was `allowed`, and does what follows from it."""
+        shape = None
+        if token in self.vocabulary.som:  # with a user's parser, before anything changes: it may be interrupted
+            shape = self._written_shape(self.vocabulary.som.index(token), self.opening or "")
         self.num_chosen += 1
         is_planned = self.opening is None and isinstance(self._planned, TextPart)
         if is_planned and token == self.vocabulary.meta:
             self._leave_part()
             return
-        opening, self.opening = self.opening, self.grammar.advance(self.opening, token)
+        self.opening = self.grammar.advance(self.opening, token)
         self._append_id(token, log_probability)
         if token in self.vocabulary.som:
-            modality = self.vocabulary.som.index(token)
-            self._try_to_draw(modality, self._written_shape(modality, opening or ""))
+            self._try_to_draw(self.vocabulary.som.index(token), shape)
         elif token == self.vocabulary.eos and self.is_framed:
             self.end(EndReason.EOS)
         elif token in self.options.stop_ids:
@@ -232,7 +227,7 @@ class RequestState:
         """Appends the clean latents, which are read next, like anything else that was written."""
         it = self.denoising
         assert it is not None
-        piece = Modality(it.type, it.latents().to(self.model.dtype))
+        piece = Modality(it.type, it.latents().to(self.model.dtype, copy=True))  # no view that keeps others alive
         if self.is_observed:
             self.events.append(FinishedModality(self.num_modalities, it.num_evaluations))
         self.denoising = None
@@ -293,7 +288,7 @@ class RequestState:
         if options.init_modality is not None and number == self.num_given:
             denoising = Denoising.edit(options, noise, self.branch)
         else:
-            denoising = Denoising.begin(modality, shape, options, noise, self.branch)
+            denoising = Denoising(modality, shape, options, noise, times_of(options), self.branch)
         if options.modality_cfg_scale != 1 and number:
             denoising.without_all = self._branch_without_all(modality, shape)
         has_text = bool(self.num_text) or options.negative_prompt is not None

@@ -4,18 +4,21 @@ r branches, k latents of a span, c their channels, d model.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
+from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
+from transfusion_pytorch.sequence.hashing import content_key
+from transfusion_pytorch.sequence.joined import JoinedSpans
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
@@ -29,6 +32,7 @@ class Model(Protocol):
     vocabulary: Any
     modalities: Any
     transformer: Any
+    text_embedding: Any
     odeint_kwargs: dict[str, Any]
     fallback_to_default_shape_if_invalid: bool
     prob_uncond: float
@@ -41,7 +45,10 @@ class Model(Protocol):
     def encode(self, samples: Sequence[Sequence[Piece]], name: str = "sample") -> list[list[Piece]]: ...
     def decode(self, samples: Sequence[Sequence[Piece]], *, raw: bool = False) -> list[list[Any]]: ...
     def with_positions(self, stream: TokenStream) -> TokenStream: ...
-    def forward_stream(self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None) -> Any: ...
+    def forward_stream(
+        self, stream: TokenStream, latents: dict[int, Tensor], t: Tensor, cache: Any = None, conditioning: Any = None
+    ) -> Any: ...
+    def condition(self, modality: Tensor, t: Tensor) -> Tensor: ...
     def velocities(self, output: Any, stream: TokenStream, x_t: dict[int, Tensor], t: Tensor) -> dict[int, Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -50,16 +57,23 @@ class Model(Protocol):
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    - `spans`: where they are in its span table; `history`: latents by type of the modalities before them, if it has any
+    - `spans`: where each branch's span is in the span table; `joined`: how latents and velocities get in and out
     - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
-    history: dict[int, Tensor]
-    spans: list[int]
+    spans: Sequence[int]
+    joined: JoinedSpans
     view: Any = None
     rows: Sequence[Any] = ()
     stamp: Hashable = None
+
+    def times_of_spans(self, times: Sequence[float]) -> list[float]:
+        """The time of every span of the stream, from those of the branches; what was there before is clean."""
+        every = [CLEAN] * len(self.stream.spans)
+        for span, time in zip(self.spans, times, strict=True):
+            every[span] = time
+        return every
 
 
 class Prefix(NamedTuple):
@@ -84,8 +98,7 @@ class CachedRunner:
 
     def prepare(self) -> None:
         """Sets the type of the cache to that of the forward pass, which autocast may change."""
-        kind = self.model.device.type
-        self.cache.set_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype)
+        self.cache.set_dtype(autocast_dtype(self.model.device) or self.model.dtype)
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens of the cache that branches of these lengths take."""
@@ -243,8 +256,11 @@ class CachedRunner:
 
     def _step(self, state: BatchState) -> Decoded:
         """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
-        hidden = self.model.forward_stream(state.stream, {}, state.no_times, state.view).hidden
-        logits = self.model.logits(hidden)
+        model, stream = self.model, state.stream
+        hidden = model.transformer(  # `forward_stream` without what it does for spans
+            model.text_embedding(stream.token), position=stream.position, layout=stream.layout, cache=state.view
+        )
+        logits = model.logits(hidden)
         return Decoded(hidden, logits, None if state.has_processors else state.choose(logits))
 
     def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
@@ -256,9 +272,19 @@ class CachedRunner:
 
     # velocities
 
-    def lay_out(self, branches: Sequence[Branch], spans: Sequence[Modality]) -> SpanStream:
-        """The stream of one span behind each branch. Nothing of it is committed."""
-        sizes = list(map(self._num_tokens, spans))
+    def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
+        """What spans of these types at these times take from the network besides attention, computed together."""
+        model = self.model
+        types = torch.tensor([type for type, _ in times], device="cpu").to(model.device, non_blocking=True)
+        conditions = model.condition(types, _as_times(model, [time for _, time in times]))
+        return ConditionTable(model.transformer, times, conditions)
+
+    def lay_out(self, branches: Sequence[Branch], owners: Sequence[int], joined: Sequence[Modality]) -> SpanStream:
+        """The stream of one span behind each branch: that of `joined[owners[i]]` behind branch i. Nothing of it is
+        committed.
+        """
+        pieces = [joined[owner] for owner in owners]
+        sizes = list(map(self._num_tokens, pieces))
         has_history = any(branch.past.length for branch in branches)
         if has_history:
             for branch, size in zip(branches, sizes, strict=True):
@@ -266,20 +292,26 @@ class CachedRunner:
             rows = [branch.row for branch in branches]
             self.cache.reserve(rows, sizes)
             self.cache.gather(sorted(rows, key=lambda row: row.index), at_end=True)
-        keys = [(span.type, span.shape, *_place(branch)) for branch, span in zip(branches, spans, strict=True)]
+        keys = [(piece.type, piece.shape, *_place(branch)) for branch, piece in zip(branches, pieces, strict=True)]
         order = sorted(range(len(branches)), key=keys.__getitem__)
-        samples, past = [[spans[i]] for i in order], [branches[i].past for i in order]
-        stream = self.model.pack_stream(samples, past).to(self.model.device)
-        locations, stream = _inverse(order), self.model.with_positions(stream)
+        samples, past = [[pieces[i]] for i in order], [branches[i].past for i in order]
+        stream = self.model.with_positions(self.model.pack_stream(samples, past).to(self.model.device))
+        spans = _inverse(order)
+        laid = SpanStream(stream, spans, JoinedSpans.of(stream, spans, owners, joined, {}))
         if not has_history:
-            return SpanStream(stream, {}, locations)
+            return laid
         rows = [branches[i].row for i in order]
-        view = self._view(rows, stream)
-        return SpanStream(stream, {}, locations, view, rows, self.cache.stamp(rows))
+        return replace(laid, view=self._view(rows, stream), rows=rows, stamp=self.cache.stamp(rows))
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
-        """The velocity of each span laid out, flat `(k, c)`, at its own time."""
-        return _evaluate(self.model, laid, x_t, times)
+    def velocities(
+        self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
+    ) -> Float[Tensor, "v w"]:
+        """The velocities of each branch's span, one behind the other, each at its own time."""
+        keys = list(zip(laid.stream.spans.types, laid.times_of_spans(times), strict=True))
+        if table is None or not table.has(keys):
+            return _evaluate(self.model, laid, x, times)
+        index = None if laid.stream.has_equal_spans else laid.stream.modulation_index
+        return _evaluate(self.model, laid, x, times, conditioning=table.conditioning(keys, index))
 
 
 class UncachedRunner:
@@ -331,15 +363,21 @@ class UncachedRunner:
         for branch, own in zip(state.branches, hidden.unbind(), strict=True):
             branch.mark_id_read(own)
 
-    def lay_out(self, branches: Sequence[Branch], spans: Sequence[Modality]) -> SpanStream:
-        samples = [[*branch.everything(), span] for branch, span in zip(branches, spans, strict=True)]
-        stream = self.model.pack_stream(samples).to(self.model.device)
-        owners = stream.spans.sample.tolist()
-        last = [max(row for row, owner in enumerate(owners) if owner == i) for i in range(len(branches))]
-        return SpanStream(self.model.with_positions(stream), self.model.latents_by_type(samples), last)
+    def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
+        return None
 
-    def velocities(self, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
-        return _evaluate(self.model, laid, x_t, times)
+    def lay_out(self, branches: Sequence[Branch], owners: Sequence[int], joined: Sequence[Modality]) -> SpanStream:
+        samples = [[*branch.everything(), joined[owner]] for branch, owner in zip(branches, owners, strict=True)]
+        stream = self.model.with_positions(self.model.pack_stream(samples).to(self.model.device))
+        samples_of = stream.spans.sample.tolist()
+        last = [max(span for span, sample in enumerate(samples_of) if sample == i) for i in range(len(branches))]
+        history = self.model.latents_by_type(samples)
+        return SpanStream(stream, last, JoinedSpans.of(stream, last, owners, joined, history))
+
+    def velocities(
+        self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
+    ) -> Float[Tensor, "v w"]:
+        return _evaluate(self.model, laid, x, times)
 
 
 Runner = CachedRunner | UncachedRunner
@@ -351,11 +389,11 @@ def create_runner(model: Model, *, cache_kv: bool = True) -> Runner:
 
 
 def fingerprint(pieces: Iterable[Piece]) -> Hashable:
-    """Equal for equal pieces, to the bit."""
+    """Equal for equal pieces, to the bit. Latents without a `key` are read back from their device."""
     return tuple(
         tuple(piece.ids.tolist())
         if isinstance(piece, Text)
-        else (piece.type, piece.shape, piece.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else (piece.type, piece.shape, piece.key or content_key(piece.tensor))
         for piece in pieces
     )
 
@@ -377,23 +415,22 @@ def _clean_times(model: Model, stream: TokenStream) -> Tensor:
     return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
 
 
-def _evaluate(model: Model, laid: SpanStream, x_t: Sequence[Tensor], times: Sequence[float]) -> list[Tensor]:
-    spans = laid.stream.spans
-    now, at = dict(zip(laid.spans, x_t, strict=True)), dict(zip(laid.spans, times, strict=True))
-    every_time = [at.get(span, CLEAN) for span in range(len(spans))]
-    t = torch.tensor(every_time, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
-    latents = {}
-    for modality in sorted(set(spans.types)):
-        members = spans.of_type(modality)
-        every = (_split(laid.history[modality], spans, members) if modality in laid.history else {}) | now
-        latents[modality] = torch.cat([every[span] for span in members])
-    output = model.forward_stream(laid.stream, latents, t, laid.view)
-    velocities = model.velocities(output, laid.stream, latents, t)
-    by_span: dict[int, Tensor] = {}
-    for modality, flat in velocities.items():
-        by_span |= _split(flat, spans, spans.of_type(modality))
-    return [by_span[span] for span in laid.spans]
+def _as_times(model: Model, times: Sequence[float]) -> Float[Tensor, " m"]:
+    if len(set(times)) == 1:  # nothing is uploaded
+        return torch.full((len(times),), times[0], device=model.device, dtype=model.precision)
+    return torch.tensor(times, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
 
 
-def _split(flat: Tensor, spans: Any, members: list[int]) -> dict[int, Tensor]:
-    return dict(zip(members, flat.split([spans.sizes[span] for span in members]), strict=True))
+def _evaluate(
+    model: Model, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], **made: Any
+) -> Float[Tensor, "v w"]:
+    """One forward pass. `made` is what follows from the times, where it was computed before."""
+    t, latents = _as_times(model, laid.times_of_spans(times)), laid.joined.latents(x)
+    output = model.forward_stream(laid.stream, latents, t, laid.view, **made)
+    return laid.joined.join(model.velocities(output, laid.stream, latents, t), x.shape[1])
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type of products under autocast, None without."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None

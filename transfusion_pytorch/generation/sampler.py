@@ -133,6 +133,13 @@ def log_probabilities(logits: Shaped[Tensor, "r v"], tokens: Int[Tensor, " r"]) 
     return _precise(logits).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
 
 
+def to_host(tokens: Int[Tensor, " r"], log_p: Float[Tensor, " r"]) -> tuple[list[int], list[float]]:
+    """Both in one copy: ids and the bits of log-probabilities as integers of one size."""
+    bits = log_p.view(torch.int64 if log_p.dtype == torch.float64 else torch.int32)
+    both = torch.stack((tokens.to(bits.dtype), bits)).cpu()
+    return both[0].tolist(), both[1].view(log_p.dtype).tolist()
+
+
 def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
     """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64

@@ -19,7 +19,7 @@ from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.generation.request import Phase, RequestState
 from transfusion_pytorch.generation.runner import Model, create_runner
-from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities
+from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, to_host
 
 
 class Limits(NamedTuple):
@@ -195,9 +195,11 @@ class Scheduler:
         tokens = decoded.tokens
         if tokens is None:
             tokens = state.choose(self._processed(decoded.logits, state.requests))
-        wants = any(request.log_probabilities is not None for request in state.requests)
-        log_p = log_probabilities(decoded.logits, tokens).tolist() if wants else None
-        chosen = tokens.tolist()  # the one copy back to the host
+        log_p = None
+        if any(request.log_probabilities is not None for request in state.requests):
+            chosen, log_p = to_host(tokens, log_probabilities(decoded.logits, tokens))
+        else:
+            chosen = tokens.tolist()
         state.count_step()
         return chosen, log_p
 

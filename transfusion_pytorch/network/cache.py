@@ -135,10 +135,6 @@ class KVCache:
         block.rows.pop()
         self._shrink(block)
 
-    def reset(self) -> None:
-        """Frees all memory. Rows that were acquired are void."""
-        self.blocks = {}
-
     def set_dtype(self, dtype: torch.dtype) -> None:
         """From now on keys and values are stored in this type."""
         if dtype == self.dtype:

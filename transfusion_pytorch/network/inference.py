@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.evaluating import module_of
 from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
 from transfusion_pytorch.network.cpu.products import emulated
 from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
 from transfusion_pytorch.network.linear import is_plain_linear
-from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, PlainNorm, RMSNorm
+from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, IndexedModulation, PlainNorm, RMSNorm
 from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
 from transfusion_pytorch.sequence.positions import rotate
@@ -54,19 +55,27 @@ def _is_plain(layer: Any) -> bool:
 
 
 class Modulations(NamedTuple):
-    """Scale, shift and gate of every norm, in the order of the layers. Text has no shift."""
+    """Scale, shift and gate of every norm, in the order of the layers. Text has no shift.
+
+    Spans have a row each, `(m, 1, d)`, or the tokens look them up by their `index` `(n)` in `(m, d)`.
+    """
 
     scale: Sequence[Tensor]
     shift: Sequence[Tensor] | None
     gate: Sequence[Tensor]
+    index: Tensor | None = None
 
     def normed(self, x: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
         if self.shift is None:
             return F.layer_norm(x, x.shape[-1:], weight=self.scale[i], eps=LAYER_NORM_EPS)
-        return torch.addcmul(self.shift[i], F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), self.scale[i])
+        normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        return torch.addcmul(self._of_tokens(self.shift[i]), normed, self._of_tokens(self.scale[i]))
 
-    def add(self, x: Shaped[Tensor, "... d"], out: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
-        return torch.addcmul(x, out, self.gate[i])
+    def add_gated(self, x: Shaped[Tensor, "... d"], out: Tensor, i: int) -> Shaped[Tensor, "... d"]:
+        return torch.addcmul(x, out, self._of_tokens(self.gate[i]))
+
+    def _of_tokens(self, rows: Tensor) -> Tensor:
+        return rows if self.index is None else rows.index_select(0, self.index)
 
 
 class RMSGains(NamedTuple):
@@ -78,7 +87,7 @@ class RMSGains(NamedTuple):
     def normed(self, x: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
         return F.rms_norm(x, x.shape[-1:], weight=self.gain[i], eps=self.eps)
 
-    def add(self, x: Shaped[Tensor, "... d"], out: Shaped[Tensor, "... d"], i: int) -> Shaped[Tensor, "... d"]:
+    def add_gated(self, x: Shaped[Tensor, "... d"], out: Tensor, i: int) -> Shaped[Tensor, "... d"]:
         return x + out
 
 
@@ -134,16 +143,16 @@ def run_layers(
     rotation = phases if torch.compiler.is_compiling() else torch.view_as_complex(phases)[:, None]
     modulations = prepared.modulations(_norms(layers), conditioning)
     shape = x.shape
-    if conditioning is not None and conditioning.modulation_index is None:
-        x = x.unflatten(0, (len(conditioning.spans), -1))
+    if isinstance(modulations, Modulations) and modulations.shift is not None and modulations.index is None:
+        x = x.unflatten(0, (len(modulations.scale[0]), -1))
     skips: list[Tensor] = []
     for index, layer in enumerate(layers):
         if layer.skip is not None:
             x = x + F.linear(torch.cat((x, skips.pop()), dim=-1), layer.skip.weight)
         out = _attend(layer.attn, modulations.normed(x, 2 * index), prepared, rotation, plan, index)
-        x = modulations.add(x, out, 2 * index)
+        x = modulations.add_gated(x, out, 2 * index)
         out = _feed_forward(layer.ff, modulations.normed(x, 2 * index + 1))
-        x = modulations.add(x, out, 2 * index + 1)
+        x = modulations.add_gated(x, out, 2 * index + 1)
         if index < len(layers) // 2:
             skips.append(x)
     return x.view(shape)
@@ -188,12 +197,13 @@ def _norms(layers: Any) -> list[Any]:
 
 
 def _of_spans(norms: Sequence[Any], conditioning: Conditioning) -> Modulations:
+    if conditioning.modulations is not None:
+        made = [conditioning.modulations[module_of(norm)] for norm in norms]
+        scale, shift, gate = ([each[part] for each in made] for part in range(3))
+        return Modulations(scale, shift, gate, made[0].index if isinstance(made[0], IndexedModulation) else None)
     every = torch.stack([F.linear(conditioning.spans, it.to_modulation.weight, it.to_modulation.bias) for it in norms])
     scale, shift, gate = every.chunk(3, dim=-1)
-    scale = 1 + scale
-    if conditioning.modulation_index is None:
-        parts = (part[:, :, None].unbind() for part in (scale, shift, gate))  # one a span
-    else:
-        of_token = conditioning.modulation_index - 1
-        parts = ([each.index_select(0, of_token) for each in part] for part in (scale, shift, gate))
-    return Modulations(*parts)
+    index = conditioning.modulation_index
+    if index is None:
+        scale, shift, gate = (part[:, :, None] for part in (scale, shift, gate))
+    return Modulations((1 + scale).unbind(), shift.unbind(), gate.unbind(), None if index is None else index - 1)

@@ -3,7 +3,8 @@
 n tokens, m spans, t tokens of each of equally long spans, d model, c condition, a axes, f features.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.evaluating import module_of
 from transfusion_pytorch.network.cpu.elementwise import GatedAdd, ModulatedNorm
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.lookup import Segments, look_up
@@ -28,11 +30,14 @@ class Conditioning(NamedTuple):
     | text alone | None | `TextModulation`: one for all tokens |
     | spans of one length and no text (drawing) | `modulation_index` is None | `SpanModulation`: one a span |
     | anything else | `modulation_index`: 0 = text, i + 1 = span i | `IndexedModulation`: looked up by each token |
+
+    `modulations` of each norm, where they were made before (`conditions.py`).
     """
 
     spans: Float[Tensor, "m c"]
     modulation_index: Int[Tensor, " n"] | None
     segments: Segments | None = None
+    modulations: Mapping[Any, Any] | None = None
 
     def with_segments(self) -> "Conditioning":
         """For devices and compiled graphs where many tokens of one index cannot be added up one by one."""
@@ -195,7 +200,7 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, dim: int, dim_condition: int, *, has_gate: bool = True, reads: Reads = "both"):
         super().__init__()
-        self.dim, self.reads = dim, reads
+        self.dim, self.reads, self.has_gate = dim, reads, has_gate
         has_text = reads != "spans"
         self.text_scale = nn.Parameter(torch.zeros(dim)) if has_text else None
         self.text_gate = nn.Parameter(torch.zeros(dim)) if has_text and has_gate else None
@@ -212,6 +217,8 @@ class AdaptiveNorm(nn.Module):
         if conditioning is None:
             assert self.text_scale is not None
             return TextModulation(1 + self.text_scale, gate)
+        if conditioning.modulations is not None:
+            return conditioning.modulations[module_of(self)]
         assert self.to_modulation is not None
         projected = self.to_modulation(conditioning.spans)
         table = torch.cat((1 + projected[:, : self.dim], projected[:, self.dim :]), dim=-1)

@@ -75,6 +75,7 @@ class Modality(NamedTuple):
     - `is_learned`: it is noised and has a flow loss
     - `is_encoded`: `tensor` are latents although the modality has an encoder
     - `axes`: the axial shape of the latents while `tensor` is raw data
+    - `key`: equal for equal data, where it was made while that was on the CPU (`hashing.content_key`)
     """
 
     type: int
@@ -83,6 +84,7 @@ class Modality(NamedTuple):
     is_learned: bool = True
     is_encoded: bool = False
     axes: Shape | None = None
+    key: bytes | None = None
 
     @property
     def shape(self) -> Shape:

@@ -7,7 +7,6 @@ latents. Everything is built on the CPU, vectorised over pieces, and moved to th
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -85,10 +84,6 @@ class Spans(Moving):
     def of_type(self, modality: int) -> list[int]:
         """Which spans are of this type."""
         return [row for row, kind in enumerate(self.types) if kind == modality]
-
-    def shapes_of(self, modality: int) -> list[Shape]:
-        """The axial shapes of all latents of a type."""
-        return [self.shapes[i] for i in self.of_type(modality)]
 
     def placements(self) -> dict[int, Placement]:
         """Where the latents of each type stand, by type in ascending order."""
@@ -258,35 +253,6 @@ def _pack(
         placements=spans.placements(),
         lengths=lengths,
         past=past,
-        ignore_index=ignore_index,
-    )
-
-
-def pack_ids(samples: Sequence[Sequence[int]], past: Sequence[Past], *, ignore_index: int = -1) -> TokenStream:
-    """What `pack` makes of text that is only read, without labels. A step of decoding is an id for each sample, and
-    plain numbers are the fastest way to lay out so few.
-    """
-    lengths = tuple(map(len, samples))
-    token, sample, position, end = (
-        torch.tensor(list(chain.from_iterable(column)), device="cpu")
-        for column in (
-            samples,
-            ([i] * length for i, length in enumerate(lengths)),
-            (range(row.position, row.position + length) for row, length in zip(past, lengths, strict=True)),
-            (range(row.length + 1, row.length + length + 1) for row, length in zip(past, lengths, strict=True)),
-        )
-    )
-    return TokenStream(
-        token=token,
-        sample=sample,
-        modulation_index=torch.zeros_like(token),
-        position=position,
-        label=torch.full_like(token, ignore_index),
-        layout=Layout(end=end, lengths=lengths, past=tuple(row.length for row in past)),
-        spans=NO_SPANS,
-        placements={},
-        lengths=lengths,
-        past=tuple(past),
         ignore_index=ignore_index,
     )
 

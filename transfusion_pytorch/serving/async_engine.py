@@ -28,9 +28,9 @@ class AsyncEngine:
             ...
     ```
 
-    A thread of its own steps the engine, and sleeps while there are no requests. All methods may be called from any
-    thread and any event loop, several at once; none blocks the event loop. Prompts, options and samples are those of
-    `Engine.submit`.
+    A thread of its own steps the engine, under the autocast in which this is created, and sleeps while there are no
+    requests. All methods may be called from any thread and any event loop, several at once; none blocks the event loop.
+    Prompts, options and samples are those of `Engine.submit`.
 
     - A client that leaves cancels its request: its task is cancelled, its stream closed, or forgotten.
     - A request that fails raises its error where it is awaited, and nowhere else.

@@ -4,10 +4,13 @@ import atexit
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 from weakref import WeakSet
+
+import torch
 
 from transfusion_pytorch.generation.engine import Engine, Request
 from transfusion_pytorch.generation.events import Ended
@@ -35,6 +38,7 @@ class EngineThread:
         self.ended: Future[None] = Future()
         self.ended.set_running_or_notify_cancel()  # a client that no longer waits for it cannot cancel it
         self.engine = engine
+        self._autocast = _autocast_of(engine)
         self._requests: dict[Mailbox, Request] = {}
         # put() of this queue may be called by the garbage collector, even while this very thread is inside of put()
         self._commands: SimpleQueue[Callable[[], Any]] = SimpleQueue()
@@ -86,12 +90,13 @@ class EngineThread:
     def _run(self) -> None:
         while self._is_open:
             try:
-                self._run_commands(wait=self.engine.is_idle)
-                self._cancel_abandoned()
-                if not self.engine.is_idle:
-                    self.engine.step()
-                self._tell_clients()
-                self.stats = self.engine.stats
+                with self._autocast():  # entered anew each time: it keeps converted weights, which may change
+                    self._run_commands(wait=self.engine.is_idle)
+                    self._cancel_abandoned()
+                    if not self.engine.is_idle:
+                        self.engine.step()
+                    self._tell_clients()
+                    self.stats = self.engine.stats
             except BaseException as error:  # whatever it is, nobody may wait for ever
                 self._recover(error)
         with self._lock:  # whoever is inside of `post` gets his command into the queue
@@ -195,6 +200,14 @@ class EngineThread:
 
 def _nothing() -> None:
     pass
+
+
+def _autocast_of(engine: Engine) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast of the current thread, for another one."""
+    kind = engine.model.device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext
+    return partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
 
 
 @atexit.register
