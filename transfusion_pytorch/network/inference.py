@@ -96,11 +96,13 @@ class PreparedLayers(NamedTuple):
 
     - `gains` of queries and keys for every layer, None where they are not normalised, and the epsilon of those norms
     - `text`: the modulations of text, None for layers that read none
+    - `precise`: the type that queries and keys are normalised and rotated in
     """
 
     gains: Sequence[Shaped[Tensor, "h_k f 2"]] | None
     eps: float
     text: Modulations | RMSGains | None
+    precise: torch.dtype
 
     @classmethod
     def of(cls, layers: Any) -> "PreparedLayers":
@@ -112,12 +114,13 @@ class PreparedLayers(NamedTuple):
             scales, gates = (torch.stack([getattr(it, name) for it in norms]) for name in ("text_scale", "text_gate"))
             text = Modulations((1 + scales).unbind(), None, (1 + gates).unbind())
         attns = [layer.attn for layer in layers]
+        dtype = precise(attns[0].to_out.weight.dtype)
         if attns[0].q_norm is None:
-            return cls(None, RMS_NORM_EPS, text)
+            return cls(None, RMS_NORM_EPS, text, dtype)
         both = torch.stack([norm.gain for attn in attns for norm in (attn.q_norm, attn.k_norm)])
-        both = both.to(precise(both.dtype)).view(len(attns), 2, 1, -1, 2)
+        both = both.to(dtype).view(len(attns), 2, 1, -1, 2)
         heads = (both[:, i].expand(-1, count, -1, -1) for i, count in enumerate((attns[0].heads, attns[0].kv_heads)))
-        return cls(torch.cat(tuple(heads), dim=1).unbind(), attns[0].q_norm.eps, text)
+        return cls(torch.cat(tuple(heads), dim=1).unbind(), attns[0].q_norm.eps, text, dtype)
 
     def modulations(self, norms: Sequence[Any], conditioning: Conditioning | None) -> Modulations | RMSGains:
         """Those of a stream of text alone (`conditioning` is None), or of spans alone."""
@@ -170,8 +173,7 @@ def _attend(
     qkv = F.linear(x, attn.to_qkv.weight, attn.to_qkv.bias).view(n, -1, e)
     qk, v = qkv.split((attn.heads + attn.kv_heads, attn.kv_heads), dim=1)
     qk = qk.unflatten(-1, (-1, 2))
-    dtype = precise(qk.dtype)
-    exact = qk if qk.dtype == dtype else qk.to(dtype)
+    exact = qk if qk.dtype == prepared.precise else qk.to(prepared.precise)
     if prepared.gains is not None:
         exact = F.rms_norm(exact, (e // 2, 2), eps=prepared.eps).mul_(prepared.gains[index])
     if torch.compiler.is_compiling():

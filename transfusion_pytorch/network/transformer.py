@@ -161,8 +161,9 @@ class Transformer(nn.Module):
             else make_layer(index, "both")
             for index in range(depth)
         )
-        norms = [make_norm(norm, dim, eps=norm_eps, reads=reads, has_gate=False) for reads in readers]
-        self.final_norm = nn.ModuleList(norms) if "norms" in self.untied else norms[0]
+        last_norm = partial(make_norm, norm, dim, eps=norm_eps, has_gate=False)
+        is_shared = "norms" not in self.untied
+        self.final_norm = last_norm() if is_shared else nn.ModuleList(last_norm(reads=reads) for reads in readers)
 
     def forward(
         self,
