@@ -8,6 +8,7 @@ from torch import nn
 
 from transfusion_pytorch import Transformer
 from transfusion_pytorch.network.experts import Routing
+from transfusion_pytorch.network.norms import Conditioning
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.training.parameters import hidden_matrices
 
@@ -142,6 +143,15 @@ def test_experts_without_tokens_are_left_out_unless_all_take_part():
     out.sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in absent)
     torch.testing.assert_close(out, model(x, **made.arguments(condition), routing=routing))
+
+
+def test_spans_of_one_length_need_no_index():
+    samples = ["AAA", "BBB", "AAA"]
+    model, (x, condition) = make(), inputs(samples)
+    made, _, routing = read_as_letters(samples)
+    arguments = dict(position=made.position, layout=made.layout, routing=routing)
+    alone = model(x, conditioning=Conditioning(condition, None), **arguments)
+    torch.testing.assert_close(alone, model(x, conditioning=made.conditioning(condition), **arguments))
 
 
 def test_later_modalities_share_the_last_expert():

@@ -82,6 +82,24 @@ def test_a_batch_is_its_samples(time, untied):
         torch.testing.assert_close(row[: len(alone)], alone)
 
 
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_modalities_of_one_size_are_drawn_together(time):
+    model = awake(begun(language_model(), time_conditioning=time, untied=True))
+    options = [dict(force_modality_at_start=(0, (2, 3))), dict(force_modality_at_start=(1, (6,)))]
+    engine = model.create_engine()
+    given = dict(max_length=12, modality_steps=2, cfg_scale=1.0, listen=False)
+    requests = [engine.submit(None, generator=seeded(), **given, **each) for each in options]
+    while not engine.is_idle:
+        engine.step()
+    for request, each in zip(requests, options, strict=True):
+        alone = model.sample(None, max_length=12, modality_steps=2, cfg_scale=1.0, generator=seeded(), **each)
+        torch.testing.assert_close(request.result()[1][1], alone[1][1])
+
+
 def test_text_is_as_the_tokenizer_makes_it():
     """No sos in front of text, and the eos of the language model behind it, once."""
     model = begun(language_model())
@@ -257,3 +275,10 @@ def test_transformers_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"transfusion-pytorch\[pretrained\]"):
         begun(theirs)
+
+
+def test_modalities_alone_have_no_tables_of_text():
+    model = Transfusion(num_text_tokens=0, dim_latent=3, transformer=dict(dim=16, depth=1, untied=True))
+    model(torch.randn(2, 4, 3), modality_type=0).backward()
+    with pytest.raises(ValueError, match="tie_embeddings needs text"):
+        Transfusion(num_text_tokens=0, dim_latent=3, tie_embeddings=True, transformer=dict(dim=16, depth=1))

@@ -171,9 +171,10 @@ def test_bad_samples_are_named():
 # FLOPs
 
 
-def test_flops_are_six_for_each_product_and_twelve_for_each_visible_key():
+@pytest.mark.parametrize("untied", [False, True, ["feedforward"]])
+def test_flops_are_six_for_each_product_and_twelve_for_each_visible_key(untied):
     """Against what runs: rows of every linear layer, counted by hooks, and the dense mask."""
-    model = tiny(trunk=dict(kv_heads=1)).eval()
+    model = tiny(trunk=dict(kv_heads=1, untied=untied)).eval()
     batch = model.packer()(ragged_batch())
     rows = defaultdict(int)
 

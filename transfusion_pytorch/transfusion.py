@@ -128,6 +128,8 @@ class Transfusion(
         check_probability(prob_uncond)
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative, all others are ids, got {ignore_index}")
+        if tie_embeddings and not num_text_tokens:
+            raise ValueError("tie_embeddings needs text, but num_text_tokens is 0")
         if eos_id is not None and not 0 <= eos_id < num_text_tokens:
             raise ValueError(f"eos_id must be an id of text, 0 to {num_text_tokens - 1}, got {eos_id}")
         self.transformer: Transformer = as_trunk(transformer, num_modalities=count_modalities(dim_latent))
@@ -177,7 +179,8 @@ class Transfusion(
     def _build_text_layers(self) -> None:
         """The embedding of ids, and the layer that makes logits; text has tables of its own where it may be frozen."""
         vocabulary, dim = self.vocabulary, self.dim
-        if vocabulary.is_framed and not self.tie_embeddings and not getattr(self.transformer, "untied", ()):
+        has_tables = not vocabulary.is_framed or self.tie_embeddings or getattr(self.transformer, "untied", ())
+        if not has_tables or not vocabulary.num_text:
             self.text_embedding: Any = nn.Embedding(vocabulary.size, dim)
             self.to_logits: Any = Linear(dim, vocabulary.num_logits, bias=False)
             return

@@ -91,10 +91,12 @@ class Routing(NamedTuple):
 
     def conditionings(self, conditioning: Conditioning) -> tuple[Conditioning | None, ...]:
         """What the tokens of each expert look up; None for those of text."""
-        index = conditioning.modulation_index
-        assert index is not None
+        spans, index = conditioning.spans, conditioning.modulation_index
+        if index is None:  # spans of one length, one behind the other
+            index = torch.arange(1, len(spans) + 1, device=spans.device)
+            index = index.repeat_interleave(sum(self.counts) // len(spans), output_size=sum(self.counts))
         indices = index.index_select(0, self._orders[0]).split(self.counts)
-        return (None, *(Conditioning(conditioning.spans, each) for each in indices[1:]))
+        return (None, *(Conditioning(spans, each) for each in indices[1:]))
 
     @property
     def _orders(self) -> tuple[Tensor, Tensor]:

@@ -237,13 +237,12 @@ class Transformer(nn.Module):
         parts = tuple(self.expand_streams(part) for part in routing.split(x))
         conditionings, routed = routing.conditionings(conditioning), RoutedAttention(plan, routing)
         made = self._through(self.layers, parts, conditionings, routing.split(phases), routed)
-        reduced = [self.reduce_streams(part) for part in made]
-        return routing.join(
-            [
-                self._normed(part, expert, conditionings[expert]) if expert in routing.taken else part
-                for expert, part in enumerate(reduced)
-            ]
-        )
+        parts = tuple(self.reduce_streams(part) for part in made)
+        if "norms" not in self.untied:
+            return self._normed(routing.join(parts), TEXT, conditioning)
+        taken = routing.taken
+        normed = [self._normed(part, i, conditionings[i]) if i in taken else part for i, part in enumerate(parts)]
+        return routing.join(normed)
 
     def layers_of(self, expert: int) -> Any:
         """The layers that read the tokens of one expert."""

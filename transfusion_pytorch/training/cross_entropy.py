@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.precision import precise, without_autocast, working_dtype
-from transfusion_pytorch.network.shortcuts import forces_plain_formulas
+from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
+from transfusion_pytorch.network.vocabulary_layers import TextLogits
 
 FEWEST_ROWS = 16  # of a chunk
 
@@ -40,9 +41,8 @@ def summed_cross_entropy(
     are made twice. Nothing is read from the device. Inside of `plain_formulas()` all logits are made at once.
     """
     rows = _rows_at_once(x, to_logits, chunk)
-    if rows < len(labels) and is_plain_linear(to_logits) and to_logits.bias is None:
-        wants_gradients = torch.is_grad_enabled()
-        return ChunkedCrossEntropy.apply(x, to_logits.weight, labels, weights, rows, wants_gradients)  # type: ignore[return-value]
+    if rows < len(labels) and (table := _table_of(to_logits)) is not None:
+        return ChunkedCrossEntropy.apply(x, *table, labels, weights, rows, torch.is_grad_enabled())  # type: ignore[return-value]
     losses = cross_entropy_per_target(x, to_logits, labels, chunk=chunk)
     return losses.sum() if weights is None else (losses * weights).sum()
 
@@ -60,6 +60,21 @@ def cross_entropy_per_target(
     if not torch.is_grad_enabled():
         return torch.cat([_losses(to_logits, *part) for part in parts])
     return torch.cat([checkpoint(_losses, to_logits, *part, use_reentrant=False) for part in parts])
+
+
+def _table_of(to_logits: nn.Module) -> tuple[Tensor, int] | None:
+    """The rows that all logits are products with, and how many of the first are frozen; None where a module is called
+    for them.
+    """
+    if is_plain_linear(to_logits) and to_logits.bias is None:
+        return to_logits.weight, 0
+    if not is_untouched(to_logits, TextLogits):
+        return None
+    text, markers = to_logits.text, to_logits.markers
+    if not (is_plain_linear(text) and is_plain_linear(markers)):  # type: ignore[arg-type]
+        return None
+    table = torch.cat((text.weight, markers.weight))[: to_logits.out_features]
+    return table, 0 if text.weight.requires_grad else len(text.weight)
 
 
 def _losses(to_logits: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -84,6 +99,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        frozen: int,  # rows of the weight whose gradients nobody wants
         labels: Tensor,
         weights: Tensor | None,
         rows: int,
@@ -116,9 +132,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad_x[start : start + rows] = slope @ table
                 if grad_weight is not None:
                     if grad_weight.dtype == dtype:
-                        grad_weight.addmm_(slope.t(), part)
+                        grad_weight[frozen:].addmm_(slope[:, frozen:].t(), part)
                     else:  # the product in low precision, its sum not
-                        grad_weight += slope.t() @ part
+                        grad_weight[frozen:] += slope[:, frozen:].t() @ part
         ctx.grads, ctx.dtypes = (grad_x, grad_weight), (x.dtype, weight.dtype)
         return total
 
@@ -136,4 +152,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             None if slope is None else slope.mul_(grad).to(dtype)
             for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from transfusion_pytorch.network.experts import TEXT, expert_of
 from transfusion_pytorch.network.layer import Attention
 from transfusion_pytorch.sequence.batch import Batch
 
@@ -33,22 +34,25 @@ class Flops(NamedTuple):
 
 
 class MultipliedWeights(NamedTuple):
-    """Elements of the matrices that each of these is multiplied with; `latents` by modality."""
+    """Elements of the matrices that each of these is multiplied with: `token` by those that all read, `expert` by those
+    of one expert; `latents` by modality.
+    """
 
     token: int
     span: int
     target: int
     latents: dict[int, int]
+    expert: dict[int, int]
 
     @classmethod
     def of(cls, model: nn.Module) -> "MultipliedWeights":
         """Linear layers alone: convolutions (of a U-Net) and frozen autoencoders are left out."""
-        sums: Counter[str | int] = Counter()
-        for name, module in model.named_modules():
+        sums: Counter[tuple[str, int]] = Counter()
+        for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, nn.Linear) and (kind := _multiplied_by(name)) is not None:
                 sums[kind] += module.weight.numel()
-        latents = {kind: number for kind, number in sums.items() if isinstance(kind, int)}
-        return cls(sums["token"], sums["span"], sums["target"], latents)
+        latents, expert = ({i: sums[kind, i] for kind, i in sums if kind == one} for one in ("latents", "expert"))
+        return cls(sums["token", 0], sums["span", 0], sums["target", 0], latents, expert)
 
 
 class FlopCounter:
@@ -63,14 +67,19 @@ class FlopCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = MultipliedWeights.of(model)
-        layers = (module for module in model.modules() if isinstance(module, Attention))
-        self.width = sum(layer.heads * layer.dim_head for layer in layers)  # of all layers together
+        names = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+        layers = [model.get_submodule(name) for name in names if _expert_in(name) in (None, 0)]
+        self.width = sum(int(layer.heads * layer.dim_head) for layer in layers)  # type: ignore[operator] - of all together
 
     def __call__(self, batch: Batch) -> Flops:
         stream, weights, tokens = batch.stream, self.weights, batch.num_tokens
         products = weights.token * tokens + weights.span * len(stream.spans) + weights.target * len(batch.targets.label)
+        num_experts, counts = max(len(weights.expert), 2), Counter({TEXT: tokens})
         for kind, placement in stream.placements.items():
             products += weights.latents.get(kind, 0) * len(placement.slots)
+            counts[TEXT] -= len(placement.slots)
+            counts[expert_of(kind, num_experts)] += len(placement.slots)
+        products += sum(weights.expert.get(expert, 0) * count for expert, count in counts.items())
         visible = int(stream.layout.end[:tokens].sum())  # stays on the CPU
         return Flops(6 * products, 12 * self.width * visible)
 
@@ -84,12 +93,23 @@ def peak_flops(device: torch.device | str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def _multiplied_by(name: str) -> str | int | None:
-    """A field of `MultipliedWeights`, or a modality, for the linear layer `modalities.0.adapter.to_model`."""
+def _multiplied_by(name: str) -> tuple[str, int] | None:
+    """A field of `MultipliedWeights`, and the modality or expert: for the linear layer `modalities.0.adapter.to_model`
+    ("latents", 0).
+    """
     parts = name.split(".")
     if parts[0] == "modalities":
         is_extra = {"positions", "encoder", "decoder"} & set(parts)  # positions are made once for each shape
-        return None if is_extra else int(parts[1])
+        return None if is_extra else ("latents", int(parts[1]))
     if parts[0] == "to_logits":
-        return "target"
-    return "span" if "to_modulation" in parts or parts[0] == "time_embedding" else "token"
+        return "target", 0
+    expert = _expert_in(name)
+    if "to_modulation" in parts or parts[0] == "time_embedding":
+        return None if expert == TEXT else ("span", 0)  # text has none, where it shares its norms
+    return ("token", 0) if expert is None else ("expert", expert)
+
+
+def _expert_in(name: str) -> int | None:
+    """The expert that a module belongs to, by its name `transformer.layers.0.experts.1.attn`."""
+    parts = name.split(".")
+    return int(parts[parts.index("experts") + 1]) if "experts" in parts else None
