@@ -12,10 +12,11 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
+from transfusion_pytorch.network.experts import RoutedAttention
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 Checkpointing = bool | Literal["selective"]
@@ -40,11 +41,11 @@ def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy)
 
 
-LayerCall = Callable[..., tuple[Tensor, Tensor | None]]
+LayerCall = Callable[..., tuple[Any, Any]]  # the residual streams and values of a layer, in parts if it is untied
 
 
 def layer_caller(
-    plan: AttentionPlan, checkpointing: Checkpointing, compile_options: Mapping[str, Any] | None
+    plan: AttentionPlan | RoutedAttention, checkpointing: Checkpointing, compile_options: Mapping[str, Any] | None
 ) -> LayerCall:
     """A function of a layer and its inputs. `compile_options` are those of `torch.compile`, None not to compile.
 
@@ -52,12 +53,13 @@ def layer_caller(
     """
     plain = forces_plain_formulas()
     call: LayerCall = _call_layer
-    if compile_options is not None and isinstance(plan, FlexAttention | DenseAttention) and not plain:
+    shared = plan.plan if isinstance(plan, RoutedAttention) else plan
+    if compile_options is not None and isinstance(shared, FlexAttention | DenseAttention) and not plain:
         call = compiled(compile_options)
     return partial(call, torch.is_grad_enabled() and not plain and checkpointing)
 
 
-def _call_layer(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+def _call_layer(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) -> tuple[Any, Any]:
     if not checkpointing:
         return layer(*inputs)
     contexts: dict[str, Any] = dict(context_fn=_selective_contexts) if checkpointing == "selective" else {}

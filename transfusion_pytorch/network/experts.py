@@ -41,7 +41,7 @@ class Routing(NamedTuple):
     @classmethod
     def of(
         cls,
-        slots: Mapping[int, Int[Tensor, " t"]],
+        slots: Mapping[int, Int[Tensor, " _"]],
         num_tokens: int,
         num_experts: int,
         *,
@@ -71,11 +71,11 @@ class Routing(NamedTuple):
         """The expert of all tokens, if they have one."""
         return self.taken[0] if self.order is None else None
 
-    def split(self, x: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "t ..."], ...]:
+    def split(self, x: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "_ ..."], ...]:
         """The tokens of each expert."""
         return self.to_experts(x).split(self.counts)
 
-    def join(self, parts: Sequence[Shaped[Tensor, "t ..."]]) -> Shaped[Tensor, "n ..."]:
+    def join(self, parts: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "n ..."]:
         """The inverse of `split`."""
         return self.to_stream(torch.cat(tuple(parts)))
 
@@ -137,9 +137,9 @@ class UntiedLayer(nn.Module):
 
     def forward(
         self,
-        x: Sequence[Shaped[Tensor, "r d"]],
-        skipped: Sequence[Shaped[Tensor, "r d"]] | None,
-        first_values: Sequence[Shaped[Tensor, "t k e"] | None] | None,
+        x: Sequence[Shaped[Tensor, "_ d"]],
+        skipped: Sequence[Shaped[Tensor, "_ d"]] | None,
+        first_values: Sequence[Shaped[Tensor, "_ k e"] | None] | None,
         conditioning: Sequence[Conditioning | None],
         phases: Sequence[Tensor],
         plan: Any,
@@ -186,7 +186,7 @@ def untied_layer(experts: Sequence[Layer], untied: Sequence[str]) -> UntiedLayer
 
 def permuted(x: Shaped[Tensor, "n ..."], order: Int[Tensor, " n"], inverse: Int[Tensor, " n"]) -> Tensor:
     """`x[order]`, where no row comes twice: its gradient is another permutation, not a sum."""
-    if forces_plain_formulas() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or forces_plain_formulas() or not torch.is_grad_enabled():
         return x.index_select(0, order)
     return Permutation.apply(x, order, inverse)  # type: ignore[return-value]
 
