@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from checks import no_typecheck
 from language_models import EOS, NUM_TEXT, begun, image, language_model, text
 from tiny import awake
 
@@ -219,9 +220,13 @@ def test_other_architectures_are_refused(tmp_path):
         begun(language_model(hidden_act="gelu"))
 
 
-def test_what_is_no_language_model_is_refused(tmp_path):
+@no_typecheck
+def test_a_language_model_is_a_module_or_a_name():
     with pytest.raises(TypeError, match="a folder, or the id of a repository, got int"):
         begun(3)
+
+
+def test_what_is_no_language_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         begun(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

@@ -218,7 +218,7 @@ class ModalityIO(nn.Module):
         latents: Float[Tensor, "k c"],
         shapes: Sequence[Shape],
         condition: Shaped[Tensor, "m d"],
-        positions: Shaped[Tensor, "t d"] | None = None,
+        positions: Shaped[Tensor, "p d"] | None = None,
     ) -> tuple[Shaped[Tensor, "t d"], Any]:
         """Flat latents of all spans to tokens, with their positions; and what `read` must see again. `positions` are
         those of `embed_positions`, where they were made before.
