@@ -73,6 +73,7 @@ ALLOWED["examples"] = [
     "data",
     "conversations",
     "modalities.unet",
+    "saving.files",
     "sequence.samples",
     "training.config",
     "training.launch",

@@ -7,6 +7,8 @@ import torch
 from language_models import NUM_TEXT, begun, image, language_model, text
 from safetensors.torch import load_file
 
+from transfusion_pytorch import Transfusion
+
 pytest.importorskip("transformers")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
@@ -69,3 +71,23 @@ def test_a_merged_adapter_samples_as_it_did():
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(batch, return_loss=False), hidden, rtol=1e-4, atol=1e-4)
     assert len(merged.sample(batch[0], max_length=20, force_modality_at_start=0, modality_steps=2)) >= 3
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("time", ["norms", "added", "token", "output"])
+def test_an_adapter_learns_times(time, untied):
+    model = begun(language_model(), untied=untied, time_conditioning=time)
+    adapted = trained(peft.get_peft_model(model, model.lora_config(rank=2)), steps=5).eval()
+    noise, sample = image().flatten(0, 1), [[text(3), image()]]
+    losses = [adapted(sample, times=t, noise=noise, reduction="span").flow for t in (0.1, 0.9)]
+    assert not torch.equal(*losses)  # noise and image are the same: only the time differs
+
+
+def test_a_merged_adapter_of_a_tied_model_is_saved_and_loaded(tmp_path):
+    model = begun(language_model("llama, tied"))
+    merged = trained(peft.get_peft_model(model, model.lora_config(rank=2))).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    batch = text(1, 6)
+    torch.testing.assert_close(
+        Transfusion.from_pretrained(tmp_path)(batch, return_loss=False), merged.eval()(batch, return_loss=False)
+    )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from checks import no_typecheck
 from language_models import EOS, NUM_TEXT, begun, image, language_model, text
 from tiny import awake
 
-from transfusion_pytorch import Condition, Transfusion
+from transfusion_pytorch import Condition, TextToken, TrainConfig, Trainer, Transfusion
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,12 +46,19 @@ def test_models_are_saved_and_loaded(tmp_path, time, untied):
         assert torch.equal(loaded(sample, **options), model(sample, **options))
 
 
-def test_tied_rows_stay_tied_through_files(tmp_path):
+def test_tied_rows_stay_tied(tmp_path):
     begun(language_model("llama, tied")).save_pretrained(tmp_path)
     loaded = Transfusion.from_pretrained(tmp_path)
-    assert loaded.to_logits.text.weight is loaded.text_embedding.text.weight
-    copied = copy.deepcopy(loaded)
-    assert copied.to_logits.markers.weight is copied.text_embedding.markers.weight
+    trunk = dict(dim=48, depth=1, norm="rms")
+    with torch.device("meta"):
+        blank = Transfusion(**loaded.constructor_arguments() | dict(transformer=trunk))
+    blank.to_empty(device="cpu").reset_parameters()
+    for model in (loaded, copy.deepcopy(loaded), blank):
+        before = model.to_logits(torch.ones(1, 48)).detach()
+        with torch.no_grad():
+            model.text_embedding.text.weight.add_(1.0)
+            model.text_embedding.markers.weight.add_(1.0)
+        torch.testing.assert_close(model.to_logits(torch.ones(1, 48)), before + 48)
 
 
 # samples
@@ -129,6 +137,42 @@ def test_its_own_id_ends_a_sample():
     assert model.generate_text_only(text(1, 4), 8, temperature=0.0).tolist() == [[EOS] * 4]
 
 
+def test_a_sample_that_began_from_nothing_is_a_prompt_and_a_sample():
+    model = awake(begun(language_model()))
+    options = dict(text_temperature=0.0, allowed_modalities=())
+    short, long = (model.sample(None, max_length=most, **options) for most in (8, 16))
+    assert short[0][0] == model.sos_id
+    again = model.sample(list(short), max_length=16, **options)
+    assert again[0].tolist() == long[0].tolist()
+    packed = model.packer()([list(short)]).stream.token.tolist()
+    assert packed[: len(short[0])] == short[0].tolist()
+
+
+def test_the_end_of_text_is_no_caption_and_no_event():
+    model = begun(language_model()).eval()
+    end = torch.tensor([EOS])
+    for sample, is_captioned in (([image()], False), ([image(), end], False), ([image(), text(2)], True)):
+        assert model.packer()([sample]).stream.spans.is_captioned.tolist() == [is_captioned]
+    events = list(model.sample_stream([text(2)], plan=[0], modality_steps=1, max_length=40))
+    assert events[-1].sample[-1][-1] == EOS
+    assert not [event for event in events if isinstance(event, TextToken)]
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("untied", [False, True, ["norms"]])
+def test_padded_text_is_read_as_it_is(time, untied):
+    model = awake(begun(language_model(), time_conditioning=time, untied=untied))
+    batch = [[text(7)], [text(5, seed=1)]]
+    padded = model.packer(token_budget=64)(batch)
+    torch.testing.assert_close(model(padded, return_loss=False), model(batch, return_loss=False))
+
+
+def test_batches_of_models_with_other_times_are_refused():
+    batch = begun(language_model()).packer()([[text(3), image()]])
+    with pytest.raises(ValueError, match="packed"):
+        begun(language_model(), time_conditioning="token")(batch)
+
+
 def test_markers_are_never_written_in_plain_text():
     model = awake(begun(language_model()))
     with torch.no_grad():
@@ -193,6 +237,23 @@ def test_frozen_text_stays_the_same_to_the_bit(family, time):
     assert torch.equal(model.generate_text_only(batch, 30, temperature=0.0), written)
     assert {name.split(".")[4] for name in names if name.startswith("transformer.layers")} == {"1", "2"}
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
+
+
+@pytest.mark.parametrize("options", [{}, dict(untied=True, freeze_text=True), dict(untied=["feedforward"])])
+def test_runs_with_shared_weights_go_on_where_they_stopped(tmp_path, options):
+    data = [[text(5), image()], [text(6)]] * 8
+    config = TrainConfig(steps=4, batch_size=4, save_every=2, ema_beta=None, validate_every=0, sample_every=0)
+
+    def run():
+        return Trainer(begun(language_model("llama, tied"), **options), data, config, folder=tmp_path)
+
+    whole = run()
+    whole.fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
+    resumed = run()
+    resumed.fit(resume=True)
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, whole.model.get_parameter(name)), name
 
 
 def test_text_that_shares_its_layers_cannot_be_frozen():
@@ -287,3 +348,28 @@ def test_modalities_alone_have_no_tables_of_text():
     model(torch.randn(2, 4, 3), modality_type=0).backward()
     with pytest.raises(ValueError, match="tie_embeddings needs text"):
         Transfusion(num_text_tokens=0, dim_latent=3, tie_embeddings=True, transformer=dict(dim=16, depth=1))
+
+
+def test_wrong_choices_are_refused_before_anything_is_loaded():
+    theirs = language_model()
+    for options, error, message in (
+        (dict(num_experts=2), ValueError, "num_experts=2 are of untied weights"),
+        (dict(gguf_file="x.gguf"), ValueError, "the language model is a module already"),
+        (dict(dtype=torch.int32), TypeError, "dtype must be a floating point type"),
+        (dict(eos_id=2.5), TypeError, "eos_id must be an int"),
+    ):
+        with pytest.raises(error, match=message):
+            begun(theirs, **options)
+    with pytest.raises(ValueError, match="meta device, without numbers"):
+        begun(theirs.to("meta"))
+    blank = Transfusion(num_text_tokens=0, dim_latent=3, transformer=dict(dim=16, depth=1, untied=True))
+    with pytest.raises(ValueError, match="the model has no text"):
+        blank.freeze_text()
+
+
+def test_cut_off_files_are_named(tmp_path):
+    language_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        begun(tmp_path)

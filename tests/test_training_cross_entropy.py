@@ -7,7 +7,7 @@ from torch import nn
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.network.cpu import products
-from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
+from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits, TiedLogits
 from transfusion_pytorch.training.cross_entropy import (
     cross_entropy_per_target,
     logits_at_once,
@@ -52,12 +52,13 @@ def test_each_target_has_its_weight(chunk):
 def test_text_and_markers_in_tables_of_their_own(chunk, is_tied, is_frozen):
     x, _, labels = inputs(100)
     embedding = TextEmbedding(WORDS - 8, 9, DIM).double()
-    to_logits = TextLogits(WORDS - 8, 8, DIM, tied=embedding if is_tied else None).double()
-    to_logits.text.requires_grad_(not is_frozen)
+    to_logits = TiedLogits(embedding, 8) if is_tied else TextLogits(WORDS - 8, 8, DIM).double()
+    module = embedding if is_tied else to_logits
+    module.text.requires_grad_(not is_frozen)
     whole = F.cross_entropy(to_logits(x), labels, reduction="sum")
     ours = summed_cross_entropy(x, to_logits, labels, chunk=chunk)
     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-11)
-    leaves = [x, *(parameter for parameter in to_logits.parameters() if parameter.requires_grad)]
+    leaves = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
     assert len(leaves) == 2 + (not is_frozen)
     expected, got = (torch.autograd.grad(2.5 * loss, leaves) for loss in (whole, ours))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)

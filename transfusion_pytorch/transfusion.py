@@ -26,13 +26,13 @@ from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import TimeEmbedding
 from transfusion_pytorch.network.transformer import Transformer, as_trunk, check_trunk
-from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
+from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits, TiedLogits
 from transfusion_pytorch.pretrained.methods import LanguageModelMethods
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
-from transfusion_pytorch.sequence.samples import Piece, Shape
+from transfusion_pytorch.sequence.samples import Piece, Shape, is_int
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
 from transfusion_pytorch.sequence.vocabulary import MarkerIds, Vocabulary
 from transfusion_pytorch.training.distributed import Processes, training_processes
@@ -130,6 +130,8 @@ class Transfusion(
             raise ValueError(f"ignore_index must be negative, all others are ids, got {ignore_index}")
         if tie_embeddings and not num_text_tokens:
             raise ValueError("tie_embeddings needs text, but num_text_tokens is 0")
+        if eos_id is not None and not is_int(eos_id):
+            raise TypeError(f"eos_id must be an int, got {type(eos_id).__name__}")
         if eos_id is not None and not 0 <= eos_id < num_text_tokens:
             raise ValueError(f"eos_id must be an id of text, 0 to {num_text_tokens - 1}, got {eos_id}")
         self.transformer: Transformer = as_trunk(transformer, num_modalities=count_modalities(dim_latent))
@@ -186,8 +188,10 @@ class Transfusion(
             return
         num_text, num_markers = vocabulary.num_text, vocabulary.num_logits - vocabulary.num_text
         self.text_embedding = TextEmbedding(num_text, num_markers + 1, dim)
-        tied = self.text_embedding if self.tie_embeddings else None
-        self.to_logits = TextLogits(num_text, num_markers, dim, tied=tied)
+        if self.tie_embeddings:
+            self.to_logits = TiedLogits(self.text_embedding, num_markers)
+        else:
+            self.to_logits = TextLogits(num_text, num_markers, dim)
 
     def forward(
         self,

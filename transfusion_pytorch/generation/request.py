@@ -406,7 +406,8 @@ class RequestState:
             self._all_ids.append(token)
         if self.log_probabilities is not None:
             self.log_probabilities.append(nan if log_probability is None else log_probability)
-        if self.is_observed and is_text:
+        is_end = token == vocabulary.eos and self.is_framed
+        if self.is_observed and is_text and not is_end:
             self.events.append(TextToken(token, log_probability))
 
     def _append(self, piece: Piece) -> None:

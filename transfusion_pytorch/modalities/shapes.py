@@ -75,7 +75,15 @@ class ShapeFinder:
     def signature(self) -> tuple[Any, ...]:
         """What a batch depends on."""
         has_pair = isinstance(self.blank.adapter, PairAdapter)
-        return self.spec.dim_latent, self.spec.num_dim, self.has_encoder, has_pair, self.measures_decoded
+        has_time_token = self.blank.timing is not None and self.blank.timing.kind == "token"
+        return (
+            self.spec.dim_latent,
+            self.spec.num_dim,
+            self.has_encoder,
+            has_pair,
+            has_time_token,
+            self.measures_decoded,
+        )
 
     def latent_shape(self, raw: Shape, where: str) -> Shape:
         """The axial shape of the latents of raw data. Raises `ValueError` for a shape that does not get through."""

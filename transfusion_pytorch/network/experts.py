@@ -137,14 +137,20 @@ class UntiedLayer(nn.Module):
 
     def forward(
         self,
-        x: Sequence[Shaped[Tensor, "_ d"]],
-        skipped: Sequence[Shaped[Tensor, "_ d"]] | None,
-        first_values: Sequence[Shaped[Tensor, "_ k e"] | None] | None,
-        conditioning: Sequence[Conditioning | None],
-        phases: Sequence[Tensor],
+        x: Any,
+        skipped: Any,
+        first_values: Any,
+        conditioning: Any,
+        phases: Any,
         plan: Any,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...] | None]:
-        """As `Layer.forward`, with a part for each expert."""
+        expert: int | None = None,
+    ) -> tuple[Any, Any]:
+        """As `Layer.forward`: of a stream that one `expert` reads, or with a part for each expert in place of a tensor.
+
+        All calls come through here, where FSDP waits for them.
+        """
+        if expert is not None:
+            return self.experts[expert](x, skipped, first_values, conditioning, phases, plan)
         taken: Sequence[int] = plan.routing.taken
         layers: list[Any] = [self.experts[i] for i in taken]
         skips = [None] * len(x) if skipped is None else skipped

@@ -151,7 +151,8 @@ class RMSModulation(NamedTuple):
     def _by_row(self, x: Tensor) -> Tensor:
         """`(n, d)` as `(r, n / r, d)`."""
         assert self.scale is not None
-        return x.unflatten(0, (len(self.scale), -1))
+        rows = len(self.scale)
+        return x.reshape(rows, len(x) // max(rows, 1), x.shape[-1])  # which may be none at all
 
 
 Modulation = TextModulation | SpanModulation | IndexedModulation | RMSModulation

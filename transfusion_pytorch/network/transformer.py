@@ -199,6 +199,8 @@ class Transformer(nn.Module):
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
         expert = TEXT if routing is None else routing.only
+        if routing is not None and expert == TEXT:
+            conditioning = None  # of padding alone
         if expert is not None and cache is not None and (prepared := self._prepared_in(cache, expert)) is not None:
             if isinstance(cache, DecodeView):
                 phases = cache.rotation()
@@ -211,21 +213,23 @@ class Transformer(nn.Module):
         if conditioning is not None and self._adds_up_by_segments(plan):
             conditioning = conditioning.with_segments()
         if expert is not None:
-            x = self._through(self.layers_of(expert), self.expand_streams(x), conditioning, phases, plan)
+            x = self._through(self.expand_streams(x), conditioning, phases, plan, *([expert] if self.untied else []))
             return self._normed(self.reduce_streams(x), expert, conditioning)
         assert routing is not None
         assert conditioning is not None
         return self._through_experts(x, conditioning, routing, phases, plan)
 
-    def _through(self, layers: Any, x: Any, conditioning: Any, phases: Any, plan: Any) -> Any:
-        """The residual streams behind all layers. Of untied ones everything comes in parts, one for each expert."""
+    def _through(self, x: Any, conditioning: Any, phases: Any, plan: Any, *expert: int) -> Any:
+        """The residual streams behind all layers. Untied ones are told which expert reads everything, or get parts, one
+        for each.
+        """
         call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
         skips: list[Any] = []
         first_values = None
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(self.layers):
             has_skip = (layer.experts[0] if isinstance(layer, UntiedLayer) else layer).skip is not None
             skipped = skips.pop() if has_skip else None
-            x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan)
+            x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan, *expert)
             first_values = values if first_values is None else first_values
             if index < self.depth // 2:
                 skips.append(x)
@@ -236,7 +240,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         parts = tuple(self.expand_streams(part) for part in routing.split(x))
         conditionings, routed = routing.conditionings(conditioning), RoutedAttention(plan, routing)
-        made = self._through(self.layers, parts, conditionings, routing.split(phases), routed)
+        made = self._through(parts, conditionings, routing.split(phases), routed)
         parts = tuple(self.reduce_streams(part) for part in made)
         if "norms" not in self.untied:
             return self._normed(routing.join(parts), TEXT, conditioning)
@@ -370,7 +374,7 @@ class Rotary:
 
     def __init__(self, dim_head: int, theta: float, frequencies: Sequence[float] | None, amplitude: float):
         self.dim_head, self.theta, self.amplitude = dim_head, theta, amplitude
-        self.frequencies = None if frequencies is None else tuple(frequencies)
+        self.frequencies = None if frequencies is None else tuple(map(float, frequencies))
         self._on_device: dict[torch.device, Tensor] = {}
 
     def phases(self, position: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n f 2"]:

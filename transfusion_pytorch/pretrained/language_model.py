@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from transfusion_pytorch.pretrained.families import family_of, transformer_arguments, trunk_weights
+from transfusion_pytorch.saving.files import open_tensors
 
 EMBEDDING, LOGITS = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -79,6 +79,8 @@ def opened(source: Any, *, gguf_file: str | None = None, **hub: Any) -> Iterator
     """
     transformers = _transformers()
     if isinstance(source, nn.Module):
+        if gguf_file is not None:
+            raise ValueError("gguf_file names a file in a folder, and the language model is a module already")
         yield _in_memory(source)
         return
     if not isinstance(source, (str, Path)):
@@ -86,7 +88,7 @@ def opened(source: Any, *, gguf_file: str | None = None, **hub: Any) -> Iterator
             "a language model is a module of transformers, a folder, or the id of a repository, got "
             f"{type(source).__name__}"
         )
-    folder = _folder_of(source, **hub)
+    folder = _folder_of(source, gguf_file, **hub)
     if gguf_file is not None:
         family_of(transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
@@ -110,17 +112,20 @@ def _in_memory(module: nn.Module) -> LanguageModel:
         raise TypeError(
             f"{type(module).__name__} has no {EMBEDDING}: hand over the causal language model, not its decoder alone"
         )
+    if any(weight.is_meta for weight in weights.values()):
+        raise ValueError("the language model is on the meta device, without numbers: load its weights first")
     return LanguageModel(config, Tensors(weights), weights[EMBEDDING].dtype, None)
 
 
-def _folder_of(source: str | Path, **hub: Any) -> Path:
+def _folder_of(source: str | Path, gguf_file: str | None, **hub: Any) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or str(source).count("/") > 1:
         raise FileNotFoundError(f"there is no folder {folder} with a language model")
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=DOWNLOADED, **hub))
+        files = DOWNLOADED if gguf_file is None else ["*.json", "*.jinja", gguf_file]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, **hub))
     except Exception as error:  # of the hub, of the network, of names
         raise FileNotFoundError(
             f"{str(source)!r} is no folder here, and no language model could be had from the Hugging Face hub under "
@@ -144,7 +149,7 @@ def _opened_files(folder: Path) -> Iterator[Tensors]:
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / INDEX} names {name}, which is not there")
-        opened_file = safe_open(folder / name, framework="pt", device="cpu")
+        opened_file = open_tensors(folder / name)
         sources |= dict.fromkeys(opened_file.keys(), opened_file)
     yield Tensors(sources)
 
@@ -212,12 +217,10 @@ def _places(transformer: Any, name: str) -> list[tuple[nn.Module, str]]:
 
 @torch.no_grad()
 def load_vocabulary(model: LanguageModel, embedding: Any, logits: Any, dtype: torch.dtype) -> None:
-    """The rows of text, and markers that begin as the mean of all rows. Tied rows stay tied."""
+    """The rows of text, and markers that begin as the mean of all rows. Tied logits have no rows of their own."""
     tables = [(embedding, EMBEDDING)] if model.is_tied else [(embedding, EMBEDDING), (logits, LOGITS)]
     for table, name in tables:
         rows = model.tensors.read(name).to(dtype, copy=True)
         table.text.weight = nn.Parameter(rows)
         mean = rows.mean(dim=0, dtype=torch.float32).to(dtype)
         table.markers.weight = nn.Parameter(mean.expand(len(table.markers.weight), -1).contiguous())
-    if model.is_tied:
-        logits.text.weight, logits.markers.weight = embedding.text.weight, embedding.markers.weight

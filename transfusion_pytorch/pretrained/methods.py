@@ -19,6 +19,7 @@ from transfusion_pytorch.pretrained.language_model import (
     load_vocabulary,
     opened,
 )
+from transfusion_pytorch.saving.methods import checked_device_and_dtype
 
 Model = TypeVar("Model", bound="LanguageModelMethods")
 
@@ -33,6 +34,7 @@ class LanguageModelMethods:
     type_embedding: Any
     modalities: Any
     vocabulary: Any
+    tie_embeddings: bool
 
     @classmethod
     def from_pretrained_lm(
@@ -78,8 +80,11 @@ class LanguageModelMethods:
         says what to do for an architecture that is not supported, incomplete weights, or a tokenizer that does not fit,
         before anything large is made.
         """
+        target = checked_device_and_dtype(device, dtype)
+        if num_experts is not None and not untied:
+            raise ValueError(f"num_experts={num_experts} are of untied weights; set untied=True")
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        with opened(name_or_model, gguf_file=gguf_file, **hub) as source:
+        with opened(name_or_model, gguf_file=gguf_file, **hub) as source, torch.inference_mode(False):
             check_weights(source)
             tokenizer = tokenizer_of(source, gguf_file) if tokenizer is None else ChatTokenizer(tokenizer)
             if tokenizer is not None and tokenizer.num_tokens > source.num_text:
@@ -120,7 +125,7 @@ class LanguageModelMethods:
         model.tokenizer = tokenizer
         if freeze_text:
             model.freeze_text()
-        return model.to(device) if device is not None else model
+        return model.to(target)
 
     def freeze_text(self) -> None:
         """Leaves what reads text as it is: its layers, embedding and logits. What reads modalities is trained, and so
@@ -129,12 +134,15 @@ class LanguageModelMethods:
         Raises `ValueError` unless text has layers of its own (`untied=True`).
         """
         trunk = self.transformer
+        if not self.vocabulary.num_text:
+            raise ValueError("the model has no text (num_text_tokens is 0), so none can be frozen")
         if getattr(trunk, "untied", ()) != PARTS:
             raise ValueError(
                 "text can be frozen where modalities have layers of their own: build the transformer with untied=True. "
                 "To train a language model whose layers are shared, with its weights as they are, use LoRA"
             )
-        frozen = [*trunk.layers_of(TEXT), trunk.final_norm[TEXT], self.text_embedding.text, self.to_logits.text]
+        frozen = [*trunk.layers_of(TEXT), trunk.final_norm[TEXT], self.text_embedding.text]
+        frozen += [self.to_logits.text] if isinstance(self.to_logits, TextLogits) else []
         for module in frozen:
             module.requires_grad_(False)
 
@@ -159,14 +167,16 @@ class LanguageModelMethods:
         ]
         markers = [
             f"{name}.markers" if isinstance(getattr(self, name), TextEmbedding | TextLogits) else name
-            for name in ("text_embedding", "to_logits")
+            for name in ("text_embedding", *([] if self.tie_embeddings else ["to_logits"]))
         ]
+        named = self.transformer.named_modules(prefix="transformer")
+        norms = [name for name, _ in named if name.endswith(".to_modulation")]
         arguments: dict[str, Any] = dict(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             lora_dropout=dropout,
             target_modules=rf"(.*\.)?transformer\.layers\.\d+{experts}\.(attn|ff)\.to_(qkv|out|hidden)",
-            modules_to_save=["time_embedding", "type_embedding", *markers, *modalities],
+            modules_to_save=["time_embedding", "type_embedding", *markers, *modalities, *norms],
         )
         return LoraConfig(**(arguments | options))
 

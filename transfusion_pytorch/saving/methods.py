@@ -109,7 +109,7 @@ class PretrainedMethods:
         for one that is cut off, foreign or too new; one that lists what is to be handed over; one that lists weights
         that are missing, left over or of another shape; and `FileNotFoundError` where there is no such model.
         """
-        target = _checked_device_and_dtype(device, dtype)
+        target = checked_device_and_dtype(device, dtype)
         download = dict(revision=revision, token=token, cache_dir=cache_dir)
         folder = folder_of(
             folder_or_hub_id, force_download=force_download, local_files_only=local_files_only, **download
@@ -281,7 +281,7 @@ def _build(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any], path: 
         raise ValueError(f"{path}: {error}") from error
 
 
-def _checked_device_and_dtype(device: Any, dtype: Any) -> torch.device:
+def checked_device_and_dtype(device: Any, dtype: Any) -> torch.device:
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating point type such as torch.bfloat16, got {dtype!r}")
     try:

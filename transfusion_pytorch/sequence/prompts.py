@@ -67,13 +67,20 @@ def split_unfinished_modality(pieces: Sequence[Piece], vocabulary: Vocabulary, w
         start = next((found.start for found in find_openings(ids, vocabulary)), len(ids))
         opening = ids[start:]
         bare[-1:] = [last._replace(ids=as_ids(ids[:start]))] if start else []
-    for piece in bare:
-        if isinstance(piece, Text) and (piece.ids >= vocabulary.num_text).any():
-            raise ValueError(
-                f"{where}: markers of a modality stand where there is none, in the text {piece.ids.tolist()}; leave "
-                "markers out, or give them as a returned sample has them"
-            )
+    for i, piece in enumerate(bare):
+        if isinstance(piece, Text):
+            begins = not i and _begins_with_sos(piece, vocabulary)
+            if (piece.ids[int(begins) :] >= vocabulary.num_text).any():
+                raise ValueError(
+                    f"{where}: markers of a modality stand where there is none, in the text {piece.ids.tolist()}; "
+                    "leave markers out, or give them as a returned sample has them"
+                )
     return Prompt(bare, opening)
+
+
+def _begins_with_sos(piece: Text, vocabulary: Vocabulary) -> bool:
+    """Whether it is the text of a language model that began from nothing."""
+    return not vocabulary.is_framed and int(piece.ids[0]) == vocabulary.sos
 
 
 def without_text(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece]:

@@ -248,7 +248,7 @@ def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = Tr
     begins = vocabulary.is_framed or not pieces or not isinstance(pieces[0], Text)
     marked: list[Piece] = [Text(as_ids([vocabulary.sos]))] if begins else []
     is_learned = True
-    texts = [i for i, piece in enumerate(pieces) if isinstance(piece, Text)]
+    texts = [i for i, piece in enumerate(pieces) if isinstance(piece, Text) and piece.ids.tolist() != [vocabulary.eos]]
     for i, piece in enumerate(pieces):
         is_learned = piece.is_learned
         if isinstance(piece, Text):
@@ -285,6 +285,9 @@ def strip_markers(pieces: Sequence[Piece], vocabulary: Vocabulary) -> list[Piece
             bare.append(piece)
             continue
         ids = [token for token in piece.ids.tolist() if token not in frames]
+        began_from_nothing = not i and not vocabulary.is_framed and int(piece.ids[0]) == vocabulary.sos
+        if began_from_nothing and ids and ids[0] < vocabulary.num_text:
+            ids = [vocabulary.sos, *ids]
         before = pieces[i - 1] if i else None
         if isinstance(before, Modality) and ids[:1] == [vocabulary.eom[before.type]]:
             ids = ids[1:]

@@ -235,7 +235,8 @@ def _write_state(folder: Path, name: str, state: Any) -> None:
 def _read_state(file: Path) -> Any:
     if file.suffix == ".json":
         return unflatten_state({}, load_json(file))
-    return unflatten_state(load_tensors(file), json.loads(load_metadata(file)[STRUCTURE]))
+    tensors = {name: tensor.detach() for name, tensor in load_tensors(file).items()}  # an alias is a tensor of its own
+    return unflatten_state(tensors, json.loads(load_metadata(file)[STRUCTURE]))
 
 
 def _files_of(folder: Path, name: str) -> tuple[Path, Path]:

@@ -16,7 +16,7 @@ from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.precision import precise, without_autocast, working_dtype
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
-from transfusion_pytorch.network.vocabulary_layers import TextLogits
+from transfusion_pytorch.network.vocabulary_layers import TextLogits, TiedLogits
 
 FEWEST_ROWS = 16  # of a chunk
 
@@ -68,13 +68,10 @@ def _table_of(to_logits: nn.Module) -> tuple[Tensor, int] | None:
     """
     if is_plain_linear(to_logits) and to_logits.bias is None:
         return to_logits.weight, 0
-    if not is_untouched(to_logits, TextLogits):
+    tables: Any = to_logits.tables if is_untouched(to_logits, TextLogits, TiedLogits) else None
+    if tables is None:
         return None
-    text, markers = to_logits.text, to_logits.markers
-    if not (is_plain_linear(text) and is_plain_linear(markers)):  # type: ignore[arg-type]
-        return None
-    table = torch.cat((text.weight, markers.weight))[: to_logits.out_features]
-    return table, 0 if text.weight.requires_grad else len(text.weight)
+    return torch.cat(tables), 0 if tables[0].requires_grad else len(tables[0])
 
 
 def _losses(to_logits: nn.Module, x: Tensor, labels: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class MultipliedWeights(NamedTuple):
         """Linear layers alone: convolutions (of a U-Net) and frozen autoencoders are left out."""
         sums: Counter[tuple[str, int]] = Counter()
         for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, nn.Linear) and (kind := _multiplied_by(name)) is not None:
+            replaced = "original_module" in name.split(".")  # by a copy that PEFT trains
+            if isinstance(module, nn.Linear) and not replaced and (kind := _multiplied_by(name)) is not None:
                 sums[kind] += module.weight.numel()
         latents, expert = ({i: sums[kind, i] for kind, i in sums if kind == one} for one in ("latents", "expert"))
         return cls(sums["token", 0], sums["span", 0], sums["target", 0], latents, expert)
@@ -99,6 +100,8 @@ def _multiplied_by(name: str) -> tuple[str, int] | None:
     """
     parts = name.split(".")
     if parts[0] == "modalities":
+        if "timing" in parts:
+            return "span", 0
         is_extra = {"positions", "encoder", "decoder"} & set(parts)  # positions are made once for each shape
         return None if is_extra else ("latents", int(parts[1]))
     if parts[0] == "to_logits":

@@ -174,10 +174,11 @@ class Objective:
         _, velocities, flow, t = predictions
         errors = flow_errors(velocities, flow, batch, of_clean=self.of_clean)
         absent = [module for kind, io in enumerate(model.modalities) if kind not in batch.data for module in io.trained]
+        times = (model.time_embedding, model.type_embedding)  # which norms may not read
         if reduction == "span":
             text = text_errors(predictions.hidden, batch, model.to_logits, per_sample=True)
             losses = span_losses(errors, batch, predictions, text=divided(text.total, text.count))
-            zero = 0.0 if processes is None else zero_gradients([*absent, model.to_logits])
+            zero = 0.0 if processes is None else zero_gradients([*absent, *times, model.to_logits])
             return losses._replace(flow=losses.flow + zero)
         rows = len(batch) if reduction == "none" else None
         consistency = consistency_errors(velocities, flow, batch, teacher, t, of_clean=self.of_clean)
@@ -195,7 +196,7 @@ class Objective:
         )
         if processes is None:
             return breakdown
-        return breakdown._replace(total=breakdown.total + zero_gradients(absent))
+        return breakdown._replace(total=breakdown.total + zero_gradients([*absent, *times]))
 
 
 def text_errors(hidden: Float[Tensor, "n d"], batch: Batch, to_logits: nn.Module, *, per_sample: bool) -> ErrorSum:

@@ -191,7 +191,7 @@ class Trainer:
         optimizers = create_optimizers(self.model, config)
         self._train_step = TrainStep(self.model, call, optimizers, self.ema, self.launch, config)
         # counted where it is compared with something
-        self._flops = FlopCounter(self.model) if peak_flops(self.launch.device) else None
+        self._flops = FlopCounter(inner_model(self.model)) if peak_flops(self.launch.device) else None
 
     @property
     def _total(self) -> int:
