@@ -350,6 +350,7 @@ def test_modalities_alone_have_no_tables_of_text():
         Transfusion(num_text_tokens=0, dim_latent=3, tie_embeddings=True, transformer=dict(dim=16, depth=1))
 
 
+@no_typecheck
 def test_wrong_choices_are_refused_before_anything_is_loaded():
     theirs = language_model()
     for options, error, message in (
