@@ -4,9 +4,11 @@
 `forward` for mixed precision, and its FSDP2 becomes DDP on a CPU.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from inspect import signature
 from typing import Any, Literal
 
@@ -45,6 +47,7 @@ class Launch:
 
     def __init__(self, *, device: str | None = None, precision: Precision | None = None) -> None:
         self._state = _partial_state(device)
+        _leave_at_exit()
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device: torch.device = self._state.device if device is None else _placed(device, self._state)
         self.shards = self.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
@@ -221,3 +224,14 @@ def _placed(device: str, state: Any) -> torch.device:
 
 def _device_type(model: nn.Module) -> str:
     return next(model.parameters()).device.type
+
+
+@lru_cache(maxsize=1)
+def _leave_at_exit() -> None:
+    """The threads of a process group that is still there when the interpreter is taken apart can abort the process."""
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
