@@ -18,11 +18,10 @@ from transfusion_pytorch.autoencoder.objective import AutoencoderObjective
 from transfusion_pytorch.autoencoder.scores import Scores, score
 from transfusion_pytorch.data.loader import LoadedStep
 from transfusion_pytorch.data.order import seed_of
-from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.modalities.autoencoder import drawing_from
 from transfusion_pytorch.saving.files import save_json
-from transfusion_pytorch.training.callbacks import Callback, sampled
+from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.config import BATCH_SIZE, TrainConfig
 from transfusion_pytorch.training.ema import create_ema
@@ -31,11 +30,10 @@ from transfusion_pytorch.training.metrics import RunningMeans
 from transfusion_pytorch.training.optimizers import create_optimizers
 from transfusion_pytorch.training.problems import Problems
 from transfusion_pytorch.training.reporting import ProgressReporter
-from transfusion_pytorch.training.resuming import changed_options, find_checkpoint, set_randomness
+from transfusion_pytorch.training.run import Fitted, TrainingRun
 from transfusion_pytorch.training.run_log import open_log
 from transfusion_pytorch.training.step import OptimizerStep, StepResult
 from transfusion_pytorch.training.stopping import StopSignals
-from transfusion_pytorch.training.trainer import Fitted
 
 # options of a `TrainConfig` that are about texts, tokens and several processes
 NOT_FOR_AUTOENCODERS = (
@@ -47,7 +45,7 @@ SCORE_BATCH = 250
 SCALE_BATCHES = 8  # of so many of those the scale of latents is measured
 
 
-class AutoencoderTrainer:
+class AutoencoderTrainer(TrainingRun):
     """Trains a `KLAutoencoder` in one process.
 
     `data` and `validation` are tensors `(n, channels, *axes)` in [-1, 1], or lists or datasets of tensors. Files and
@@ -89,30 +87,14 @@ class AutoencoderTrainer:
         loading = dict(num_workers=config.num_workers, pin_memory=self.device.type == "cuda")
         self.loader = training_steps(data, self.stack, batch_size=size, seed=config.seed, **loading)
         self.step, self.figures = 0, dict[str, float]()
-        self._means, self._scored_at = RunningMeans(), -1
+        self._means, self._validated_at = RunningMeans(), -1
         self.model.train()
         self.ema: Any = None
         if config.ema_beta is not None:
             every = dict(update_every=self.config.ema_every, update_after_step=self.config.ema_start)
             self.ema = create_ema(self.model, beta=config.ema_beta, **every)
         optimizers = create_optimizers(self.model, self.config)
-        self._optimizer_step = OptimizerStep(self.model, optimizers, self.ema, self.launch, self.config)
-
-    @property
-    def average(self) -> KLAutoencoder:
-        """The model that is scored and saved: the moving average, or what is trained if there is none."""
-        return self.model if self.ema is None else self.ema.ema_model
-
-    @property
-    def device(self) -> torch.device:
-        return self.launch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.launch.is_main
-
-    def say(self, message: str) -> None:
-        print_text(message, flush=True)
+        self._train_step = OptimizerStep(self.model, optimizers, self.ema, self.launch, self.config)
 
     def fit(self, *, resume: bool | str | Path = False) -> Fitted:
         """Trains until the last step, or until Ctrl-C or SIGTERM. `resume` and errors are those of `Trainer.fit`."""
@@ -167,7 +149,7 @@ class AutoencoderTrainer:
     def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
         """Steps until the last one. Returns whether a signal ended it before."""
         problems = Problems(self.launch, progress, stops=self.config.on_bad_step == "stop")
-        if self.step >= self._total:
+        if self._is_last:
             return False
         steps: Any = iter(self.loader)
         with closing(steps):  # and with it the data workers
@@ -176,10 +158,9 @@ class AutoencoderTrainer:
                 self.step += 1
                 self._report(result, size, progress)
                 self._look(progress)
-                is_last = self.step >= self._total
-                if self._is_due(self.config.save_every) or is_last or signals.received:
+                if self._is_due(self.config.save_every) or self._is_last or signals.received:
                     self._save(checkpoints, loaded.state)
-                if is_last:
+                if self._is_last:
                     return False
                 if signals.received:
                     progress.write(f"stopped by {signals.received}: step {self.step} is saved")
@@ -194,7 +175,7 @@ class AutoencoderTrainer:
             problems.report_skipped(skipped)
         result = None
         if stacked.data is not None:
-            result = self._optimizer_step.make(self.step, partial(self._gradients, stacked.data.to(self.device)))
+            result = self._train_step.make(self.step, partial(self._gradients, stacked.data.to(self.device)))
         problems.check(self.step, result, ())
         return result, 0 if stacked.data is None else len(stacked.data)
 
@@ -202,7 +183,7 @@ class AutoencoderTrainer:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "posterior", self.step))
         with self.launch.autocast():
             losses = self.objective(self.model, data, generator=generator)
-        self._optimizer_step.scaler.scale(losses.total).backward()
+        self._train_step.scaler.scale(losses.total).backward()
         named = {"loss": losses.total, "reconstruction": losses.reconstruction, "kl": losses.kl}
         named |= {} if self.objective.features is None else {"perceptual": losses.perceptual}
         return {name: loss.detach() for name, loss in named.items()}
@@ -217,63 +198,23 @@ class AutoencoderTrainer:
 
     def _report(self, result: StepResult | None, size: int, progress: ProgressReporter) -> None:
         if result is not None:
-            if result.is_made:
-                own = {"gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate}
-                self._means.add({**result.losses, **own})
-            losses = result.losses if result.is_made else {}
+            losses = self._add_to_means(result)
             progress.update(losses, samples=size, learning_rate=result.learning_rate)
             self._call("on_step", result.losses)
-        if self._is_due(self.config.log_every) or self.step >= self._total:
-            means = self._means.read()
-            self.log.write(self.step, means)
-            self.figures = self.figures if self.validation is not None else means
+        self._write_means()
 
     def _look(self, progress: ProgressReporter) -> None:
         """Scores and samples, where they are due."""
-        is_last = self.step >= self._total
-        if self.validation is not None and (self._is_due(self.config.validate_every) or is_last):
-            self.figures, self._scored_at = self.score()._asdict(), self.step
+        if self._validates:
+            self.figures, self._validated_at = self.score()._asdict(), self.step
             self.log.write(self.step, self.figures, prefix="validation/")
             progress.write(f"step {self.step:,}: {describe(Scores(**self.figures))}")
             self._call("on_validation", self.figures)
-        if self._is_due(self.config.sample_every) or is_last:
-            figures, images = sampled(self.callbacks, self)
-            self.log.write(self.step, figures, prefix="samples/")
-            self.log.track(self.step, {f"samples/{name}": image for name, image in images.items()})
+        self._sample()
         self.log.flush()
 
-    # resuming and saving
-
-    def _resume(self, checkpoints: Checkpoints, resume: bool | str | Path) -> None:
-        loaded = find_checkpoint(checkpoints, self.folder, resume, self.launch)
-        if loaded is not None:
-            self._optimizer_step.load_parts(loaded)
-            self.loader.load_state(loaded.parts["data"])
-            run = loaded.parts["run"]
-            self.step, self.figures = loaded.step, dict(run["figures"])
-            self._means.load_state(run["means"])
-            if changed := changed_options(run["config"], self.config.as_dict()):
-                self.say(f"resumed with other options: {changed}")
-            checkpoints.discard_after(loaded.step)
-        set_randomness(loaded, self.launch, seed=self.config.seed, step=self.step)
-
     def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
-        run = {"config": self.config.as_dict(), "figures": self.figures, "means": self._means.state()}
-        parts = self._optimizer_step.parts() | {"data": data_state, "run": run}
-        own = self.figures if self._scored_at == self.step else {}  # the best is chosen by its own weights
-        self._call("on_save", checkpoints.save(self.step, parts, figures=own))
-
-    @property
-    def _total(self) -> int:
-        assert self.config.steps is not None
-        return self.config.steps
-
-    def _is_due(self, every: int | None) -> bool:
-        return bool(every) and self.step % every == 0
-
-    def _call(self, name: str, *details: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, name)(self, *details)
+        self._call("on_save", checkpoints.save(self.step, self._parts(data_state), figures=self._own_figures))
 
 
 def check_options(config: TrainConfig) -> None:

@@ -4,17 +4,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from transfusion_pytorch.data.loader import LoadedStep, StepLoader
-from transfusion_pytorch.display.terminal import print_text
 from transfusion_pytorch.saving.adapters import inner_model, is_adapted, save_adapter
 from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.training.agreement import StepAgreement
-from transfusion_pytorch.training.callbacks import Callback, sampled
+from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.collate import PackSeeded
 from transfusion_pytorch.training.config import BATCH_SIZE, TrainConfig
@@ -26,7 +23,7 @@ from transfusion_pytorch.training.optimizers import create_optimizers
 from transfusion_pytorch.training.problems import Problems, TrainingError
 from transfusion_pytorch.training.random_states import random_states
 from transfusion_pytorch.training.reporting import ProgressReporter
-from transfusion_pytorch.training.resuming import changed_options, find_checkpoint, set_randomness
+from transfusion_pytorch.training.run import Fitted, TrainingRun
 from transfusion_pytorch.training.run_log import describe_run, open_log
 from transfusion_pytorch.training.sources import open_data
 from transfusion_pytorch.training.step import StepResult, TrainStep
@@ -36,20 +33,7 @@ from transfusion_pytorch.training.validation import Validation
 __all__ = ["Fitted", "Trainer", "TrainingError"]
 
 
-class Fitted(NamedTuple):
-    """How a run ended.
-
-    - `step`: steps that were done, of all
-    - `figures`: the last validation losses, or the last training losses without validation data
-    - `was_stopped`: by a signal, before the last step
-    """
-
-    step: int
-    figures: dict[str, float]
-    was_stopped: bool
-
-
-class Trainer:
+class Trainer(TrainingRun):
     """Trains a `Transfusion` on one process or many.
 
     `data` is a dataset of samples, a list of them, or a `Mixture`; `validation` is one of these. Everything is written
@@ -68,6 +52,8 @@ class Trainer:
 
     Raises `ImportError` without accelerate (the extra `train`), and `ValueError` for options that do not fit.
     """
+
+    _train_step: TrainStep
 
     def __init__(
         self,
@@ -94,25 +80,6 @@ class Trainer:
         self._prepare_model()
         self._agree = StepAgreement(model, packer, self.launch)
         self._means, self._validated_at = RunningMeans(), -1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes files and reports."""
-        return self.launch.is_main
-
-    @property
-    def average(self) -> Any:
-        """The model that is sampled from and validated: the moving average, or what is trained if there is none."""
-        return self.model if self.ema is None else self.ema.ema_model
-
-    @property
-    def device(self) -> torch.device:
-        return self.launch.device
-
-    def say(self, message: str) -> None:
-        """Prints on the main process."""
-        if self.is_main:
-            print_text(message, flush=True)
 
     def fit(self, *, resume: bool | str | Path = False) -> Fitted:
         """Trains until the last step, or until Ctrl-C or SIGTERM, after which it can be resumed.
@@ -193,11 +160,6 @@ class Trainer:
         # counted where it is compared with something
         self._flops = FlopCounter(inner_model(self.model)) if peak_flops(self.launch.device) else None
 
-    @property
-    def _total(self) -> int:
-        assert self.config.steps is not None
-        return self.config.steps
-
     def _checkpoints(self) -> Checkpoints:
         return Checkpoints(
             self.folder / "checkpoints",
@@ -220,27 +182,9 @@ class Trainer:
             self.say(line)
         self.say(f"run: {self.folder}, step {self.step} of {self._total}")
 
-    # resuming and saving
-
-    def _resume(self, checkpoints: Checkpoints, resume: bool | str | Path) -> None:
-        loaded = find_checkpoint(checkpoints, self.folder, resume, self.launch)
-        if loaded is not None:
-            self._train_step.load_parts(loaded)
-            self.loader.load_state(loaded.parts["data"])
-            run = loaded.parts["run"]
-            self.step, self.figures = loaded.step, dict(run["figures"])
-            self._means.load_state(run["means"])
-            if changed := changed_options(run["config"], self.config.as_dict()):
-                self.say(f"resumed with other options: {changed}")
-            checkpoints.discard_after(loaded.step)
-        set_randomness(loaded, self.launch, seed=self.config.seed, step=self.step)
-
     def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
-        run = {"config": self.config.as_dict(), "figures": self.figures, "means": self._means.state()}
-        parts = self._train_step.parts() | {"data": data_state, "run": run}
-        per_rank = self.launch.gather(random_states())
-        own = self.figures if self._validated_at == self.step else {}  # the best is chosen by its own weights
-        path = checkpoints.save(self.step, parts, figures=own, per_rank=per_rank)
+        parts, per_rank = self._parts(data_state), self.launch.gather(random_states())
+        path = checkpoints.save(self.step, parts, figures=self._own_figures, per_rank=per_rank)
         self.launch.wait()
         self._call("on_save", path)
 
@@ -277,54 +221,33 @@ class Trainer:
             if self._is_last:
                 return
 
-    @property
-    def _is_last(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self._total
-
-    def _is_due(self, every: int | None) -> bool:
-        return bool(every) and self.step % every == 0
-
     # what is seen of it
 
     def _report(self, result: StepResult | None, batches: Sequence[Batch], progress: ProgressReporter) -> None:
         """To the progress, to callbacks, and every few steps to the log."""
         if result is not None:
-            if result.is_made:
-                own = {"gradient_norm": result.gradient_norm, "learning_rate": result.learning_rate}
-                self._means.add({**result.losses, **own})
             size = self.launch.size
             progress.update(
-                result.losses if result.is_made else {},
+                self._add_to_means(result),
                 tokens=size * sum(batch.num_tokens for batch in batches),
                 samples=size * sum(len(batch) for batch in batches),
                 flops=0.0 if self._flops is None else size * sum(self._flops(batch).total for batch in batches),
                 learning_rate=result.learning_rate,
             )
             self._call("on_step", result.losses)
-        if self._is_due(self.config.log_every) or self._is_last:
-            means = self._means.read()
-            self.log.write(self.step, means)
-            self.figures = self.figures if self.validation else means
+        self._write_means()
 
     def _look(self, batches: Sequence[Batch], progress: ProgressReporter) -> None:
         """Details, validation and samples, where they are due."""
         if batches and self._is_due(self.config.details_every):
             losses = losses_in_detail(self.model, batches, self.launch, idle=self._agree.idle)
             self.log.write(self.step, losses, prefix="details/")
-        if self.validation is not None and (self._is_due(self.config.validate_every) or self._is_last):
+        if self._validates:
             figures = self.validate()
             self.figures, self._validated_at = figures, self.step
             self.log.write(self.step, figures, prefix="validation/")
             told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             progress.write(f"step {self.step:,}: validation {told}")
             self._call("on_validation", figures)
-        if self._is_due(self.config.sample_every) or self._is_last:
-            figures, images = sampled(self.callbacks, self)
-            self.log.write(self.step, figures, prefix="samples/")
-            self.log.track(self.step, {f"samples/{name}": image for name, image in images.items()})
+        self._sample()
         self.log.flush()
-
-    def _call(self, name: str, *details: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, name)(self, *details)
