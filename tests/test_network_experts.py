@@ -181,7 +181,30 @@ def test_plain_formulas_have_second_derivatives():
         assert torch.autograd.gradgradcheck(lambda y: run(model, samples, y, condition).square().sum(), (x,), atol=1e-3)
 
 
+def test_gradients_of_modulations_are_added_up_by_segments_where_all_else_is():
+    """As for tied layers on devices and in graphs where tokens cannot be added up one by one."""
+    samples = ["ttAAAtA", "tAA"]  # nobody reads the third expert
+    model, (x, condition) = make(), inputs(samples)
+    made, _, routing = read_as_letters(samples)
+    plain, cut = made.conditioning(condition), made.conditioning(condition).with_segments()
+    assert [part is not None and part.segments is not None for part in routing.conditionings(plain)] == [False] * 3
+    assert [part is not None and part.segments is not None for part in routing.conditionings(cut)] == [
+        False,
+        True,
+        False,
+    ]
+    ragged = torch.autograd.grad(
+        run(model, samples, x, condition).square().sum(), list(model.layers[0].experts[1].parameters())
+    )
+    model.attention = "dense"
+    dense = torch.autograd.grad(
+        run(model, samples, x, condition).square().sum(), list(model.layers[0].experts[1].parameters())
+    )
+    torch.testing.assert_close(dense, ragged)
+
+
 @compiles
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")  # as well
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks while it traces
 def test_untied_layers_compile():
     samples = ["ttAAAtBBt", "tB"]

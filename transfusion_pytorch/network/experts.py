@@ -96,7 +96,10 @@ class Routing(NamedTuple):
             index = torch.arange(1, len(spans) + 1, device=spans.device)
             index = index.repeat_interleave(sum(self.counts) // len(spans), output_size=sum(self.counts))
         indices = index.index_select(0, self._orders[0]).split(self.counts)
-        return (None, *(Conditioning(spans, each) for each in indices[1:]))
+        made = [Conditioning(spans, each) for each in indices[1:]]
+        if conditioning.segments is not None:  # those of its own tokens
+            made = [each.with_segments() if count else each for each, count in zip(made, self.counts[1:], strict=True)]
+        return (None, *made)
 
     @property
     def _orders(self) -> tuple[Tensor, Tensor]:
@@ -134,6 +137,11 @@ class UntiedLayer(nn.Module):
     def __init__(self, experts: Sequence[Layer]):
         super().__init__()
         self.experts = nn.ModuleList(experts)
+
+    @property
+    def skip(self) -> Any:
+        """Of the first expert: all have one, or none."""
+        return self.experts[0].skip
 
     def forward(
         self,

@@ -28,7 +28,6 @@ from transfusion_pytorch.network.experts import (
     TEXT,
     RoutedAttention,
     Routing,
-    UntiedLayer,
     readers_of,
     untied_layer,
     untied_parts,
@@ -213,23 +212,21 @@ class Transformer(nn.Module):
         if conditioning is not None and self._adds_up_by_segments(plan):
             conditioning = conditioning.with_segments()
         if expert is not None:
-            x = self._through(self.expand_streams(x), conditioning, phases, plan, *([expert] if self.untied else []))
+            x = self._through(self.expand_streams(x), conditioning, phases, plan, expert=expert)
             return self._normed(self.reduce_streams(x), expert, conditioning)
         assert routing is not None
         assert conditioning is not None
         return self._through_experts(x, conditioning, routing, phases, plan)
 
-    def _through(self, x: Any, conditioning: Any, phases: Any, plan: Any, *expert: int) -> Any:
-        """The residual streams behind all layers. Untied ones are told which expert reads everything, or get parts, one
-        for each.
-        """
+    def _through(self, x: Any, conditioning: Any, phases: Any, plan: Any, *, expert: int | None = None) -> Any:
+        """The residual streams behind all layers. Without the `expert` that reads all, everything comes in parts."""
+        chosen = (expert,) if self.untied else ()
         call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
         skips: list[Any] = []
         first_values = None
         for index, layer in enumerate(self.layers):
-            has_skip = (layer.experts[0] if isinstance(layer, UntiedLayer) else layer).skip is not None
-            skipped = skips.pop() if has_skip else None
-            x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan, *expert)
+            skipped = None if layer.skip is None else skips.pop()
+            x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan, *chosen)
             first_values = values if first_values is None else first_values
             if index < self.depth // 2:
                 skips.append(x)
