@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pretrained.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder, line = (args.model, str(args.model)) if args.model else default_language_model()
-    print(f"{line}; {cpu_name()}, {args.threads} threads, torch {torch.__version__}")
+    folder = args.model or default_language_model()[0]
+    print(f"{folder.name}; {cpu_name()}, {args.threads} threads, torch {torch.__version__}")
     pair, results = Pair(folder), {}
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "decode-1": lambda: pair.decoding(1, args.tokens),
@@ -171,7 +171,7 @@ def main() -> None:
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    about = dict(model=line, cpu=cpu_name(), threads=args.threads, rounds=args.rounds, torch=torch.__version__)
+    about = dict(model=folder.name, cpu=cpu_name(), threads=args.threads, rounds=args.rounds, torch=torch.__version__)
     args.out.write_text(json.dumps(kept | {k: v | about for k, v in results.items()}, indent=2) + "\n")
 
 

@@ -65,7 +65,7 @@ ALLOWED = {
         "training",
     ],
     "forwarding": ["sequence", "flow", "modalities", "network"],
-    "pretrained": ["network", "modalities", "saving", "conversations.tokenizer"],
+    "pretrained": ["network", "modalities", "saving", "conversations.tokenizer", "data.optional"],
     "pretrained.autoencoders": ["modalities", "saving", "data.optional", "autoencoder.halves"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)

@@ -21,7 +21,7 @@ from transfusion_pytorch.modalities.unet import ResidualBlock, convolution, grou
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.saving.card import ModelCard
 from transfusion_pytorch.saving.components import register_component
-from transfusion_pytorch.saving.methods import SavingMethods
+from transfusion_pytorch.saving.methods import PretrainedMethods
 
 PosteriorUse = Literal["sample", "mode"]
 LOG_VARIANCES = (-30.0, 20.0)  # beyond these the exponential leaves single precision
@@ -73,6 +73,14 @@ def depth_to_space(x: Float[Tensor, "b i ..."], side: int) -> Float[Tensor, "b o
     return x if side == 1 else rearrange(x, f"{depth} -> {space}", **dict.fromkeys("pqr"[: x.ndim - 2], side))
 
 
+def levels(widths: Sequence[int], num_blocks: Sequence[int], *, num_dim: int) -> nn.ModuleList:
+    """Residual blocks at each resolution."""
+    return nn.ModuleList(
+        nn.Sequential(*(ResidualBlock(width, width, num_dim=num_dim) for _ in range(count)))
+        for width, count in zip(widths, num_blocks, strict=True)
+    )
+
+
 class Upsample(nn.Module):
     """Doubles every axis: channels of a convolution become neighbouring positions (arXiv 1609.05158)."""
 
@@ -119,10 +127,7 @@ class KLEncoder(EncoderHalf):
         super().__init__(dim_latent, DataLayout(channels, (factor,) * num_dim))
         self.posterior_use, self.patch_size = posterior, patch_size
         self.conv_in = convolution(num_dim, channels * patch_size**num_dim, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, width, num_dim=num_dim) for _ in range(count)))
-            for width, count in zip(widths, num_blocks, strict=True)
-        )
+        self.levels = levels(widths, num_blocks, num_dim=num_dim)
         self.downs = nn.ModuleList(
             convolution(num_dim, fine, coarse, HALF_SIZE, stride=HALF_SIZE) for fine, coarse in pairwise(widths)
         )
@@ -166,10 +171,7 @@ class KLDecoder(DecoderHalf):
         self.patch_size = patch_size
         coarse_first = list(widths)[::-1]
         self.conv_in = convolution(num_dim, dim_latent, coarse_first[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, width, num_dim=num_dim) for _ in range(count)))
-            for width, count in zip(coarse_first, list(num_blocks)[::-1], strict=True)
-        )
+        self.levels = levels(coarse_first, list(num_blocks)[::-1], num_dim=num_dim)
         self.ups = nn.ModuleList(Upsample(coarse, fine, num_dim=num_dim) for coarse, fine in pairwise(coarse_first))
         self.norm_out = group_norm(coarse_first[-1])
         self.conv_out = convolution(num_dim, coarse_first[-1], channels * patch_size**num_dim, 3, padding=1)
@@ -181,7 +183,7 @@ class KLDecoder(DecoderHalf):
         return depth_to_space(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
-class KLAutoencoder(SavingMethods, nn.Module):
+class KLAutoencoder(PretrainedMethods, nn.Module):
     """Both halves, to be trained together: `AutoencoderTrainer`, or a loop of your own around `AutoencoderObjective`.
 
     A `Transfusion` then takes `autoencoder.encoder` and `autoencoder.decoder`, with `channel_first_latent=True` and the

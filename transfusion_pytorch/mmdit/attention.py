@@ -4,23 +4,21 @@ s tokens of one modality, n queries and m keys of all, d the width of a modality
 f frequencies; b samples, which may be several batch dimensions outside.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import get_args
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from transfusion_pytorch.mmdit.checks import check_modalities, check_tokens
 from transfusion_pytorch.mmdit.heads import Heads, ModalityHeads, QKNorm, joined_heads
 from transfusion_pytorch.mmdit.masks import Mask, check_mask
 from transfusion_pytorch.mmdit.positions import check_rope, joint_phases
-from transfusion_pytorch.network.attend import attend_masked
+from transfusion_pytorch.network.attend import attend_masked, flex_kernel
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 
@@ -119,25 +117,9 @@ def gather(
     if isinstance(mask, BlockMask):
         if not q.is_cuda:  # the code that is generated for CPUs does not know views
             q, k, v = (part.contiguous() for part in (q, k, v))
-        return _flex_kernel(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
+        return flex_kernel(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
     if mask is not None and mask.ndim > 2:
         mask = mask.reshape(-1, 1, *mask.shape[-2:])
     is_plain_formula = not torch.compiler.is_compiling() and forces_plain_formulas()
     with sdpa_kernel(SDPBackend.MATH) if is_plain_formula else nullcontext():
         return attend_masked(q, k, v, mask=mask).transpose(1, 2)
-
-
-def _flex_kernel(is_cuda: bool) -> Callable[..., Tensor]:
-    """Compiled on a GPU, and inside of a compiled model. By itself on a CPU it is there to compare with."""
-    return flex_attention if torch.compiler.is_compiling() else _eager_kernel(is_cuda)
-
-
-@lru_cache(maxsize=2)
-def _eager_kernel(is_cuda: bool) -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=True) if is_cuda else _uncompiled_flex
-
-
-def _uncompiled_flex(*args, **options) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return flex_attention(*args, **options)

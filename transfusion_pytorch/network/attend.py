@@ -65,7 +65,7 @@ class FlexAttention(NamedTuple):
         heads_first = (rearrange(part, "n h e -> 1 h n e") for part in (q, k, v))
         if not q.is_cuda:  # the code that is generated for CPUs does not know views
             heads_first = (part.contiguous() for part in heads_first)
-        out = _flex_kernel(q.is_cuda)(
+        out = flex_kernel(q.is_cuda)(
             *heads_first,
             block_mask=self._block_mask(),
             score_mod=None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap),
@@ -188,7 +188,7 @@ def _say_flex_fallback() -> None:
     )
 
 
-def _flex_kernel(is_cuda: bool) -> Callable[..., Tensor]:
+def flex_kernel(is_cuda: bool) -> Callable[..., Tensor]:
     """A compiled layer takes it in. By itself it is compiled on a GPU only: on a CPU it is there to compare with."""
     return flex_attention if torch.compiler.is_compiling() else _eager_kernel(is_cuda)
 

@@ -13,6 +13,7 @@ import huggingface_hub
 import torch
 from torch import Tensor, nn
 
+from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.pretrained.families import family_of, transformer_arguments, trunk_weights
 from transfusion_pytorch.saving.files import open_tensors
 
@@ -77,7 +78,7 @@ def opened(source: Any, *, gguf_file: str | None = None, **hub: Any) -> Iterator
     Raises `ImportError` without `transformers`, `TypeError` or `FileNotFoundError` for what is no model, and
     `ValueError` for one of an architecture that is not supported, before any weight is read.
     """
-    transformers = _transformers()
+    transformers = import_optional("transformers", extra="pretrained")
     if isinstance(source, nn.Module):
         if gguf_file is not None:
             raise ValueError("gguf_file names a file in a folder, and the language model is a module already")
@@ -152,16 +153,6 @@ def _opened_files(folder: Path) -> Iterator[Tensors]:
         opened_file = open_tensors(folder / name)
         sources |= dict.fromkeys(opened_file.keys(), opened_file)
     yield Tensors(sources)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            'language models need the package transformers: pip install "transfusion-pytorch[pretrained]"'
-        ) from error
-    return transformers
 
 
 # into ours

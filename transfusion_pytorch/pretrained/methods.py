@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
+from transfusion_pytorch.data.optional import import_optional
+from transfusion_pytorch.modalities.build import count_modalities
 from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.experts import PARTS, TEXT
 from transfusion_pytorch.network.transformer import Transformer
@@ -94,7 +96,7 @@ class LanguageModelMethods:
                 )
             trunk: dict[str, Any] = source.transformer_arguments() | dict(
                 untied=untied,
-                num_experts=num_experts or (1 + len(dim_latent) if isinstance(dim_latent, Sequence) else 2),
+                num_experts=num_experts or count_modalities(dim_latent) + 1,
                 norm="adaptive_rms" if time_conditioning == "norms" else "rms",
                 dropout=dropout,
                 use_checkpoint=use_checkpoint,
@@ -154,10 +156,7 @@ class LanguageModelMethods:
         the layers of text are left alone, and logits of text behind text stay the same to the bit. `options` are those
         of `LoraConfig`. Raises `ImportError` without `peft`.
         """
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ImportError('LoRA needs the package peft: pip install "transfusion-pytorch[adapters]"') from error
+        peft = import_optional("peft", extra="adapters")
         experts = r"\.experts\.[1-9]\d*" if self.transformer.untied else ""
         modalities = [
             f"modalities.{i}.{name}"
@@ -178,7 +177,7 @@ class LanguageModelMethods:
             target_modules=rf"(.*\.)?transformer\.layers\.\d+{experts}\.(attn|ff)\.to_(qkv|out|hidden)",
             modules_to_save=["time_embedding", "type_embedding", *markers, *modalities, *norms],
         )
-        return LoraConfig(**(arguments | options))
+        return peft.LoraConfig(**(arguments | options))
 
 
 def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> ChatTokenizer | None:

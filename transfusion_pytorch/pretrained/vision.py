@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.data.optional import import_optional
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -70,14 +72,9 @@ class VisionEncoder(nn.Module):
 
 def _vision_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The vision tower of a model of `transformers`, and how it wants its images."""
-    try:
-        from transformers import AutoImageProcessor, AutoModel
-    except ImportError as error:
-        raise ImportError(
-            'vision encoders by name need the package transformers: pip install "transfusion-pytorch[pretrained]"'
-        ) from error
-    model = AutoModel.from_pretrained(name)
-    processor: Any = AutoImageProcessor.from_pretrained(name)
+    transformers = import_optional("transformers", extra="pretrained")
+    model = transformers.AutoModel.from_pretrained(name)
+    processor: Any = transformers.AutoImageProcessor.from_pretrained(name)
     size = getattr(processor, "crop_size", None) or processor.size
     sides = (size.get("height"), size.get("width")) if "height" in size else (size.get("shortest_edge"),) * 2
     found = dict(size=sides, mean=processor.image_mean, std=processor.image_std)

@@ -58,7 +58,7 @@ class TrainingRun:
 
     @property
     def average(self) -> Any:
-        """The model that is sampled from, validated and saved: the moving average, or what is trained if there is none."""
+        """The model that is sampled from and validated: the moving average, or what is trained if there is none."""
         return self.model if self.ema is None else self.ema.ema_model
 
     @property
