@@ -2,13 +2,15 @@
 for each token, images/s.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from gpu_checks import NAMES, checked_model
-from gpu_device import Run, build_model, relative_error, release, synchronize
+from gpu_device import Run, build_model, compile_model, relative_error, release, synchronize
+from gpu_training import trace
 from gpu_workloads import Size
 from torch import Tensor, nn
 
@@ -100,6 +102,10 @@ def sampling_tests(model: Any, run: Run) -> Iterator[tuple[str, Callable[[], Sam
     yield "batch = one by one", batch, one_by_one
     yield "graph = eager, forced text and images", batch, lambda: batch(captures=False)
     yield "graph = eager, sampled text", free, lambda: free(captures=False)
+    if run.compiles:
+        compiled = copy.deepcopy(model)
+        compile_model(compiled, run)
+        yield "compiled = eager", lambda: sample(engine_of(compiled), everyone, count, is_forced=True), batch
 
 
 def check_sampling(run: Run) -> None:
@@ -139,9 +145,11 @@ def decode(run: Run, size: Size) -> dict[str, Any]:
         f"Steps of an engine that writes text behind prompts of {PROMPT} ids, bf16 weights, sampled at temperature 1; "
         f"mean of {STEPS} steps after those that capture the graph. A step reads the weights of layers and logits "
         "once, whatever the number of rows: `limit` is that many bytes at the bandwidth of the memory (3.35 TB/s on an "
-        "H100), without reading keys and values. `graph` says whether steps were replayed from a CUDA graph.",
+        "H100), without reading keys and values. Layers are compiled. `graph` says whether steps were replayed from a "
+        "CUDA graph.",
     )
     model = build_model(size, run.device).bfloat16().eval()
+    compile_model(model, run)
     done: dict[str, Any] = {}
     for rows in (1, 2) if run.quick else ROWS:
         for captures in (True, False) if run.has_gpu else (False,):
@@ -172,6 +180,8 @@ def time_text(run: Run, model: nn.Module, size: Size, rows: int, *, captures: bo
         engine.step()
     synchronize(run.device)
     seconds, written = time.perf_counter() - start, engine.stats.tokens_written - before
+    if captures and rows == 1:
+        trace(run, lambda _: engine.step(), f"decode {size.name}", None, 1000 * seconds / steps)
     for request in requests:
         if request._request.error is not None:
             raise request._request.error

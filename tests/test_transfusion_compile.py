@@ -30,11 +30,12 @@ def graphs_of_each_test_alone():
     torch.compiler.reset()
 
 
-def pair(backend="aot_eager", attention="dense", **transformer):
+def pair(backend="aot_eager", attention="dense", time="norms", **transformer):
     """A model, and a copy of it that is compiled."""
     torch.manual_seed(0)
     width = dict(dim=16, depth=2, heads=2, dim_head=8) | transformer
-    plain = Transfusion(num_text_tokens=16, dim_latent=4, modality_default_shape=(2, 2), transformer=width)
+    shared = dict(num_text_tokens=16, dim_latent=4, modality_default_shape=(2, 2))
+    plain = Transfusion(**shared, transformer=width, time_conditioning=time)
     perturb(plain, 0.1)
     compiled = copy.deepcopy(plain)
     compiled.transformer.attention = attention
@@ -148,18 +149,33 @@ def test_flex_attention_in_a_graph_serves_all_batches_of_one_size():
 
 
 @compiles
-def test_steps_of_decoding_are_not_compiled():
-    plain, compiled = pair(attention="flex")
+@pytest.mark.parametrize(("norm", "time"), [("adaptive", "norms"), ("rms", "added")])
+def test_steps_of_sampling_share_graphs_and_make_the_same_samples(norm, time):
+    plain, compiled = pair(depth=4, norm=norm, time=time)
     prompts = [[torch.arange(1 + i % 4)] for i in range(3)]
-    torch._dynamo.utils.counters.clear()
+    options = dict(modality_steps=2, cache_kv=True, max_length=20, cfg_scale=2.0)
     samples = []
-    for model in (plain, compiled):
+    for model in (plain, compiled, compiled):
         torch.manual_seed(2)
-        samples.append(model.sample_many(prompts, modality_steps=2, cache_kv=True, max_length=20))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-    for sample, other in zip(*samples, strict=True):
-        for part, part_of_other in zip(sample, other, strict=True):
-            torch.testing.assert_close(part_of_other, part, rtol=1e-4, atol=1e-4)
+        torch._dynamo.utils.counters.clear()
+        samples.append(model.sample_many(prompts, plan=["text", (0, (2, 2)), ("text", 3)], **options))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "the third run needs no new graph"
+    for sample, others in zip(samples[0], zip(*samples[1:], strict=True), strict=True):
+        for other in others:
+            for part, part_of_other in zip(sample, other, strict=True):
+                torch.testing.assert_close(part_of_other, part, rtol=1e-4, atol=1e-4)
+
+
+@compiles
+def test_number_of_layers_adds_no_graphs_to_a_decode_step():
+    counts = []
+    for depth in (4, 8):
+        torch.compiler.reset()
+        _, compiled = pair(depth=depth)
+        torch._dynamo.utils.counters.clear()
+        compiled.sample([torch.arange(3)], plan=[("text", 6)], max_length=20)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] > 0
 
 
 @compiles
@@ -216,8 +232,9 @@ def test_nothing_of_dynamo_is_changed_for_others():
 
 def test_one_function_is_compiled_for_all_models_and_options():
     options = dict(backend="eager", fullgraph=True)
-    assert compiled(options) is compiled(dict(reversed(options.items())))
-    assert compiled(options) is not compiled(options | dict(dynamic=False))
+    function = lambda layer: layer  # noqa: E731
+    assert compiled(function, options) is compiled(function, dict(reversed(options.items())))
+    assert compiled(function, options) is not compiled(function, options | dict(dynamic=False))
 
 
 def test_a_transformer_of_the_users_own_is_refused():

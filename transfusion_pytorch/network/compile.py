@@ -8,19 +8,17 @@ modules, which can be copied and pickled.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
+from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention, many_graphs
 from transfusion_pytorch.network.experts import RoutedAttention
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 Checkpointing = bool | Literal["selective"]
-MOST_GRAPHS = 256  # of all models together: with gradients, skips, spans, ... or without; torch's own limit is 8
 
 aten = torch.ops.aten
 ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
@@ -55,7 +53,7 @@ def layer_caller(
     call: LayerCall = _call_layer
     shared = plan.plan if isinstance(plan, RoutedAttention) else plan
     if compile_options is not None and isinstance(shared, FlexAttention | DenseAttention) and not plain:
-        call = compiled(compile_options)
+        call = compiled(_call_layer, compile_options)
     return partial(call, torch.is_grad_enabled() and not plain and checkpointing)
 
 
@@ -66,15 +64,12 @@ def _call_layer(checkpointing: Checkpointing, layer: nn.Module, *inputs: Any) ->
     return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
 
 
-def compiled(compile_options: Mapping[str, Any]) -> LayerCall:
-    """One compiled function for all layers, of all models with the same options."""
-    key = repr(sorted(compile_options.items()))
+def compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """`function` of a layer compiled once, for all layers of all models with the same `options`."""
+    key = function, repr(sorted(options.items()))
     if key not in _COMPILED:
-        options: dict[str, Any] = dict(compile_options)
-        if "recompile_limit" in signature(torch.compile).parameters:
-            options.setdefault("recompile_limit", MOST_GRAPHS)
-        _COMPILED[key] = torch.compile(_call_layer, **options)
+        _COMPILED[key] = torch.compile(function, **(many_graphs() | options))
     return _COMPILED[key]
 
 
-_COMPILED: dict[str, LayerCall] = {}
+_COMPILED: dict[Any, Callable[..., Any]] = {}

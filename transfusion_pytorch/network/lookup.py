@@ -12,6 +12,7 @@ from torch import Tensor
 from transfusion_pytorch.network.precision import precise, without_autocast
 
 SEGMENT = 64  # tokens: one thread of a GPU adds up so many numbers
+MOST_ENTRIES = 2**25  # of a matrix of tokens and indices, for which a product is three times as fast as segments
 
 
 class Segments(NamedTuple):
@@ -19,9 +20,10 @@ class Segments(NamedTuple):
     edges[i + 1]`.
 
     `belongs` says which index a segment has, and is a matrix, so that the segments of each index add up as a product.
+    Without `edges` every token is a segment.
     """
 
-    edges: Int[Tensor, " s_plus_1"]
+    edges: Int[Tensor, " s_plus_1"] | None
     belongs: Bool[Tensor, "m s"]
 
     @classmethod
@@ -29,14 +31,16 @@ class Segments(NamedTuple):
         """Found without reading from the device. Their number depends on n and on the `count` of indices only: every
         span is one stretch, and m of them have at most m + 1 stretches of text around them. What is left over is empty.
         """
-        n = len(index)
+        n, own = len(index), torch.arange(count, device=index.device)[:, None]
+        if index.device.type == "cuda" and n * count <= MOST_ENTRIES:
+            return cls(None, index == own)
         slot = torch.arange(n, device=index.device)
         starts = (slot % SEGMENT == 0) | (index != index.roll(1))
         segment_of = starts.cumsum(0) - 1
         most = n // SEGMENT + 2 * count
         edges = torch.searchsorted(segment_of, torch.arange(most + 1, device=index.device))
         owner = index.index_select(0, edges[:-1].clamp(max=n - 1))
-        return cls(edges, owner == torch.arange(count, device=index.device)[:, None])
+        return cls(edges, owner == own)
 
 
 def look_up(table: Shaped[Tensor, "m d"], index: Int[Tensor, " n"], segments: Segments | None) -> Shaped[Tensor, "n d"]:
@@ -52,7 +56,7 @@ def look_up(table: Shaped[Tensor, "m d"], index: Int[Tensor, " n"], segments: Se
 
 class LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, edges: Tensor, belongs: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, index: Tensor, edges: Tensor | None, belongs: Tensor) -> Tensor:
         ctx.save_for_backward(edges, belongs)
         ctx.dtype = table.dtype
         return table.index_select(0, index)
@@ -63,7 +67,12 @@ class LookUp(torch.autograd.Function):
 
 
 def sum_segments(values: Shaped[Tensor, "n d"], segments: Segments) -> Shaped[Tensor, "m d"]:
-    """What the tokens of each index add up to, in single precision at least."""
+    """What the tokens of each index add up to, in single precision at least; the sum of a product is rounded to the
+    type of the values.
+    """
+    if segments.edges is None:
+        with without_autocast(values.device.type):
+            return segments.belongs.to(values.dtype) @ values
     exact = values.to(precise(values.dtype))
     sums = torch.segment_reduce(exact, "sum", offsets=segments.edges, axis=0, unsafe=True)
     with without_autocast(values.device.type):

@@ -206,7 +206,15 @@ class Transformer(nn.Module):
             else:
                 phases = cache.phases = self._phases(position) if cache.phases is None else cache.phases
             layers, attention = self.layers_of(expert), cast(CachedAttention | DecodeAttention, plan)
-            x = run_layers(layers, x, prepared=prepared, conditioning=conditioning, phases=phases, plan=attention)
+            x = run_layers(
+                layers,
+                x,
+                prepared=prepared,
+                conditioning=conditioning,
+                phases=phases,
+                plan=attention,
+                compile_options=self.compile_options if self._may_compile else None,
+            )
             return self._normed(x, expert, conditioning)
         phases = self._phases(position, x.dtype)
         if conditioning is not None and self._adds_up_by_segments(plan):
@@ -267,8 +275,8 @@ class Transformer(nn.Module):
 
         Graphs are made when they are first needed, and serve all batches of one number of tokens and of spans: pad
         batches to a budget. `options` are those of `torch.compile`; by default `fullgraph=True`. Copies and pickled
-        models keep them. Steps of decoding are not compiled. Raises `RuntimeError` under `TYPECHECK=1`, whose checks no
-        graph can hold.
+        models keep them. In steps of sampling attention stays outside: two graphs serve all layers. Raises
+        `RuntimeError` under `TYPECHECK=1`, whose checks no graph can hold.
 
         On a CPU attention goes sample by sample and cannot be compiled; what lies between gained 0 to 9%. Layers stay
         as they are there, and a warning says so, unless `attention` is "flex" or "dense".
@@ -276,12 +284,16 @@ class Transformer(nn.Module):
         if hasattr(Layer.forward, "__wrapped__"):
             raise RuntimeError("a compiled graph cannot check types at run time; compile without TYPECHECK=1")
         self.compile_options = dict(fullgraph=True) | options
-        if self._device.type == "cpu" and self.attention in ("auto", "ragged"):
+        if not self._may_compile:
             warnings.warn(
                 "compile() changes nothing on a CPU, where attention goes sample by sample; to compile there as well, "
                 "set `transformer.attention` to 'dense', or to 'flex' for inference",
                 stacklevel=2,
             )
+
+    @property
+    def _may_compile(self) -> bool:
+        return self._device.type != "cpu" or self.attention in ("flex", "dense")
 
     def gradient_checkpointing_enable(self, mode: Checkpointing = True) -> None:
         """See `use_checkpoint`."""
