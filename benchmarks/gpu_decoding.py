@@ -105,7 +105,8 @@ def sampling_tests(model: Any, run: Run) -> Iterator[tuple[str, Callable[[], Sam
     if run.compiles:
         compiled = copy.deepcopy(model)
         compile_model(compiled, run)
-        yield "compiled = eager", lambda: sample(engine_of(compiled), everyone, count, is_forced=True), batch
+        in_graphs = lambda: sample(engine_of(compiled), everyone, count, is_forced=True)  # noqa: E731
+        yield "compiled = eager", in_graphs, batch
 
 
 def check_sampling(run: Run) -> None:

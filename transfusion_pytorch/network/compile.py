@@ -68,7 +68,7 @@ def compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Callab
     """`function` of a layer compiled once, for all layers of all models with the same `options`."""
     key = function, repr(sorted(options.items()))
     if key not in _COMPILED:
-        _COMPILED[key] = torch.compile(function, **(many_graphs() | options))
+        _COMPILED[key] = torch.compile(function, **(many_graphs() | dict(options)))
     return _COMPILED[key]
 
 

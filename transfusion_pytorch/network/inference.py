@@ -7,7 +7,7 @@ is used only where `has_plain_layers` says so. Sampling without a cache runs `la
 n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies, m spans.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -176,10 +176,12 @@ def run_layers(
     With `compile_options` what lies before and behind attention is compiled: two graphs for all layers. Attention stays
     out of them, because where it reads and writes differs from layer to layer.
     """
-    is_compiled = compile_options is not None
-    begin, finish = (compiled(it, compile_options) if is_compiled else it for it in (_begin, _finish))
+    begin: Callable[..., Any] = _begin
+    finish: Callable[..., Any] = _finish
+    if compile_options is not None:
+        begin, finish = compiled(begin, compile_options), compiled(finish, compile_options)
     # generated code does without complex numbers, and eager code is shorter with them
-    is_real = is_compiled or torch.compiler.is_compiling()
+    is_real = compile_options is not None or torch.compiler.is_compiling()
     rotation = phases if is_real else torch.view_as_complex(phases)[:, None]
     norms = prepared.norms(_norms(layers), conditioning)
     shape, first = x.shape, norms[0]
