@@ -58,6 +58,17 @@ class Demonstrations(NamedTuple):
             torch.cat([part.ends + int(start) for part, start in zip(parts, before[:-1], strict=True)]),
         )
 
+    def split(self, held_out: int) -> tuple["Demonstrations", "Demonstrations"]:
+        """The first episodes, and the last `held_out`. With too few of them they are in both."""
+        if len(self.ends) <= held_out:
+            return self, self
+        cut = int(self.ends[-held_out - 1])
+        first = Demonstrations(
+            {n: x[:cut] for n, x in self.observations.items()}, self.actions[:cut], self.ends[:-held_out]
+        )
+        rest = {name: value[cut:] for name, value in self.observations.items()}
+        return first, Demonstrations(rest, self.actions[cut:], self.ends[-held_out:] - cut)
+
 
 class Chunks(NamedTuple):
     """A batch: observations `(b, o, *shape)`, the actions that follow, and which of them lie behind the episode."""
@@ -67,9 +78,7 @@ class Chunks(NamedTuple):
     is_pad: Tensor  # (b, k)
 
 
-def chunks_at(
-    demonstrations: Demonstrations, steps: Tensor, *, chunk_length: int, observation_steps: int
-) -> Chunks:
+def chunks_at(demonstrations: Demonstrations, steps: Tensor, *, chunk_length: int, observation_steps: int) -> Chunks:
     """The chunks that begin at these steps `(b,)`. Before an episode its first observation is repeated, behind it its
     last action, which counts as padding.
     """
@@ -82,6 +91,27 @@ def chunks_at(
     observation = {name: value[past] for name, value in demonstrations.observations.items()}
     actions = demonstrations.actions[torch.minimum(ahead, last[:, None])]
     return Chunks(observation, actions, ahead > last[:, None])
+
+
+class ChunkDataset:
+    """A chunk for each step of the demonstrations, as a dict with the names of LeRobot."""
+
+    def __init__(self, demonstrations: Demonstrations, *, chunk_length: int, observation_steps: int):
+        self.demonstrations = demonstrations
+        self.lengths = dict(chunk_length=chunk_length, observation_steps=observation_steps)
+
+    def __len__(self) -> int:
+        return len(self.demonstrations.actions)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        chunk = chunks_at(self.demonstrations, torch.tensor([index]), **self.lengths)
+        observation = {name: value[0] for name, value in chunk.observation.items()}
+        return observation | {"action": chunk.actions[0], "action_is_pad": chunk.is_pad[0]}
+
+    def everything(self) -> Chunks:
+        """All chunks at once, for statistics. Images are left out: they need none."""
+        vectors = {name: value for name, value in self.demonstrations.observations.items() if value.ndim == 2}
+        return chunks_at(self.demonstrations._replace(observations=vectors), torch.arange(len(self)), **self.lengths)
 
 
 def make_environment(observations: Observations) -> Any:

@@ -4,6 +4,7 @@ b samples, o observation steps, d channels of a vector; c channels, h and w side
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,8 @@ class ObservationEncoder(nn.Module):
     def __init__(self, shapes: Mapping[str, Sequence[int]], dim: int):
         super().__init__()
         self.encoders = nn.ModuleList(
-            VectorEncoder(shape[0], dim) if len(shape) == 1 else ImageEncoder(shape[0], dim) for shape in shapes.values()
+            VectorEncoder(shape[0], dim) if len(shape) == 1 else ImageEncoder(shape[0], dim)
+            for shape in shapes.values()
         )
         self.names = tuple(shapes)
 
@@ -129,7 +131,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         widths = (channels, dim // 4, dim // 2, dim // 2, dim)
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in pairwise(widths):
             conv = nn.Conv2d(width_in, width_out, 4, stride=2, padding=1)
             layers += [conv, nn.GroupNorm(1, width_out), nn.SiLU()]
         self.layers = nn.Sequential(*layers[:-1])
