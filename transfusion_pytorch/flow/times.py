@@ -24,8 +24,8 @@ class TimePolicy:
 
     `distribution` is `"uniform"`, `"logit_normal"` (a sigmoid of a normal with `mean` and `std`; SD3, arXiv
     2403.03206), `"beta"` (1 - t follows Beta(`concentration`, 1), which prefers noise, as actions need; pi0, arXiv
-    2410.24164, appendix B) or a constant between 0 and 1. `shift` > 1 moves times towards noise, as larger images need: `t / (t +
-    shift (1 - t))`.
+    2410.24164, appendix B) or a constant between 0 and 1. `shift` > 1 moves times towards noise, as larger images need:
+    `t / (t + shift (1 - t))`.
 
     A modality is captioned if text follows it in its sample and none stands before. Captioning wants it to be
     recognisable, and drawing wants all times, so in training it is clean, without a flow loss, with probability
