@@ -43,6 +43,7 @@ POLICIES: dict[str, Any] = {"flow": FlowPolicy, "transfusion": TransfusionPolicy
 HELD_OUT = 20  # episodes for the validation loss
 EVALUATION_SEED = 100_000  # of the first episode in closed loop; demonstrations have seeds from that of the run on
 TIMED_DECISIONS = 50
+MOST_EPISODES, MOST_TEST_EPISODES, FEWEST = 700, 200, 2
 
 
 def policy_from(args: argparse.Namespace) -> Any:
@@ -62,11 +63,13 @@ def policy_from(args: argparse.Namespace) -> Any:
     return POLICIES[args.policy](**options)
 
 
-def demonstrations_from(args: argparse.Namespace, folder: Path, *, seed: int) -> Demonstrations:
+def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainConfig) -> Demonstrations:
     """Those of a file, or new ones, which are written beside the run."""
     if args.demonstrations is not None:
         return Demonstrations.joined([Demonstrations.load(path) for path in args.demonstrations])
-    made = demonstrate(args.episodes, observations=args.observations, seed=seed)
+    wanted = MOST_EPISODES if config.steps is None else config.steps // 4
+    episodes = args.episodes or min(max(wanted, FEWEST), MOST_EPISODES)
+    made = demonstrate(episodes, observations=args.observations, seed=config.seed)
     made.save(folder / "demonstrations.safetensors")
     return made
 
@@ -100,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=tuple(POLICIES), default="flow", help="InContextMMDiT or Transfusion")
     parser.add_argument("--observations", choices=tuple(SHAPES), default="state")
-    parser.add_argument("--episodes", type=run.positive_int, default=500, help="demonstrations (default: %(default)s)")
+    parser.add_argument(
+        "--episodes", type=run.positive_int, help=f"demonstrations (a fourth of the steps, at most {MOST_EPISODES})"
+    )
     parser.add_argument("--demonstrations", type=run.existing_path, nargs="+", help="files of earlier runs, instead")
     parser.add_argument("--start-from", type=run.existing_path, help="a saved policy that is trained further")
     parser.add_argument("--chunk-length", type=run.positive_int, default=16, help="actions that are predicted at once")
@@ -111,7 +116,11 @@ def main() -> None:
     parser.add_argument("--depth", type=run.positive_int, default=4, help="its layers")
     parser.add_argument("--times", choices=("uniform", "beta"), default="beta", help="how training draws them")
     parser.add_argument("--solver-steps", type=run.positive_int, default=4, help="evaluations of the network")
-    parser.add_argument("--test-episodes", type=run.positive_int, default=200, help="in closed loop, at the end")
+    parser.add_argument(
+        "--test-episodes",
+        type=run.positive_int,
+        help=f"in closed loop, at the end (a tenth of the steps, at most {MOST_TEST_EPISODES})",
+    )
     run.add_common_arguments(parser, DEFAULTS, skip=NOT_FOR_POLICIES)
     args = parser.parse_args()
 
@@ -121,7 +130,7 @@ def main() -> None:
     policy = policy_from(args)
     place = run.open_run(args, f"policy-{args.policy}-{args.observations}", device=config.device)
     started = time.monotonic()
-    demonstrations = demonstrations_from(args, place.folder, seed=config.seed)
+    demonstrations = demonstrations_from(args, place.folder, config)
     lengths = dict(chunk_length=policy.chunk_length, observation_steps=policy.observation_steps)
     train, held_out = (ChunkDataset(part, **lengths) for part in demonstrations.split(HELD_OUT))
     if args.start_from is None:
@@ -138,7 +147,8 @@ def main() -> None:
     trainer.say(f"trained after {time.monotonic() - started:.0f} s")
 
     policy = trainer.average.eval().cpu()
-    scores = Scores.of(evaluate(policy, episodes=args.test_episodes, seed=EVALUATION_SEED, **loop))
+    episodes = args.test_episodes or min(max(trainer.step // 10, FEWEST), MOST_TEST_EPISODES)
+    scores = Scores.of(evaluate(policy, episodes=episodes, seed=EVALUATION_SEED, **loop))
     latency = milliseconds_per_decision(policy, args.observations)
     figures = {"success": scores.success, "highest_coverage": scores.coverage, "ms_per_decision": latency}
     source = f"{len(train.demonstrations.ends)} episodes of a scripted expert on PushT"

@@ -265,7 +265,7 @@ def run_together(executor: ChunkExecutor, seeds: Sequence[int], observations: Ob
                 highest[i], lengths[i] = max(highest[i], float(info["coverage"])), lengths[i] + 1
         if all(is_done):
             break
-    return [Episode(bool(done), *rest) for done, *rest in zip(is_done, highest, lengths, strict=True)]
+    return [Episode(bool(is_done[i]), highest[i], lengths[i]) for i in range(len(seeds))]
 
 
 def frames(executor: ChunkExecutor, *, seed: int, observations: Observations) -> Iterator[np.ndarray]:

@@ -5,7 +5,7 @@ b samples, o observation steps, k actions of a chunk, a channels of an action.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,8 +15,6 @@ from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.policy.normalization import Normalization
 from transfusion_pytorch.policy.observations import Observation, ObservationSpec
 from transfusion_pytorch.saving.methods import PretrainedMethods
-
-Reduction = Literal["mean", "none"]
 
 
 class ActionPolicy(PretrainedMethods, nn.Module):
@@ -71,13 +69,13 @@ class ActionPolicy(PretrainedMethods, nn.Module):
     def loss(
         self,
         observation: Observation,
-        actions: Float[Tensor, "b k a"],
+        actions: Float[Tensor, "_ _ _"],
         *,
-        action_is_pad: Bool[Tensor, "b k"] | None = None,
+        action_is_pad: Bool[Tensor, "_ _"] | None = None,
         times: Float[Tensor, " b"] | None = None,
         noise: Float[Tensor, "b k a"] | None = None,
         generator: torch.Generator | None = None,
-        reduction: Reduction = "mean",
+        reduction: str = "mean",
     ) -> Tensor:
         """The flow matching loss: a mean over the channels of all actions that are not padded.
 
@@ -95,7 +93,7 @@ class ActionPolicy(PretrainedMethods, nn.Module):
         normalized = self.action_statistics.normalize(actions - self._origin(observation))
         normalized = normalized.masked_fill(is_pad[..., None], 0.0).to(self.dtype)
         values = self.observation_spec.normalized(observation, self.dtype)
-        random = dict(times=times, noise=noise, generator=generator)
+        random: dict[str, Any] = dict(times=times, noise=noise, generator=generator)
         return self._loss(values, normalized, is_pad, reduction=reduction, **random)
 
     @torch.no_grad()
@@ -148,7 +146,7 @@ class ActionPolicy(PretrainedMethods, nn.Module):
         times: Tensor | None,
         noise: Tensor | None,
         generator: torch.Generator | None,
-        reduction: Reduction,
+        reduction: str,
     ) -> Tensor: ...
 
     @abstractmethod

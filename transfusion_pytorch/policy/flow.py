@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.flow.solver import integrate
 from transfusion_pytorch.flow.times import TimePolicy
 from transfusion_pytorch.mmdit import Context, InContextMMDiT, TimestepEmbedding, imitation_mask
-from transfusion_pytorch.policy.base import ActionPolicy, Reduction
+from transfusion_pytorch.policy.base import ActionPolicy
 from transfusion_pytorch.policy.observations import Observation, ObservationEncoder
 from transfusion_pytorch.saving.components import register_component
 
@@ -109,7 +109,7 @@ class FlowPolicy(ActionPolicy):
         times: Tensor | None,
         noise: Tensor | None,
         generator: torch.Generator | None,
-        reduction: Reduction,
+        reduction: str,
     ) -> Tensor:
         device = actions.device if generator is None else generator.device
         if times is None:

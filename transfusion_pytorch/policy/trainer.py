@@ -200,7 +200,7 @@ class PolicyTrainer(TrainingRun):
             result = self._train_step.make(self.step, partial(self._gradients, batch.to(self.device)))
         problems.check(self.step, result, ())
         self.step += 1
-        if result is not None:
+        if result is not None and batch is not None:
             losses = self._add_to_means(result)
             progress.update(losses, samples=len(batch.actions), learning_rate=result.learning_rate)
             self._call("on_step", result.losses)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.flow.times import TimePolicy
-from transfusion_pytorch.policy.base import ActionPolicy, Reduction
+from transfusion_pytorch.policy.base import ActionPolicy
 from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.samples import Condition
 from transfusion_pytorch.transfusion import Transfusion
@@ -95,7 +95,7 @@ class TransfusionPolicy(ActionPolicy):
         times: Tensor | None,
         noise: Tensor | None,
         generator: torch.Generator | None,
-        reduction: Reduction,
+        reduction: str,
     ) -> Tensor:
         if bool((is_pad[:, :-1] & ~is_pad[:, 1:]).any()) or bool(is_pad[:, 0].any()):
             raise ValueError("action_is_pad: a chunk may be padded at its end only, and must have at least one action")
