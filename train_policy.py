@@ -3,6 +3,7 @@
 python train_policy.py                         # InContextMMDiT on the positions of the T and the agent
 python train_policy.py --policy transfusion    # Transfusion itself
 python train_policy.py --observations pixels   # images of 96 x 96 pixels and the position of the agent
+python train_policy.py --dagger results/RUN/model --demonstrations results/RUN/demonstrations.safetensors
 
 Needs gym-pusht: pip install "transfusion-pytorch[policy]"
 """
@@ -42,6 +43,7 @@ DEFAULTS = TrainConfig(
 POLICIES: dict[str, Any] = {"flow": FlowPolicy, "transfusion": TransfusionPolicy}
 HELD_OUT = 20  # episodes for the validation loss
 EVALUATION_SEED = 100_000  # of the first episode in closed loop; demonstrations have seeds from that of the run on
+CORRECTION_SEED = 50_000  # what is added to the seed of demonstrations that correct a policy
 TIMED_DECISIONS = 50
 MOST_EPISODES, MOST_TEST_EPISODES, FEWEST = 700, 200, 2
 
@@ -63,15 +65,20 @@ def policy_from(args: argparse.Namespace) -> Any:
     return POLICIES[args.policy](**options)
 
 
-def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainConfig) -> Demonstrations:
-    """Those of a file, or new ones, which are written beside the run."""
-    if args.demonstrations is not None:
-        return Demonstrations.joined([Demonstrations.load(path) for path in args.demonstrations])
+def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainConfig, policy: Any) -> Demonstrations:
+    """Those of files, and new ones if there are no files or the expert is to correct a policy. New ones are written
+    beside the run.
+    """
+    found = [Demonstrations.load(path) for path in args.demonstrations or ()]
+    if found and args.dagger is None:
+        return Demonstrations.joined(found)
     wanted = MOST_EPISODES if config.steps is None else config.steps // 4
     episodes = args.episodes or min(max(wanted, FEWEST), MOST_EPISODES)
-    made = demonstrate(episodes, observations=args.observations, seed=config.seed)
+    leader = None if args.dagger is None else policy
+    seed = config.seed + (0 if leader is None else CORRECTION_SEED)
+    made = demonstrate(episodes, observations=args.observations, seed=seed, policy=leader)
     made.save(folder / "demonstrations.safetensors")
-    return made
+    return Demonstrations.joined([made, *found])
 
 
 class InClosedLoop(Callback):
@@ -107,7 +114,9 @@ def main() -> None:
         "--episodes", type=run.positive_int, help=f"demonstrations (a fourth of the steps, at most {MOST_EPISODES})"
     )
     parser.add_argument("--demonstrations", type=run.existing_path, nargs="+", help="files of earlier runs, instead")
-    parser.add_argument("--start-from", type=run.existing_path, help="a saved policy that is trained further")
+    parser.add_argument(
+        "--dagger", type=run.existing_path, help="a saved policy that is trained further: the expert corrects it"
+    )
     parser.add_argument("--chunk-length", type=run.positive_int, default=16, help="actions that are predicted at once")
     parser.add_argument("--executed-steps", type=run.positive_int, default=8, help="of these, before the next decision")
     parser.add_argument("--delay", type=int, default=0, help="real-time chunking: actions that are held fixed")
@@ -127,17 +136,16 @@ def main() -> None:
     config = config_from_arguments(args, DEFAULTS)
     run.optional("gym_pusht", extra="policy")
     run.seed_everything(config.seed)
-    policy = policy_from(args)
+    kind = POLICIES[args.policy]
+    policy = policy_from(args) if args.dagger is None else kind.from_pretrained(args.dagger)
     place = run.open_run(args, f"policy-{args.policy}-{args.observations}", device=config.device)
     started = time.monotonic()
-    demonstrations = demonstrations_from(args, place.folder, config)
+    demonstrations = demonstrations_from(args, place.folder, config, policy)
     lengths = dict(chunk_length=policy.chunk_length, observation_steps=policy.observation_steps)
     train, held_out = (ChunkDataset(part, **lengths) for part in demonstrations.split(HELD_OUT))
-    if args.start_from is None:
+    if args.dagger is None:
         chunks = train.everything()
         policy.fit_statistics(chunks.observation, chunks.actions, action_is_pad=chunks.is_pad)
-    else:
-        policy = type(policy).from_pretrained(args.start_from).train()
     loop: dict[str, Any] = dict(observations=args.observations, executed_steps=args.executed_steps, delay=args.delay)
     callbacks = [InClosedLoop(50, loop)] if config.sample_every else []
     trainer = PolicyTrainer(policy, train, config, folder=place.folder, validation=held_out, callbacks=callbacks)

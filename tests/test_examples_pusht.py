@@ -118,6 +118,17 @@ def test_expert_succeeds():
 
 
 @needs_environment
+def test_expert_goes_on_from_where_a_policy_got(monkeypatch):
+    env = pusht.make_environment("state")
+    env.reset(seed=3)
+    observation, is_done = pusht.led_astray(env, env.get_obs(), untrained(), 5)
+    assert not is_done
+    np.testing.assert_allclose(observation["agent_pos"], np.array(env.agent.position))
+    made = pusht.demonstrate(1, seed=3, policy=untrained())
+    assert len(made.actions) < pusht.MOST_STEPS
+
+
+@needs_environment
 @pytest.mark.parametrize("observations", pusht.SHAPES)
 def test_observations_have_their_shapes(observations):
     seen = pusht.as_tensors(pusht.make_environment(observations).reset(seed=0)[0])
@@ -189,3 +200,7 @@ def test_script_trains_and_scores(policy, monkeypatch, tmp_path, capsys):
     (made,) = tmp_path.iterdir()
     assert {"model", "episode.gif", "loss.png", "demonstrations.safetensors"} <= {file.name for file in made.iterdir()}
     assert "over 2 episodes" in capsys.readouterr().out
+    again = ["--dagger", str(made / "model"), "--demonstrations", str(made / "demonstrations.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["train_policy.py", "--results", str(tmp_path / "again"), *options, *again])
+    script.main()
+    assert "6 demonstrations" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_it_learns(tmp_path):
 
 @pytest.mark.parametrize("kind", [FlowPolicy, TransfusionPolicy])
 def test_a_resumed_run_goes_on_bit_for_bit(kind, tmp_path):
-    options = dict(ema_beta=0.9, ema_every=1, ema_start=1, warmup=0, cooldown=0.0)
+    options = dict(ema_beta=0.9, ema_every=1, ema_start=0, warmup=0, cooldown=0.0)
     whole = PolicyTrainer(policy(kind), items(), config(4, **options), folder=tmp_path / "whole")
     whole.fit()
     PolicyTrainer(policy(kind), items(), config(2, **options), folder=tmp_path / "parts").fit()

@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 MOST_STEPS = 300  # of an episode, as the environment is registered
 DISTURBED = 0.04  # probability that a disturbance of the demonstration begins in a step
 DISTURBED_STEPS, DISTURBED_BY = (2, 8), 35.0  # how long it lasts, and the standard deviation in pixels
+LONGEST_LEAD = 250  # steps that a policy acts before the expert goes on
 EPISODES_AT_ONCE = 50
 
 
@@ -145,7 +146,7 @@ def demonstrate(
         env = make_environment(observations)
         observation, _ = env.reset(seed=seed + index)
         if policy is not None:
-            observation, is_done = led_astray(env, observation, policy, int(generator.integers(0, MOST_STEPS)))
+            observation, is_done = led_astray(env, observation, policy, int(generator.integers(0, LONGEST_LEAD)))
             if is_done:
                 continue
         episodes.append(one_demonstration(env, observation, generator))
