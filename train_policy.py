@@ -66,9 +66,12 @@ def policy_from(args: argparse.Namespace) -> Any:
 
 
 def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainConfig, policy: Any) -> Demonstrations:
-    """Those of files, and new ones if there are no files or the expert is to correct a policy. New ones are written
-    beside the run.
+    """Those of files, and new ones if there are no files or the expert is to correct a policy. A run that has new ones
+    keeps all of them in its folder, and goes on with these when it is resumed.
     """
+    path = folder / "demonstrations.safetensors"
+    if path.is_file():
+        return Demonstrations.load(path)
     found = [Demonstrations.load(path) for path in args.demonstrations or ()]
     if found and args.dagger is None:
         return Demonstrations.joined(found)
@@ -77,8 +80,9 @@ def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainCon
     leader = None if args.dagger is None else policy
     seed = config.seed + (0 if leader is None else CORRECTION_SEED)
     made = demonstrate(episodes, observations=args.observations, seed=seed, policy=leader)
-    made.save(folder / "demonstrations.safetensors")
-    return Demonstrations.joined([made, *found])
+    joined = Demonstrations.joined([made, *found])
+    joined.save(path)
+    return joined
 
 
 class InClosedLoop(Callback):
@@ -118,7 +122,7 @@ def main() -> None:
         "--dagger", type=run.existing_path, help="a saved policy that is trained further: the expert corrects it"
     )
     parser.add_argument("--chunk-length", type=run.positive_int, default=16, help="actions that are predicted at once")
-    parser.add_argument("--executed-steps", type=run.positive_int, default=8, help="of these, before the next decision")
+    parser.add_argument("--executed-steps", type=run.positive_int, default=4, help="of these, before the next decision")
     parser.add_argument("--delay", type=int, default=0, help="real-time chunking: actions that are held fixed")
     parser.add_argument("--observation-steps", type=run.positive_int, default=2, help="that a decision sees")
     parser.add_argument("--dim", type=run.positive_int, default=128, help="width of the model")

@@ -155,7 +155,7 @@ def demonstrate(
 
 def led_astray(env: Any, observation: Any, policy: Any, steps: int) -> tuple[Any, bool]:
     """Lets a policy act for so many steps. Returns the last observation, and whether the episode is over."""
-    executor = ChunkExecutor(policy, executed_steps=policy.chunk_length // 2)
+    executor = ChunkExecutor(policy, executed_steps=max(policy.chunk_length // 4, 1))
     for _ in range(steps):
         batch = {name: value[None] for name, value in as_tensors(observation).items()}
         observation, _, is_done, _, _ = env.step(executor.act(batch)[0].double().numpy())
