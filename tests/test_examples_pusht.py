@@ -98,6 +98,7 @@ def test_wilson_interval():
     low, high = pusht.wilson(0.5, 100)
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
     assert pusht.wilson(1.0, 10)[1] == pytest.approx(1.0)
+    assert pusht.wilson(0.0, 20)[0] == 0
 
 
 def test_scores():

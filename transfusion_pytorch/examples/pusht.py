@@ -229,7 +229,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927), which stays within 0 and 1."""
     z = 1.96
     middle, half = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return (middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)
+    return max((middle - half) / (1 + z**2 / count), 0.0), (middle + half) / (1 + z**2 / count)
 
 
 def evaluate(
