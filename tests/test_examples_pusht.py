@@ -32,7 +32,7 @@ def test_poses_go_there_and_back():
     [((0, 15), 0), ((0, 119), 0), ((70, 15), 10), ((63, 34), 5), ((0, 130), 10), ((30, 50), 15), ((0, -8), 8)],
 )
 def test_distance_to_the_tee(point, distance):
-    assert pusht_expert.distance_to_tee(np.array(point, float)) == pytest.approx(distance)
+    assert pusht_expert.distance_to_tee(np.array([point], float)) == pytest.approx(distance)
 
 
 def test_normals_lead_away_from_the_tee():
