@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= python3.10
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text vae bench bench-peer bench-mmdit gpu wheel clean
+.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text vae policy bench bench-peer bench-mmdit gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ text: ## train on text alone
 
 vae: ## train an autoencoder of images
 	$(BIN)/python train_vae.py $(ARGS)
+
+policy: ## learn to push a T from demonstrations
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[policy]"
+	$(BIN)/python train_policy.py $(ARGS)
 
 bench: bench-peer ## time generation and training beside the package on PyPI: make bench ARGS="--rounds 3"
 	$(BIN)/python benchmarks/generation.py --peer build/peer/bin/python $(ARGS)

@@ -69,7 +69,19 @@ ALLOWED = {
     "pretrained.autoencoders": ["modalities", "saving", "data.optional", "autoencoder.halves"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
+ALLOWED["policy"] = [
+    "sequence.samples",
+    "flow",
+    "evaluating",
+    "saving",
+    "mmdit",
+    "display.terminal",
+    "data",
+    "training",
+    "transfusion",
+]
 ALLOWED["examples"] = [
+    "policy",
     "data",
     "conversations",
     "modalities.unet",

@@ -220,7 +220,7 @@ def test_a_policy_that_makes_no_sense_is_refused(options, message):
 
 @pytest.mark.skipif(TYPECHECK, reason="the type checker is faster")
 def test_a_policy_of_unknown_distribution_is_refused():
-    with pytest.raises(ValueError, match="must be 'uniform', 'logit_normal' or a constant, got 'normal'"):
+    with pytest.raises(ValueError, match="must be 'uniform', 'logit_normal', 'beta' or a constant, got 'normal'"):
         TimePolicy("normal")
 
 

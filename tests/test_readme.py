@@ -17,6 +17,7 @@ PAGES = [
     "docs/data.md",
     "docs/conversations.md",
     "docs/mmdit.md",
+    "docs/policy.md",
 ]
 
 

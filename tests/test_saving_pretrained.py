@@ -213,7 +213,13 @@ def test_the_configuration_is_readable(tmp_path):
     assert arguments["transformer"]["component"] == "Transformer"
     assert arguments["transformer"]["arguments"]["dim"] == 16
     assert arguments["time_policy"]["arguments"] == dict(
-        distribution="uniform", mean=0.0, std=1.0, shift=1.0, noise_limit=0.0, prob_clean_captioned=0.5
+        distribution="uniform",
+        mean=0.0,
+        std=1.0,
+        shift=1.0,
+        noise_limit=0.0,
+        prob_clean_captioned=0.5,
+        concentration=1.5,
     )
 
 

@@ -23,8 +23,9 @@ class TimePolicy:
     """How the noise of a training batch is distributed.
 
     `distribution` is `"uniform"`, `"logit_normal"` (a sigmoid of a normal with `mean` and `std`; SD3, arXiv
-    2403.03206) or a constant between 0 and 1. `shift` > 1 moves times towards noise, as larger images need: `t / (t +
-    shift (1 - t))`.
+    2403.03206), `"beta"` (1 - t follows Beta(`concentration`, 1), which prefers noise, as actions need; pi0, arXiv
+    2410.24164, appendix B) or a constant between 0 and 1. `shift` > 1 moves times towards noise, as larger images need:
+    `t / (t + shift (1 - t))`.
 
     A modality is captioned if text follows it in its sample and none stands before. Captioning wants it to be
     recognisable, and drawing wants all times, so in training it is clean, without a flow loss, with probability
@@ -36,23 +37,28 @@ class TimePolicy:
     In sampling whatever is finished is at `CLEAN`.
     """
 
-    distribution: Literal["uniform", "logit_normal"] | float = "uniform"
+    distribution: Literal["uniform", "logit_normal", "beta"] | float = "uniform"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
     noise_limit: float = 0.0
     prob_clean_captioned: float = 0.5
+    concentration: float = 1.5
 
     def __post_init__(self):
         if isinstance(self.distribution, (int, float)):
             if not 0 <= self.distribution <= 1:
                 raise ValueError(f"a constant time must be between 0 (noise) and 1 (data), got {self.distribution}")
-        elif self.distribution not in ("uniform", "logit_normal"):
-            raise ValueError(f"distribution must be 'uniform', 'logit_normal' or a constant, got {self.distribution!r}")
+        elif self.distribution not in ("uniform", "logit_normal", "beta"):
+            raise ValueError(
+                f"distribution must be 'uniform', 'logit_normal', 'beta' or a constant, got {self.distribution!r}"
+            )
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf and 0 < self.shift < math.inf):
             raise ValueError(
                 f"mean must be finite, std and shift positive, got {self.mean}, {self.std} and {self.shift}"
             )
+        if not 0 < self.concentration < math.inf:
+            raise ValueError(f"concentration must be positive, got {self.concentration}")
         for name in ("noise_limit", "prob_clean_captioned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -83,6 +89,8 @@ class TimePolicy:
             return torch.full_like(uniform, float(self.distribution))
         if self.distribution == "uniform":
             return uniform
+        if self.distribution == "beta":
+            return 1 - (1 - uniform) ** (1 / self.concentration)
         normal = math.sqrt(2) * torch.erfinv(2 * uniform - 1)
         return torch.sigmoid(self.mean + self.std * normal)
 
