@@ -7,6 +7,7 @@ Most tests stop before code is generated (`aot_eager`): graphs and guards are wh
 import copy
 import io
 import warnings
+from inspect import signature
 
 import pytest
 import torch
@@ -227,7 +228,9 @@ def test_nothing_of_dynamo_is_changed_for_others():
     config = torch._dynamo.config.get_config_copy()
     _, compiled = pair("eager", depth=1)
     loss_of(compiled, batch_of(0))
-    assert torch._dynamo.config.get_config_copy() == config
+    changed = {name for name, value in torch._dynamo.config.get_config_copy().items() if value != config[name]}
+    # older versions have a limit of graphs for the whole process only
+    assert changed == (set() if "recompile_limit" in signature(torch.compile).parameters else {"recompile_limit"})
 
 
 def test_one_function_is_compiled_for_all_models_and_options():
