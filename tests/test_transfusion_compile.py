@@ -230,7 +230,7 @@ def test_nothing_of_dynamo_is_changed_for_others():
     loss_of(compiled, batch_of(0))
     changed = {name for name, value in torch._dynamo.config.get_config_copy().items() if value != config[name]}
     # older versions have a limit of graphs for the whole process only
-    assert changed == (set() if "recompile_limit" in signature(torch.compile).parameters else {"recompile_limit"})
+    assert changed <= (set() if "recompile_limit" in signature(torch.compile).parameters else {"recompile_limit"})
 
 
 def test_one_function_is_compiled_for_all_models_and_options():
