@@ -22,12 +22,13 @@ from transfusion_pytorch import (
     ModelCard,
     TrainConfig,
 )
-from transfusion_pytorch.autoencoder.trainer import NOT_FOR_AUTOENCODERS, describe
+from transfusion_pytorch.autoencoder.trainer import describe
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import FASHION_FOLDER, IMAGE_LOADERS, load_images
 from transfusion_pytorch.examples.pictures import load_picture, save_curves, save_grid
 from transfusion_pytorch.training.config import config_from_arguments
+from transfusion_pytorch.training.one_process import FOR_A_TRANSFUSION
 
 DEFAULTS = TrainConfig(
     steps=2400, batch_size=32, learning_rate=2e-3, weight_decay=0.01, ema_beta=None, precision="bf16",
@@ -94,7 +95,7 @@ def main() -> None:
         help="side of the patches of pixels that are joined to channels at the start (default: %(default)s)",
     )
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="of nats for each pixel (default: %(default)s)")
-    run.add_common_arguments(parser, DEFAULTS, skip=NOT_FOR_AUTOENCODERS)
+    run.add_common_arguments(parser, DEFAULTS, skip=FOR_A_TRANSFUSION)
     args = parser.parse_args()
 
     config = config_from_arguments(args, DEFAULTS)

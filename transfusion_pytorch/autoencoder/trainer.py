@@ -1,8 +1,6 @@
 """`AutoencoderTrainer`: a run that trains a `KLAutoencoder`, from the parts of which `Trainer` is made."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,37 +18,23 @@ from transfusion_pytorch.data.loader import LoadedStep
 from transfusion_pytorch.data.order import seed_of
 from transfusion_pytorch.evaluating import evaluating
 from transfusion_pytorch.modalities.autoencoder import drawing_from
-from transfusion_pytorch.saving.files import save_json
 from transfusion_pytorch.training.callbacks import Callback
-from transfusion_pytorch.training.checkpoint import Checkpoints
 from transfusion_pytorch.training.config import BATCH_SIZE, TrainConfig
-from transfusion_pytorch.training.ema import create_ema
-from transfusion_pytorch.training.launch import Launch
-from transfusion_pytorch.training.metrics import RunningMeans
-from transfusion_pytorch.training.optimizers import create_optimizers
+from transfusion_pytorch.training.one_process import FOR_A_TRANSFUSION, OneProcessRun
 from transfusion_pytorch.training.problems import Problems
-from transfusion_pytorch.training.reporting import ProgressReporter
-from transfusion_pytorch.training.run import Fitted, TrainingRun
-from transfusion_pytorch.training.run_log import open_log
-from transfusion_pytorch.training.step import OptimizerStep, StepResult
-from transfusion_pytorch.training.stopping import StopSignals
+from transfusion_pytorch.training.step import StepResult
 
-# options of a `TrainConfig` that are about texts, tokens and several processes
-NOT_FOR_AUTOENCODERS = (
-    *("accumulation", "token_budget", "packs_per_step", "optimizer", "muon_learning_rate", "velocity_consistency"),
-    *("checkpointing", "compile", "details_every"),
-)
 SCORE_SEED = 20_240_820  # of the posteriors that are sampled in scores, whatever the seed of the training
 SCORE_BATCH = 250
 SCALE_BATCHES = 8  # of so many of those the scale of latents is measured
 
 
-class AutoencoderTrainer(TrainingRun):
+class AutoencoderTrainer(OneProcessRun):
     """Trains a `KLAutoencoder` in one process.
 
     `data` and `validation` are tensors `(n, channels, *axes)` in [-1, 1], or lists or datasets of tensors. Files and
     options are those of `Trainer` (`config.json`, `metrics.csv`, `checkpoints/`), but for the options in
-    `NOT_FOR_AUTOENCODERS`. Best is the checkpoint of the highest PSNR. A run that is resumed goes on bit for bit.
+    `FOR_A_TRANSFUSION`. Best is the checkpoint of the highest PSNR. A run that is resumed goes on bit for bit.
 
         trainer = AutoencoderTrainer(KLAutoencoder(2, channels=1), images, TrainConfig(steps=3000), validation=held_out)
         trainer.fit(resume=True)
@@ -61,6 +45,8 @@ class AutoencoderTrainer(TrainingRun):
 
     Raises `ValueError` for options that have no meaning here, and for several processes.
     """
+
+    what, not_for_it, best = "an autoencoder", FOR_A_TRANSFUSION, ("psnr", True)
 
     def __init__(
         self,
@@ -73,11 +59,7 @@ class AutoencoderTrainer(TrainingRun):
         validation: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        check_options(config)
-        self.launch = Launch(device=config.device, precision=config.precision)
-        if self.launch.size > 1:
-            raise ValueError(f"an autoencoder is trained by one process, got {self.launch.size}")
-        self.model, self.folder, self.callbacks = model.to(self.device), Path(folder), tuple(callbacks)
+        self._open(model, config, folder, callbacks)
         self.objective = (AutoencoderObjective() if objective is None else objective).to(self.device)
         self.data, self.validation = data, validation
         size = config.batch_size or BATCH_SIZE
@@ -86,39 +68,7 @@ class AutoencoderTrainer(TrainingRun):
         self.stack = Stack(model.encoder.layout, skips_bad=config.on_bad_sample == "skip")
         loading = dict(num_workers=config.num_workers, pin_memory=self.device.type == "cuda")
         self.loader = training_steps(data, self.stack, batch_size=size, seed=config.seed, **loading)
-        self.step, self.figures = 0, dict[str, float]()
-        self._means, self._validated_at = RunningMeans(), -1
-        self.model.train()
-        self.ema: Any = None
-        if config.ema_beta is not None:
-            every = dict(update_every=self.config.ema_every, update_after_step=self.config.ema_start)
-            self.ema = create_ema(self.model, beta=config.ema_beta, **every)
-        optimizers = create_optimizers(self.model, self.config)
-        self._train_step = OptimizerStep(self.model, optimizers, self.ema, self.launch, self.config)
-
-    def fit(self, *, resume: bool | str | Path = False) -> Fitted:
-        """Trains until the last step, or until Ctrl-C or SIGTERM. `resume` and errors are those of `Trainer.fit`."""
-        checkpoints = Checkpoints(
-            self.folder / "checkpoints",
-            keep_last=self.config.keep_last,
-            keep_best=self.config.keep_best,
-            metric="psnr",
-            higher_is_better=True,
-        )
-        self._resume(checkpoints, resume)
-        self._describe()
-        self.log = open_log(self.folder, self.config, resumed_step=self.step, is_main=True)
-        try:
-            progress = ProgressReporter(self._total, initial=self.step, device=self.device)
-            with StopSignals() as signals, progress:
-                self._call("on_start")
-                was_stopped = self._run(checkpoints, progress, signals)
-                if not was_stopped:
-                    self.measure_scale()
-                self._call("on_end")
-        finally:
-            self.log.close()
-        return Fitted(self.step, dict(self.figures), was_stopped)
+        self._prepare()
 
     def score(self, data: Any = None) -> Scores:
         """Scores of the average, by default on the validation data. Posteriors are sampled with a fixed seed."""
@@ -144,28 +94,7 @@ class AutoencoderTrainer(TrainingRun):
         """Saves the average (`KLAutoencoder.save_pretrained` has the options)."""
         self.average.save_pretrained(folder, **options)
 
-    # the loop
-
-    def _run(self, checkpoints: Checkpoints, progress: ProgressReporter, signals: StopSignals) -> bool:
-        """Steps until the last one. Returns whether a signal ended it before."""
-        problems = Problems(self.launch, progress, stops=self.config.on_bad_step == "stop")
-        if self._is_last:
-            return False
-        steps: Any = iter(self.loader)
-        with closing(steps):  # and with it the data workers
-            for loaded in steps:
-                result, size = self._take(loaded, problems)
-                self.step += 1
-                self._report(result, size, progress)
-                self._look(progress)
-                if self._is_due(self.config.save_every) or self._is_last or signals.received:
-                    self._save(checkpoints, loaded.state)
-                if self._is_last:
-                    return False
-                if signals.received:
-                    progress.write(f"stopped by {signals.received}: step {self.step} is saved")
-                    return True
-        return False
+    # a step, and what is done beside the steps
 
     def _take(self, loaded: LoadedStep, problems: Problems) -> tuple[StepResult | None, int]:
         """Trains on a batch, and returns how many instances it has; 0 where all of them were left out."""
@@ -188,41 +117,12 @@ class AutoencoderTrainer(TrainingRun):
         named |= {} if self.objective.features is None else {"perceptual": losses.perceptual}
         return {name: loss.detach() for name, loss in named.items()}
 
-    # what is seen of it
+    def _validated(self) -> tuple[dict[str, float], str]:
+        scores = self.score()
+        return scores._asdict(), describe(scores)
 
-    def _describe(self) -> None:
-        save_json(self.folder / "config.json", self.config.as_dict())
-        trained = sum(parameter.numel() for parameter in self.model.parameters())
-        self.say(f"autoencoder: {trained:,} parameters on {self.device}, precision: {self.launch.precision}")
-        self.say(f"run: {self.folder}, step {self.step} of {self._total}")
-
-    def _report(self, result: StepResult | None, size: int, progress: ProgressReporter) -> None:
-        if result is not None:
-            losses = self._add_to_means(result)
-            progress.update(losses, samples=size, learning_rate=result.learning_rate)
-            self._call("on_step", result.losses)
-        self._write_means()
-
-    def _look(self, progress: ProgressReporter) -> None:
-        """Scores and samples, where they are due."""
-        if self._validates:
-            self.figures, self._validated_at = self.score()._asdict(), self.step
-            self.log.write(self.step, self.figures, prefix="validation/")
-            progress.write(f"step {self.step:,}: {describe(Scores(**self.figures))}")
-            self._call("on_validation", self.figures)
-        self._sample()
-        self.log.flush()
-
-    def _save(self, checkpoints: Checkpoints, data_state: dict[str, Any]) -> None:
-        self._call("on_save", checkpoints.save(self.step, self._parts(data_state), figures=self._own_figures))
-
-
-def check_options(config: TrainConfig) -> None:
-    """Raises `ValueError` for options that are set and have no meaning for an autoencoder."""
-    defaults = {spec.name: spec.default for spec in fields(TrainConfig)}
-    wrong = [name for name in NOT_FOR_AUTOENCODERS if getattr(config, name) != defaults[name]]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} cannot be set for an autoencoder: leave out what is for a Transfusion")
+    def _finish(self) -> None:
+        self.measure_scale()
 
 
 def describe(scores: Scores) -> str:

@@ -157,11 +157,17 @@ def led_astray(env: Any, observation: Any, policy: Any, steps: int) -> tuple[Any
     """Lets a policy act for so many steps. Returns the last observation, and whether the episode is over."""
     executor = ChunkExecutor(policy, executed_steps=max(policy.chunk_length // 4, 1))
     for _ in range(steps):
-        batch = {name: value[None] for name, value in as_tensors(observation).items()}
-        observation, _, is_done, _, _ = env.step(executor.act(batch)[0].double().numpy())
+        observation, is_done = step_by(executor, env, observation)
         if is_done:
             return observation, True
     return observation, False
+
+
+def step_by(executor: ChunkExecutor, env: Any, observation: Any) -> tuple[Any, bool]:
+    """A step of one environment by a policy: the next observation, and whether the episode is over."""
+    batch = {name: value[None] for name, value in as_tensors(observation).items()}
+    observation, _, is_done, _, _ = env.step(executor.act(batch)[0].double().numpy())
+    return observation, is_done
 
 
 def one_demonstration(env: Any, observation: Any, generator: np.random.Generator) -> Demonstrations:
@@ -276,8 +282,7 @@ def frames(executor: ChunkExecutor, *, seed: int, observations: Observations) ->
     observation, _ = env.reset(seed=seed)
     executor.reset()
     for _ in range(MOST_STEPS):
-        batch = {name: value[None] for name, value in as_tensors(observation).items()}
-        observation, _, is_done, _, _ = env.step(executor.act(batch)[0].double().numpy())
+        observation, is_done = step_by(executor, env, observation)
         yield env.render()
         if is_done:
             return

@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from inspect import signature
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +28,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transfusion_pytorch.network.cache_views import CacheRun, CacheView, DecodeRun, DecodeView
 from transfusion_pytorch.network.cpu.attention import PackedAttention
 from transfusion_pytorch.network.cpu.products import product_dtype
+from transfusion_pytorch.network.graphs import many_graphs
 from transfusion_pytorch.network.precision import precise, without_autocast
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.sequence.blocks import BLOCK
 from transfusion_pytorch.sequence.masks import Chunk, Intervals, Layout, Run
-
-MOST_GRAPHS = 256  # of all models together: with gradients, skips, spans, ... or without; torch's own limit is 8
 
 # of the forward pass, for heads of 64 in half precision: 2.8 times as fast there as what torch 2.11 chooses
 HOPPER_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
@@ -212,17 +210,6 @@ def flex_kernel(is_cuda: bool) -> Callable[..., Tensor]:
 def _eager_kernel(is_cuda: bool) -> Callable[..., Tensor]:
     # not `dynamic=True`, which makes a symbol of the number in a softcap, and no kernel holds one
     return torch.compile(flex_attention, **many_graphs()) if is_cuda else _uncompiled_flex
-
-
-def many_graphs() -> dict[str, Any]:
-    """The option of `torch.compile` for a function of all models. A function that is called in more ways than its limit
-    is no longer compiled at all: attention would make all `n * n` logits, and a step of decoding run as it is.
-    """
-    if "recompile_limit" in signature(torch.compile).parameters:
-        return {"recompile_limit": MOST_GRAPHS}
-    config: Any = torch._dynamo.config  # of all functions of the process, in older versions
-    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    return {}
 
 
 def _uncompiled_flex(*args, **options) -> Tensor:

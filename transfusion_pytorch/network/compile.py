@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention, many_graphs
+from transfusion_pytorch.network.attend import AttentionPlan, DenseAttention, FlexAttention
 from transfusion_pytorch.network.experts import RoutedAttention
+from transfusion_pytorch.network.graphs import many_graphs
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 Checkpointing = bool | Literal["selective"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from transfusion_pytorch.network.attend import many_graphs
 from transfusion_pytorch.network.cpu.products import product_dtype
+from transfusion_pytorch.network.graphs import many_graphs
 from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.precision import precise, without_autocast, working_dtype
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched

@@ -30,7 +30,7 @@ class Fitted(NamedTuple):
 
 
 class TrainingRun:
-    """The base of `Trainer` and `AutoencoderTrainer`, which set these attributes.
+    """The base of all trainers, which set these attributes.
 
     - `step`: how many are done; `figures`: those that a checkpoint is judged by, `_validated_at` the step they are of
     - `loader`: the data, and where in them the run stands; `_train_step`: makes a step, and has what it changes
