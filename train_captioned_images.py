@@ -150,6 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--unet", action="store_true", help="halves of a U-Net around the transformer, not patches")
     parser.add_argument("--dim", type=run.positive_int, help="width of the transformer")
     parser.add_argument("--depth", type=run.positive_int, help="its layers")
+    parser.add_argument("--untied", action="store_true", help="text and images have weights of their own")
     parser.add_argument(
         "--bpe", type=run.positive_int, metavar="SIZE", help="train byte-pair encoding on the captions, not bytes"
     )
@@ -264,7 +265,9 @@ def build_model(arguments: argparse.Namespace, recipe: Recipe, num_text_tokens: 
         pre_post_transformer_enc_dec=pair,
         flow_loss_weight=recipe.flow_loss_weight,
         time_policy=TimePolicy(prob_clean_captioned=0.8),  # images come clean to be captioned
-        transformer=dict(dim=recipe.dim, depth=recipe.depth, heads=4, dim_head=recipe.dim // 4),
+        transformer=dict(
+            dim=recipe.dim, depth=recipe.depth, heads=4, dim_head=recipe.dim // 4, untied=arguments.untied
+        ),
     )
 
 
@@ -316,6 +319,9 @@ def score(trainer: Trainer, samples: Samples, data: Captioned, *, per_class: int
     figures = {} if scores.captioned is None else {f"captions {captioned}": f"{scores.captioned:.1%}"}
     if scores.drawn is not None:
         figures = {f"drawings {drawn}": f"{scores.drawn:.1%}"} | figures
+    if scores.distance is not None:
+        name = "distance (Frechet, of what the judge sees) of the drawings to as many held-out images"
+        figures[name] = f"{scores.distance:.1f}"
     for (what, _, how), share in zip((name.partition(" ") for name in figures), figures.values(), strict=True):
         trainer.say(f"{what}: {share} {how}")
     return figures

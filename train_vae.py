@@ -25,7 +25,8 @@ from transfusion_pytorch import (
 from transfusion_pytorch.autoencoder.trainer import describe
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import run
-from transfusion_pytorch.examples.data import FASHION_FOLDER, IMAGE_LOADERS, load_images
+from transfusion_pytorch.examples.data import FASHION_FOLDER, IMAGE_LOADERS, ImageData, load_images
+from transfusion_pytorch.examples.judge import FeatureMaps, train_judge
 from transfusion_pytorch.examples.pictures import load_picture, save_curves, save_grid
 from transfusion_pytorch.training.config import config_from_arguments
 from transfusion_pytorch.training.one_process import FOR_A_TRANSFUSION
@@ -38,13 +39,17 @@ SCORED = 500  # held-out images that are scored while it trains; all are at the 
 
 
 class Images(NamedTuple):
-    """Images of one shape `(c, h, w)` to train on and held-out ones; one phrase on where they came from and why."""
+    """Images of one shape `(c, h, w)` to train on and held-out ones; one phrase on where they came from and why.
+
+    `labelled` are the same with their classes, if they have any.
+    """
 
     train: Any
     held_out: Any
     shape: tuple[int, ...]
     name: str
     source: str
+    labelled: ImageData | None = None
 
 
 def load(args: argparse.Namespace, seed: int) -> Images:
@@ -55,7 +60,22 @@ def load(args: argparse.Namespace, seed: int) -> Images:
         return Images(*files.hold_out(args.held_out, seed=seed), (len(mode), args.size, args.size), "images", source)
     name = args.dataset or ("fashion" if Path(FASHION_FOLDER).is_dir() else "digits")
     data = load_images(name, args.data)
-    return Images(data.train.images, data.test.images, tuple(data.test.images.shape[1:]), data.name, data.source)
+    return Images(data.train.images, data.test.images, tuple(data.test.images.shape[1:]), data.name, data.source, data)
+
+
+def objective_of(args: argparse.Namespace, images: Images, config: TrainConfig) -> AutoencoderObjective:
+    """With a perceptual term, its feature network is a classifier of these images, which is trained first. Raises
+    `ValueError` where they have no classes.
+    """
+    if not args.perceptual_weight:
+        return AutoencoderObjective(kl_weight=args.kl_weight)
+    if images.labelled is None:
+        raise ValueError(
+            "--perceptual-weight trains a classifier to compare by, and images of a folder have no classes: leave it "
+            "out, or give a network of your own to AutoencoderObjective(features=...)"
+        )
+    features = FeatureMaps(train_judge(images.labelled, seed=config.seed).judge)
+    return AutoencoderObjective(kl_weight=args.kl_weight, features=features, perceptual_weight=args.perceptual_weight)
 
 
 class Pictures(Callback):
@@ -95,6 +115,9 @@ def main() -> None:
         help="side of the patches of pixels that are joined to channels at the start (default: %(default)s)",
     )
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="of nats for each pixel (default: %(default)s)")
+    parser.add_argument(
+        "--perceptual-weight", type=float, default=0.0, help="of the distance of feature maps (default: %(default)s)"
+    )
     run.add_common_arguments(parser, DEFAULTS, skip=FOR_A_TRANSFUSION)
     args = parser.parse_args()
 
@@ -104,7 +127,7 @@ def main() -> None:
     channels, *sides = images.shape
     sizes = dict(widths=args.widths, num_blocks=args.blocks, patch_size=args.patch_size)
     model = KLAutoencoder(args.dim_latent, channels=channels, **sizes)
-    objective = AutoencoderObjective(kl_weight=args.kl_weight)
+    objective = objective_of(args, images, config)
     place = run.open_run(args, f"vae-{images.name}", device=config.device)
     trainer = AutoencoderTrainer(
         model,

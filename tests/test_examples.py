@@ -19,7 +19,7 @@ from transfusion_pytorch.data.images import patchify, unpatchify
 from transfusion_pytorch.examples import data as data_module
 from transfusion_pytorch.examples import run
 from transfusion_pytorch.examples.data import load_images, load_text, read_idx
-from transfusion_pytorch.examples.judge import Judge, accuracy, augment, recognised, train_judge
+from transfusion_pytorch.examples.judge import Judge, accuracy, augment, frechet_distance, recognised, train_judge
 from transfusion_pytorch.examples.pairs import LabelImagePairs
 from transfusion_pytorch.examples.pictures import COLOURS, points, save_curves, save_grid, smooth
 from transfusion_pytorch.training.config import TrainConfig, config_from_arguments
@@ -327,6 +327,29 @@ def test_accuracy_counts_what_is_recognised():
     assert torch.equal(recognised(judge, 5 * images), recognised(judge, (5 * images).clamp(-1, 1)))
     with pytest.raises(ValueError, match="accuracy on no images is undefined"):
         accuracy(judge, images[:0], seen[:0])
+
+
+class Pixels(Judge):
+    """Its features are the pixels."""
+
+    def features(self, images):
+        return images.flatten(1)
+
+
+def test_frechet_distance_of_normal_distributions():
+    """Of the same images 0, of moved ones the square of the way, of others that of the difference of their spreads."""
+    judge = Pixels(shape=(1, 2, 2), num_classes=3)
+    images = 0.1 * torch.randn(400, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    images = (images - images.mean(dim=0)).float()
+    variances = torch.linalg.eigvalsh(images.flatten(1).T.cov())
+    way = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 2, 2)
+    assert frechet_distance(judge, images, images) == pytest.approx(0, abs=1e-5)
+    assert frechet_distance(judge, images, images + way) == pytest.approx(0.14, rel=1e-3)
+    wider = ((1.5 - 1) ** 2 * variances.sum()).item()
+    assert frechet_distance(judge, images, 1.5 * images) == pytest.approx(wider, rel=1e-3)
+    assert frechet_distance(judge, 1.5 * images, images) == pytest.approx(wider, rel=1e-3)
+    with pytest.raises(ValueError, match="at least two"):
+        frechet_distance(judge, images[:1], images)
 
 
 def test_augmentation_moves_images_only_a_little():

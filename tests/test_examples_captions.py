@@ -149,13 +149,18 @@ def test_scores_of_what_was_remembered(pairs, wrong):
         wrong,
     )
     scores = score_remembered(pictures, pairs, count=20, seed=0, options={})
-    assert scores == (1 - wrong / 20, 1 - wrong / 20, None)
+    assert scores == (1 - wrong / 20, 1 - wrong / 20, None, None)
 
 
 def test_pictures_of_several_sizes_have_no_nearest(pairs):
     Image.new("RGB", (8, 4)).save(Path(pairs.folder) / "00.png")
     pairs.images = ImageReader(lambda size: size)
-    assert score_remembered(Perfect(None, lambda image: "?", 0), pairs, count=20, seed=0, options={}) == (None, 0, None)
+    assert score_remembered(Perfect(None, lambda image: "?", 0), pairs, count=20, seed=0, options={}) == (
+        None,
+        0,
+        None,
+        None,
+    )
 
 
 def test_scores_of_digits(tmp_path):
@@ -173,4 +178,5 @@ def test_scores_of_digits(tmp_path):
     assert scores.drawn >= 0.9
     assert scores.captioned == pytest.approx((data.test.labels == 3).float().mean().item())
     assert scores.reference >= 0.98
+    assert scores.distance > 0
     assert (tmp_path / "a.png").is_file()

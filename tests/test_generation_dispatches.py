@@ -1,6 +1,7 @@
 """How many operations a step dispatches: on a GPU, and for small models everywhere, that is what it costs.
 
-A tighter limit than these is a gain: lower them.
+A tighter limit than these is a gain: lower them. What torch calls inside of an operator is not counted: `rms_norm`
+would be one here, and is nine on a CPU, where the layers have four in its place.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from transfusion_pytorch import Transfusion
 
 TEXT = dict(plan=[("text", 1000)])
 IMAGE = dict(plan=[0], modality_steps=50, cfg_scale=3.0, odeint_kwargs=dict(method="euler"))
-LIMITS = {"text": (34, 38, 0), "image": (38, 32, 1)}  # per layer; besides; besides, for each row
+LIMITS = {"text": (36, 38, 0), "image": (41, 32, 1)}  # per layer; besides; besides, for each row
 
 
 class CountOperations(TorchDispatchMode):

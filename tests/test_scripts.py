@@ -245,6 +245,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, m
         (VAE, ("--data", "{tmp}/one"), "error: 100 images cannot be held out of 2: hold out fewer"),
         (VAE, ("--dataset", "digits", "--data", "{tmp}/one"), "error: digits are read from scikit-learn"),
         (VAE, ("--dataset", "digits", "--widths", 8), "error: widths and num_blocks have an entry for each"),
+        (VAE, ("--data", "{tmp}/one", "--held-out", 1, "--perceptual-weight", 1), "images of a folder have no classes"),
         ("train_toy.py", ("--data", "{tmp}/one"), "error: unrecognized arguments: --data {tmp}/one"),
     ],
 )
@@ -310,6 +311,16 @@ def test_bars_are_drawn_for_the_tracker(tmp_path):
 
 
 NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--patch-size", 1, "--precision", "fp32")
+
+
+def test_an_autoencoder_can_learn_what_a_classifier_sees(tmp_path, monkeypatch):
+    for name in ("LEAST_STEPS", "MOST_STEPS"):
+        monkeypatch.setattr(f"transfusion_pytorch.examples.judge.{name}", 2)
+    options = ("--dataset", "digits", *NARROW, "--steps", 2, "--results", tmp_path)
+    call(monkeypatch, *options, "--perceptual-weight", 0.1, script=VAE)
+    (made,) = tmp_path.iterdir()
+    header, *rows = (made / "metrics.csv").read_text().splitlines()
+    assert float(rows[-1].split(",")[header.split(",").index("perceptual")]) > 0
 
 
 def test_a_folder_becomes_an_autoencoder_that_can_be_used_and_gone_on_with(tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from transfusion_pytorch.data.text import TextCodec
 from transfusion_pytorch.sequence.samples import Sample
 
 from .data import ImageData, LabelledImages
-from .judge import augment, recognised, train_judge
+from .judge import augment, frechet_distance, recognised, train_judge
 from .pictures import save_grid
 from .run import optional
 
@@ -143,11 +143,13 @@ class Scores(NamedTuple):
     - `drawn`: drawings that show what was asked for; None where nobody can tell
     - `captioned`: captions that say what the image shows; None where there are none to learn from
     - `reference`: real images that the judge of the drawings recognises; None where there is none
+    - `distance`: the Frechet distance of the drawings to as many held-out images, by what the judge sees; no share
     """
 
     drawn: float | None
     captioned: float | None
     reference: float | None = None
+    distance: float | None = None
 
 
 def score_labelled(
@@ -172,14 +174,16 @@ def score_labelled(
     prompts = [of_class[i // len(names) % len(of_class)] for i, of_class in enumerate(captions)]
     drawn = as_one_size(pictures.draw(prompts, generator=generator, **options))
     size = data.train.images.shape[2:]  # the only one that the judge takes
-    seen = recognised(judge, drawn if drawn.shape[2:] == size else F.interpolate(drawn, size, mode="area"))
+    sized = drawn if drawn.shape[2:] == size else F.interpolate(drawn, size, mode="area")
+    seen = recognised(judge, sized)
     if sheet is not None:
         save_grid(sheet, drawn[:40], prompts[:40], smallest=96, correct=(seen == labels)[:40])
     shown = range(min(len(held_out), 1000))
     images = [held_out.modalities(i)[0][1] for i in shown]
     written = pictures.describe(images, text_temperature=0.0, generator=generator)
     right = sum(mentioned_class(written[i], names) == held_out.labels[i] for i in shown)
-    return Scores((seen == labels).float().mean().item(), right / len(shown), reference)
+    distance = frechet_distance(judge, sized, data.test.images[: len(sized)])
+    return Scores((seen == labels).float().mean().item(), right / len(shown), reference, distance)
 
 
 def score_remembered(pictures: Any, pairs: ImageCaptionPairs, *, count: int, seed: int, options: Any) -> Scores:

@@ -1,8 +1,9 @@
 """An image classifier, trained on the real images alone, that says what a generative model drew.
 
-b, n images, c channels, h height, w width; pixels are in [-1, 1].
+b, n, m images, c channels, h height, w width, f features; pixels are in [-1, 1].
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,31 @@ class Judge(nn.Module):
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's overloads lack it)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        return self.layers[-1](self.features(images))
+
+    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """What it decides by."""
         if images.shape[1:] != self.shape:
             raise ValueError(f"this judge reads images of shape {self.shape}, got {tuple(images.shape[1:])}")
-        return self.layers(images.contiguous(memory_format=torch.channels_last))
+        return self.layers[:-1](images.contiguous(memory_format=torch.channels_last))
+
+
+class FeatureMaps(nn.Module):
+    """What the convolutions of a judge make of images, one map after another: the feature network of a perceptual term
+    (`AutoencoderObjective`).
+    """
+
+    def __init__(self, judge: Judge):
+        super().__init__()
+        self.layers = judge.layers[:4]
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b f _h _w"]]:
+        maps = []
+        for layer in self.layers:
+            images = layer(images)
+            if isinstance(layer, nn.Sequential):
+                maps.append(images)
+        return maps
 
 
 class ScoredJudge(NamedTuple):
@@ -110,13 +133,36 @@ def augment(images: Float[Tensor, "b c h w"], generator: Generator) -> Float[Ten
     return moved + 0.05 * torch.randn(images.shape, generator=generator)
 
 
-@torch.no_grad()
 def recognised(judge: Judge, images: Float[Tensor, "n c h w"]) -> Int[Tensor, " n"]:
     """The class that the judge sees in each image. What is outside [-1, 1] is clipped, as in a picture."""
+    return _seen(judge, images, judge).argmax(dim=-1).to(images.device)
+
+
+@torch.no_grad()
+def _seen(judge: Judge, images: Float[Tensor, "n c h w"], look: Callable[[Tensor], Tensor]) -> Float[Tensor, "n f"]:
     judge.eval()
     device = next(judge.parameters()).device
-    predicted = [judge(part.to(device).float().clamp(-1, 1)).argmax(dim=-1) for part in images.split(1000)]
-    return torch.cat(predicted).to(images.device)
+    return torch.cat([look(part.to(device).float().clamp(-1, 1)) for part in images.split(1000)])
+
+
+def frechet_distance(judge: Judge, images: Float[Tensor, "n c h w"], others: Float[Tensor, "m c h w"]) -> float:
+    """How far two sets of images are from each other: the Frechet distance between normal distributions of the judge's
+    features (arXiv 1706.08500, with this judge instead of Inception). It depends on how many images there are: compare
+    for equal numbers only. Raises `ValueError` for fewer than two images.
+    """
+    if min(len(images), len(others)) < 2:
+        raise ValueError("the distance between sets of images needs at least two images in each")
+    means, covariances = [], []
+    for each in (images, others):
+        features = _seen(judge, each, judge.features).double().cpu()
+        means.append(features.mean(dim=0))
+        covariances.append(features.T.cov())
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # the trace of the root of a product of covariances is that of a symmetric matrix with the same eigenvalues
+    product = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0)
+    spread = sum(covariance.trace() for covariance in covariances) - 2 * product.sqrt().sum()
+    return ((means[0] - means[1]).square().sum() + spread).item()
 
 
 def accuracy(judge: Judge, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> float:

@@ -23,7 +23,7 @@ STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
 
 class Decoded(NamedTuple):
     """What a decode step makes, on the device. `tokens` are the ids that were chosen, None where that is still to be
-    done.
+    done; without log-probabilities that overwrites the logits.
     """
 
     hidden: Shaped[Tensor, "r d"]
@@ -211,11 +211,17 @@ class BatchState:
         """Whether a user's code sees the logits before an id is chosen."""
         return any(request.options.logits_processors for request in self.requests)
 
+    @property
+    def has_log_probabilities(self) -> bool:
+        """Whether any request wants those of its ids."""
+        return any(request.log_probabilities is not None for request in self.requests)
+
     @torch.inference_mode()
     def choose(self, logits: Shaped[Tensor, "r v"]) -> Int[Tensor, " r"]:
         """The next id of every row; they are the ones to be read next. On the device alone."""
         uniform = self.numbers.index_select(0, self.step)[0]
-        tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen)
+        overwrites = not self.has_log_probabilities
+        tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen, overwrites=overwrites)
         self.stream.token.copy_(tokens)
         self.step.add_(1)
         if self.view is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
 from transfusion_pytorch.network.conditions import ConditionTable
+from transfusion_pytorch.network.cpu.packing import PackedWeights
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.hashing import content_key
 from transfusion_pytorch.sequence.joined import JoinedSpans
@@ -93,6 +94,7 @@ class CachedRunner:
         self.model = model
         self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
         self.graphs = StepGraphs(cast(nn.Module, model), model.device)
+        self.packed = PackedWeights()
         self.tokens_read = 0
         self._prefixes: dict[Hashable, Prefix] = {}
 
@@ -103,6 +105,10 @@ class CachedRunner:
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens of the cache that branches of these lengths take."""
         return sum(map(self.cache.capacity_for, lengths))
+
+    def weights_changed(self) -> None:
+        """Forgets what was made of the weights."""
+        self.packed.clear()
 
     def close(self, branch: Branch) -> None:
         if branch.row is not None:
@@ -234,7 +240,9 @@ class CachedRunner:
         ordered = sorted(requests, key=lambda request: _place(request.branch))
         rows = [request.branch.row for request in ordered]
         positions = [request.branch.past.position for request in ordered]
-        view = self.model.transformer.decode_view(self.cache, rows, positions, is_fixed=self.graphs.is_used)
+        view = self.model.transformer.decode_view(
+            self.cache, rows, positions, is_fixed=self.graphs.is_used, packed=self.packed
+        )
         graph = StepGraph(self.graphs) if self.graphs.is_used and view.prepared is not None else None
         device, dtype = self.model.device, self.model.dtype
         return BatchState.of(ordered, stamp=self.cache.stamp(rows), view=view, graph=graph, device=device, dtype=dtype)
@@ -248,7 +256,8 @@ class CachedRunner:
         are to see the logits first. `commit` makes what was read permanent.
         """
         step = partial(self._step, state)
-        with torch.inference_mode():
+        self.packed.count_step(len(state.branches), self.model.dtype)
+        with torch.inference_mode(), self.packed.used():
             if state.graph is None:
                 return step()
             decoded = state.graph.run(step)
@@ -324,6 +333,8 @@ class UncachedRunner:
         self.tokens_read = 0
 
     def prepare(self) -> None: ...
+
+    def weights_changed(self) -> None: ...
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         return 0

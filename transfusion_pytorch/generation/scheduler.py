@@ -83,6 +83,7 @@ class Scheduler:
         for request in self.active:
             for branch in request.branches:
                 self.runner.rewind(branch)
+        self.runner.weights_changed()
         self._state = None  # whose views hold what follows from the weights, as those of the layouts do
         self.denoiser.reset()
 
@@ -196,7 +197,7 @@ class Scheduler:
         if tokens is None:
             tokens = state.choose(self._processed(decoded.logits, state.requests))
         log_p = None
-        if any(request.log_probabilities is not None for request in state.requests):
+        if state.has_log_probabilities:
             chosen, log_p = to_host(tokens, log_probabilities(decoded.logits, tokens))
         else:
             chosen = tokens.tolist()

@@ -23,17 +23,24 @@ class Stored(NamedTuple):
     """Keys or values of some rows of a block, for every layer.
 
     - `flat`: all slots of the block, `(g h s, e)`, to write to; `seen`: those of the rows, `(g, h, k, e)`, to attend to
+    - `target`: the slots to write to, where they are the same in all rows
     """
 
     flat: list[Shaped[Tensor, "g_h_s e"]]
     seen: list[Shaped[Tensor, "g h k e"]]
+    target: list[Shaped[Tensor, "g t h e"]] | None
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], rows: slice, num_keys: int) -> "Stored":
-        return cls([it.view(-1, it.shape[-1]) for it in tensors], [it[rows, :, :num_keys] for it in tensors])
+    def of(cls, tensors: Sequence[Tensor], rows: slice, num_keys: int, target: slice | None = None) -> "Stored":
+        flat, seen = [it.view(-1, it.shape[-1]) for it in tensors], [it[rows, :, :num_keys] for it in tensors]
+        return cls(flat, seen, None if target is None else [it[rows, :, target].transpose(1, 2) for it in tensors])
 
     def update(self, layer: int, slots: Int[Tensor, " n_h"], new: Shaped[Tensor, "n h e"]) -> Tensor:
         """Writes the new keys or values. Returns a view of all that may be seen."""
+        if self.target is not None:
+            target = self.target[layer]
+            target.copy_(new.view(target.shape))
+            return self.seen[layer]
         flat = self.flat[layer]
         if new.dtype != flat.dtype:  # what is computed under autocast need not have its type
             new = new.to(flat.dtype)
@@ -83,7 +90,9 @@ class CacheView:
             block, first = members[0].block, members[0].index
             held = slice(first, first + len(members))
             most = max(chunk.num_keys for chunk in run.chunks)
-            keys, values = (Stored.of(tensors, held, most) for tensors in (block.keys, block.values))
+            past = {row.length for row in members}
+            target = slice(min(past), min(past) + length) if len(past) == 1 else None
+            keys, values = (Stored.of(tensors, held, most, target) for tensors in (block.keys, block.values))
             slots = _slots(cache, members, length)
             self.runs.append(CacheRun(run.tokens, len(members), slots, keys, values, run.chunks))
 

@@ -4,7 +4,9 @@ In a decode step every operation is tiny, and their number decides: some 33 disp
 layers share is computed for all of them at once, nothing is converted, and views are made once (`cache_views.py`). It
 is used only where `has_plain_layers` says so. Sampling without a cache runs `layer.py`, and tests compare the two.
 
-n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies, m spans.
+On a CPU, products of few rows may be those of `cpu/packing.py`, and many rows go through a feedforward in parts.
+
+n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies, m spans, i and o features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 from transfusion_pytorch.evaluating import module_of
 from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
 from transfusion_pytorch.network.compile import compiled
+from transfusion_pytorch.network.cpu.packing import PackedWeights, packed_linear
 from transfusion_pytorch.network.cpu.products import emulated
 from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
 from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, IndexedModulation, PlainNorm, RMSNorm
-from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, precise
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
 from transfusion_pytorch.sequence.positions import rotate
+
+HIDDEN_AT_ONCE = 4 * 2**20  # bytes of features of a feedforward, where rows go through it in parts
 
 
 def has_plain_layers(layers: Any) -> bool:
@@ -36,7 +41,7 @@ def _is_plain(layer: Any) -> bool:
     if not is_untouched(layer, Layer):
         return False
     attn, ff, norms = layer.attn, layer.ff, (layer.attn_norm, layer.ff_norm)
-    linears = [attn.to_qkv, attn.to_out, ff.to_hidden, ff.to_out, attn.to_gates, layer.skip]
+    linears = [*_linears(layer)]
     linears += [getattr(norm, "to_modulation", None) for norm in norms]
     dropouts = (layer.dropout, ff.dropout)
     return (
@@ -79,14 +84,45 @@ class NormOfLayer(NamedTuple):
         return rows if self.index is None else rows.index_select(0, self.index)
 
 
-class RMSNormOfLayer(NamedTuple):
-    """The gain of one norm of a language model, and its epsilon."""
+class RMSGain(NamedTuple):
+    """A root mean square norm over the last `num_axes`, and its gain.
+
+    `x gain / sqrt(mean(x^2) + eps)` is `x (gain sqrt(e)) / hypot(|x|, sqrt(e eps))` of e channels: four operations on a
+    CPU, where torch's has nine. `short` are the numbers of that, `gain sqrt(e)` and `sqrt(e eps)`; None elsewhere.
+    """
 
     gain: Tensor
     eps: float
+    num_axes: int
+    short: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, gain: Tensor, eps: float, *, num_axes: int = 1) -> "RMSGain":
+        if gain.device.type != "cpu" or gain.dtype not in (torch.float32, torch.float64):
+            return cls(gain, eps, num_axes, None)
+        root = gain.shape[-num_axes:].numel() ** 0.5
+        return cls(gain, eps, num_axes, (gain * root, torch.tensor(root * eps**0.5, dtype=gain.dtype)))
+
+    def normed(self, x: Shaped[Tensor, "..."], *, overwrites: bool = False) -> Shaped[Tensor, "..."]:
+        """Of `x`, whose memory may be used if this `overwrites` it."""
+        if self.short is not None and not torch.compiler.is_compiling():
+            gain, least = self.short
+            length = torch.linalg.vector_norm(x, dim=tuple(range(-self.num_axes, 0)), keepdim=True)
+            divide = x.div_ if overwrites else x.div
+            return divide(torch.hypot(length, least)).mul_(gain)
+        shape = x.shape[-self.num_axes :]
+        if self.gain.shape == shape:
+            return F.rms_norm(x, shape, weight=self.gain, eps=self.eps)
+        return F.rms_norm(x, shape, eps=self.eps).mul_(self.gain)
+
+
+class RMSNormOfLayer(NamedTuple):
+    """One norm of a language model."""
+
+    gain: RMSGain
 
     def normed(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
-        return F.rms_norm(x, x.shape[-1:], weight=self.gain, eps=self.eps)
+        return self.gain.normed(x)
 
     def add_gated(self, x: Shaped[Tensor, "... d"], out: Tensor) -> Shaped[Tensor, "... d"]:
         return x + out
@@ -95,73 +131,127 @@ class RMSNormOfLayer(NamedTuple):
 Norms = Sequence[NormOfLayer] | Sequence[RMSNormOfLayer]  # of all layers: that of attention, that of the feedforward
 
 
+class LinearWeights(NamedTuple):
+    """A linear layer: its weight, that turned, its bias, and the packed copy of the weight where products are made with
+    it.
+    """
+
+    weight: Shaped[Tensor, "o i"]
+    turned: Shaped[Tensor, "i o"]
+    bias: Shaped[Tensor, " o"] | None
+    packed: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, packed: PackedWeights | None, rows: int) -> "LinearWeights":
+        return cls(weight, weight.t(), bias, None if packed is None else packed.of(weight, rows))
+
+    def __call__(self, x: Shaped[Tensor, "... i"], out: Shaped[Tensor, "n o"] | None = None) -> Shaped[Tensor, "... o"]:
+        """Written to `out`, if that is given."""
+        if out is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            if self.bias is None:
+                torch.mm(rows, self.turned, out=out)
+            else:
+                torch.addmm(self.bias, rows, self.turned, out=out)
+            return out.view(*x.shape[:-1], -1)
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
+        if x.ndim != 2 or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        # what `F.linear` comes to, without its four operations on the way
+        return torch.mm(x, self.turned) if self.bias is None else torch.addmm(self.bias, x, self.turned)
+
+
 class LayerWeights(NamedTuple):
-    """The linear layers of one layer, as `(weight, bias)`. A compiled function takes them as tensors and serves all
-    layers; it would be compiled for each module anew.
+    """The linear layers of one layer. A compiled function takes them as tensors and serves all layers; it would be
+    compiled for each module anew.
     """
 
     heads: int
     kv_heads: int
     activation: str
-    to_qkv: tuple[Tensor, Tensor | None]
-    to_gates: tuple[Tensor, Tensor | None] | None
-    to_out: tuple[Tensor, Tensor | None]
-    to_hidden: tuple[Tensor, Tensor | None]
-    from_hidden: tuple[Tensor, Tensor | None]
-    skip: tuple[Tensor, Tensor | None] | None
+    to_qkv: LinearWeights
+    to_gates: LinearWeights | None
+    to_out: LinearWeights
+    to_hidden: LinearWeights
+    from_hidden: LinearWeights
+    skip: LinearWeights | None
 
     @classmethod
-    def of(cls, layer: Any) -> "LayerWeights":
-        attn, ff = layer.attn, layer.ff
-        linears = (attn.to_qkv, attn.to_gates, attn.to_out, ff.to_hidden, ff.to_out, layer.skip)
-        weights: list[Any] = [None if it is None else (it.weight, it.bias) for it in linears]
-        return cls(attn.heads, attn.kv_heads, ff.activation, *weights)
+    def of(cls, layer: Any, packed: PackedWeights | None, rows: int) -> "LayerWeights":
+        linears = _linears(layer)
+        weights: list[Any] = [
+            None if it is None else LinearWeights.of(it.weight, it.bias, packed, rows) for it in linears
+        ]
+        return cls(layer.attn.heads, layer.attn.kv_heads, layer.ff.activation, *weights)
 
 
 class PreparedLayers(NamedTuple):
     """What depends on the weights only, computed once for a view of the cache.
 
     - `weights` of every layer
-    - `gains` of queries and keys for every layer, None where they are not normalised, and the epsilon of those norms
-    - `text`: the norms as text goes through them, None for layers that read none
+    - `gains` of queries and keys for every layer, `(h + k, f, 2)`, None where they are not normalised
+    - `modules`: the norms of all layers; `text`: those as text goes through them, None for layers that read none
     - `precise`: the type that queries and keys are normalised and rotated in
     """
 
     weights: Sequence[LayerWeights]
-    gains: Sequence[Shaped[Tensor, "h_k f 2"]] | None
-    eps: float
+    gains: Sequence[RMSGain] | None
+    modules: Sequence[Any]
     text: Norms | None
     precise: torch.dtype
 
     @classmethod
-    def of(cls, layers: Any) -> "PreparedLayers":
+    def of(cls, layers: Any, packed: PackedWeights | None = None, rows: int = 0) -> "PreparedLayers":
+        """With `packed` weights where these serve products of so many rows."""
         norms = _norms(layers)
         text: Norms | None = None
         if isinstance(norms[0], PlainNorm):
-            text = [RMSNormOfLayer(norm.weight, norm.eps) for norm in norms]
+            text = [RMSNormOfLayer(RMSGain.of(norm.weight, norm.eps)) for norm in norms]
         elif norms[0].text_scale is not None:
             scales, gates = (torch.stack([getattr(it, name) for it in norms]) for name in ("text_scale", "text_gate"))
             each = zip((1 + scales).unbind(), (1 + gates).unbind(), strict=True)
             text = [NormOfLayer(scale, None, gate) for scale, gate in each]
-        weights, attns = [LayerWeights.of(layer) for layer in layers], [layer.attn for layer in layers]
+        weights, attns = [LayerWeights.of(layer, packed, rows) for layer in layers], [layer.attn for layer in layers]
         dtype = precise(attns[0].to_out.weight.dtype)
         if attns[0].q_norm is None:
-            return cls(weights, None, RMS_NORM_EPS, text, dtype)
+            return cls(weights, None, norms, text, dtype)
         both = torch.stack([norm.gain for attn in attns for norm in (attn.q_norm, attn.k_norm)])
         both = both.to(dtype).view(len(attns), 2, 1, -1, 2)
         heads = (both[:, i].expand(-1, count, -1, -1) for i, count in enumerate((attns[0].heads, attns[0].kv_heads)))
-        return cls(weights, torch.cat(tuple(heads), dim=1).unbind(), attns[0].q_norm.eps, text, dtype)
+        gains = torch.cat(tuple(heads), dim=1).unbind()
+        normed = [RMSGain.of(gain, attns[0].q_norm.eps, num_axes=2) for gain in gains]
+        return cls(weights, normed, norms, text, dtype)
 
-    def norms(self, norms: Sequence[Any], conditioning: Conditioning | None) -> Norms:
+    def norms(self, conditioning: Conditioning | None) -> Norms:
         """Those of a stream of text alone (`conditioning` is None), or of spans alone."""
-        if conditioning is None or isinstance(norms[0], PlainNorm):
+        if conditioning is None or isinstance(self.modules[0], PlainNorm):
             assert self.text is not None
             return self.text
-        return _of_spans(norms, conditioning)
+        return _of_spans(self.modules, conditioning)
+
+
+class Scratch(NamedTuple):
+    """CPU only: where all layers write what is large and soon forgotten.
+
+    Many megabytes come from the system anew whenever they are allocated, and to touch them for the first time can take
+    as long as the product that is written there. The features of a feedforward are made for some rows at a time.
+    """
+
+    qkv: Shaped[Tensor, "n o"]
+    hidden: Shaped[Tensor, "r o"]
+
+
+def _scratch(layer: LayerWeights, x: Shaped[Tensor, "n d"]) -> Scratch | None:
+    """For a stream that is large enough to gain by it."""
+    features = len(layer.to_hidden.weight)
+    at_once = max(1, HIDDEN_AT_ONCE // (features * x.element_size()))
+    if len(x) <= at_once:
+        return None
+    return Scratch(x.new_empty(len(x), len(layer.to_qkv.weight)), x.new_empty(at_once, features))
 
 
 def run_layers(
-    layers: Any,
     x: Shaped[Tensor, "n d"],
     *,
     prepared: PreparedLayers,
@@ -183,7 +273,9 @@ def run_layers(
     # generated code does without complex numbers, and eager code is shorter with them
     is_real = compile_options is not None or torch.compiler.is_compiling()
     rotation = phases if is_real else torch.view_as_complex(phases)[:, None]
-    norms = prepared.norms(_norms(layers), conditioning)
+    norms, scratch = prepared.norms(conditioning), None
+    if x.device.type == "cpu" and not is_real:
+        scratch = _scratch(prepared.weights[0], x)
     shape, first = x.shape, norms[0]
     if isinstance(first, NormOfLayer) and first.shift is not None and first.index is None:
         x = x.unflatten(0, (len(first.scale), -1))
@@ -191,12 +283,11 @@ def run_layers(
     for index, layer in enumerate(prepared.weights):
         before_attention, before_ff = norms[2 * index], norms[2 * index + 1]
         skipped = None if layer.skip is None else skips.pop()
-        gains = None if prepared.gains is None else prepared.gains[index]
-        how = (gains, prepared.eps, prepared.precise, rotation)
-        x, normed, q, k, v = begin(layer, x, skipped, before_attention, *how)
+        gain = None if prepared.gains is None else prepared.gains[index]
+        x, normed, q, k, v = begin(layer, x, skipped, before_attention, gain, prepared.precise, rotation, scratch)
         gathered = plan.attend(q, k, v, layer=index)
-        x = finish(layer, x, normed, gathered, before_attention, before_ff)
-        if index < len(layers) // 2:
+        x = finish(layer, x, normed, gathered, before_attention, before_ff, scratch)
+        if index < len(prepared.weights) // 2:
             skips.append(x)
     return x.view(shape)
 
@@ -206,22 +297,22 @@ def _begin(
     x: Shaped[Tensor, "... d"],
     skipped: Shaped[Tensor, "... d"] | None,
     norm: NormOfLayer | RMSNormOfLayer,
-    gains: Shaped[Tensor, "h_k f 2"] | None,
-    eps: float,
+    gain: RMSGain | None,
     dtype: torch.dtype,
     rotation: Tensor,
+    scratch: Scratch | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A layer up to its attention: the residual stream, what attention reads, queries, keys and values."""
     if skipped is not None:
         assert layer.skip is not None
-        x = x + F.linear(torch.cat((x, skipped), dim=-1), *layer.skip)
+        x = x + layer.skip(torch.cat((x, skipped), dim=-1))
     normed, n, num_heads = norm.normed(x), len(rotation), layer.heads + 2 * layer.kv_heads
-    qkv = F.linear(normed, *layer.to_qkv).view(n, num_heads, -1)
+    qkv = layer.to_qkv(normed, None if scratch is None else scratch.qkv).view(n, num_heads, -1)
     qk, v = qkv.split((layer.heads + layer.kv_heads, layer.kv_heads), dim=1)
     qk = qk.unflatten(-1, (-1, 2))
     exact = qk if qk.dtype == dtype else qk.to(dtype)
-    if gains is not None:
-        exact = F.rms_norm(exact, exact.shape[-2:], eps=eps).mul_(gains)
+    if gain is not None:
+        exact = gain.normed(exact, overwrites=True)
     if torch.compiler.is_compiling():
         exact = rotate(exact.flatten(-2), rotation)
     else:
@@ -238,17 +329,34 @@ def _finish(
     gathered: Shaped[Tensor, "n h e"],
     before_attention: NormOfLayer | RMSNormOfLayer,
     before_ff: NormOfLayer | RMSNormOfLayer,
+    scratch: Scratch | None,
 ) -> Shaped[Tensor, "... d"]:
     """The rest of a layer: the residual stream behind it, from what the heads `gathered`."""
     if layer.to_gates is not None:
-        gates = F.linear(normed, *layer.to_gates).sigmoid_()
+        gates = layer.to_gates(normed).sigmoid_()
         gathered = gathered * gates.view(*gathered.shape[:-1], 1)
     # how the output of attention lies in memory differs from kernel to kernel
-    out = F.linear(gathered.reshape(*normed.shape[:-1], -1), *layer.to_out)
+    out = layer.to_out(gathered.reshape(*normed.shape[:-1], -1))
     x = before_attention.add_gated(x, out)
-    value, gate = F.linear(before_ff.normed(x), *layer.to_hidden).chunk(2, dim=-1)
-    out = F.linear(ACTIVATIONS[layer.activation](gate).mul_(value), *layer.from_hidden)
-    return before_ff.add_gated(x, out)
+    return before_ff.add_gated(x, _feedforward(layer, before_ff.normed(x), scratch))
+
+
+def _feedforward(layer: LayerWeights, x: Shaped[Tensor, "... d"], scratch: Scratch | None) -> Shaped[Tensor, "... d"]:
+    if scratch is None:
+        value, gate = layer.to_hidden(x).chunk(2, dim=-1)
+        return layer.from_hidden(ACTIVATIONS[layer.activation](gate).mul_(value))
+    out, at_once = torch.empty_like(x), len(scratch.hidden)
+    rows = zip(x.view(-1, x.shape[-1]).split(at_once), out.view(-1, x.shape[-1]).split(at_once), strict=True)
+    for part, target in rows:
+        value, gate = layer.to_hidden(part, scratch.hidden[: len(part)]).chunk(2, dim=-1)
+        layer.from_hidden(ACTIVATIONS[layer.activation](gate).mul_(value), target)
+    return out
+
+
+def _linears(layer: Any) -> tuple[Any, ...]:
+    """Those of a layer, None where it has none, in the order of `LayerWeights`."""
+    attn, ff = layer.attn, layer.ff
+    return (attn.to_qkv, attn.to_gates, attn.to_out, ff.to_hidden, ff.to_out, layer.skip)
 
 
 def _norms(layers: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from transfusion_pytorch.network.attend import (
 from transfusion_pytorch.network.cache import CacheRow, KVCache
 from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 from transfusion_pytorch.network.compile import Checkpointing, layer_caller
+from transfusion_pytorch.network.cpu.packing import PackedWeights
 from transfusion_pytorch.network.experts import (
     TEXT,
     RoutedAttention,
@@ -205,15 +206,14 @@ class Transformer(nn.Module):
                 phases = cache.rotation()
             else:
                 phases = cache.phases = self._phases(position) if cache.phases is None else cache.phases
-            layers, attention = self.layers_of(expert), cast(CachedAttention | DecodeAttention, plan)
+            attention = cast(CachedAttention | DecodeAttention, plan)
             x = run_layers(
-                layers,
                 x,
                 prepared=prepared,
                 conditioning=conditioning,
                 phases=phases,
                 plan=attention,
-                compile_options=self.compile_options if self._may_compile else None,
+                compile_options=None if self.compile_options is None or not self._may_compile else self.compile_options,
             )
             return self._normed(x, expert, conditioning)
         phases = self._phases(position, x.dtype)
@@ -311,15 +311,22 @@ class Transformer(nn.Module):
         return CacheView(cache, rows, layout, prepared=None if has_text and has_spans else {})
 
     def decode_view(
-        self, cache: KVCache, rows: Sequence[CacheRow], positions: Sequence[int], *, is_fixed: bool = False
+        self,
+        cache: KVCache,
+        rows: Sequence[CacheRow],
+        positions: Sequence[int],
+        *,
+        is_fixed: bool = False,
+        packed: PackedWeights | None = None,
     ) -> DecodeView:
         """For decode steps of these rows, which stand at the front of their blocks (`KVCache.gather`). `positions` are
-        the rotary positions of their next tokens. See `DecodeView` for `is_fixed`.
+        the rotary positions of their next tokens. See `DecodeView` for `is_fixed`; products are made with `packed`
+        weights where these serve.
         """
         most = max(positions) + max(KEYS_AT_ONCE, *(row.block.capacity for row in rows))
         if cache.phases is None or len(cache.phases) < most:
             cache.phases = self._phases(torch.arange(1 << (most - 1).bit_length(), device=cache.device))
-        prepared = self._prepared(TEXT)
+        prepared = self._prepared(TEXT, packed, len(rows))
         return DecodeView(
             cache,
             rows,
@@ -342,11 +349,11 @@ class Transformer(nn.Module):
         norm: Any = self.final_norm[TEXT] if isinstance(self.final_norm, nn.ModuleList) else self.final_norm
         return next(norm.parameters()).dtype
 
-    def _prepared(self, expert: int) -> PreparedLayers | None:
+    def _prepared(self, expert: int, packed: PackedWeights | None = None, rows: int = 0) -> PreparedLayers | None:
         """For the shorter way through the layers, where that is possible (`inference.py`)."""
         kind, layers = self._device.type, self.layers_of(expert)
         is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
-        return None if is_cast or not has_plain_layers(layers) else PreparedLayers.of(layers)
+        return None if is_cast or not has_plain_layers(layers) else PreparedLayers.of(layers, packed, rows)
 
     def _prepared_in(self, cache: CacheView | DecodeView, expert: int) -> PreparedLayers | None:
         """What a view keeps of the layers of this expert; None where a pass goes the ordinary way."""
