@@ -322,8 +322,8 @@ def score(trainer: Trainer, samples: Samples, data: Captioned, *, per_class: int
     if scores.distance is not None:
         name = "distance (Frechet, of what the judge sees) of the drawings to as many held-out images"
         figures[name] = f"{scores.distance:.1f}"
-    for (what, _, how), share in zip((name.partition(" ") for name in figures), figures.values(), strict=True):
-        trainer.say(f"{what}: {share} {how}")
+    for (what, _, how), figure in zip((name.partition(" ") for name in figures), figures.values(), strict=True):
+        trainer.say(f"{what}: {figure} {how}")
     return figures
 
 

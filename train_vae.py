@@ -67,6 +67,8 @@ def objective_of(args: argparse.Namespace, images: Images, config: TrainConfig) 
     """With a perceptual term, its feature network is a classifier of these images, which is trained first. Raises
     `ValueError` where they have no classes.
     """
+    if args.perceptual_weight < 0:
+        raise ValueError(f"--perceptual-weight is not negative, got {args.perceptual_weight}")
     if not args.perceptual_weight:
         return AutoencoderObjective(kl_weight=args.kl_weight)
     if images.labelled is None:

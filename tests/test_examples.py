@@ -340,6 +340,7 @@ def test_frechet_distance_of_normal_distributions():
     """Of the same images 0, of moved ones the square of the way, of others that of the difference of their spreads."""
     judge = Pixels(shape=(1, 2, 2), num_classes=3)
     images = 0.1 * torch.randn(400, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    images[..., 0] += 0.7 * images[..., 1]
     images = (images - images.mean(dim=0)).float()
     variances = torch.linalg.eigvalsh(images.flatten(1).T.cov())
     way = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 2, 2)
@@ -348,8 +349,17 @@ def test_frechet_distance_of_normal_distributions():
     wider = ((1.5 - 1) ** 2 * variances.sum()).item()
     assert frechet_distance(judge, images, 1.5 * images) == pytest.approx(wider, rel=1e-3)
     assert frechet_distance(judge, 1.5 * images, images) == pytest.approx(wider, rel=1e-3)
+    turned = images.flip(-1) * torch.tensor([2.0, 1.0])  # another covariance, which does not commute with the first
+    assert frechet_distance(judge, images, turned) == pytest.approx(distance_of_spreads(images, turned), rel=1e-3)
     with pytest.raises(ValueError, match="at least two"):
         frechet_distance(judge, images[:1], images)
+
+
+def distance_of_spreads(images, others) -> float:
+    """Of two sets with mean 0, by the eigenvalues of the product of their covariances."""
+    one, other = (each.flatten(1).T.cov().double() for each in (images, others))
+    root = torch.linalg.eigvals(one @ other).real.clamp(min=0).sqrt().sum()
+    return (one.trace() + other.trace() - 2 * root).item()
 
 
 def test_augmentation_moves_images_only_a_little():

@@ -246,6 +246,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, m
         (VAE, ("--dataset", "digits", "--data", "{tmp}/one"), "error: digits are read from scikit-learn"),
         (VAE, ("--dataset", "digits", "--widths", 8), "error: widths and num_blocks have an entry for each"),
         (VAE, ("--data", "{tmp}/one", "--held-out", 1, "--perceptual-weight", 1), "images of a folder have no classes"),
+        (VAE, ("--dataset", "digits", "--perceptual-weight", -1), "--perceptual-weight is not negative, got -1.0"),
         ("train_toy.py", ("--data", "{tmp}/one"), "error: unrecognized arguments: --data {tmp}/one"),
     ],
 )

@@ -143,7 +143,8 @@ class Scores(NamedTuple):
     - `drawn`: drawings that show what was asked for; None where nobody can tell
     - `captioned`: captions that say what the image shows; None where there are none to learn from
     - `reference`: real images that the judge of the drawings recognises; None where there is none
-    - `distance`: the Frechet distance of the drawings to as many held-out images, by what the judge sees; no share
+    - `distance`: no share, but the Frechet distance of the drawings to as many held-out images, by what the judge sees;
+      None where there are not as many
     """
 
     drawn: float | None
@@ -182,7 +183,9 @@ def score_labelled(
     images = [held_out.modalities(i)[0][1] for i in shown]
     written = pictures.describe(images, text_temperature=0.0, generator=generator)
     right = sum(mentioned_class(written[i], names) == held_out.labels[i] for i in shown)
-    distance = frechet_distance(judge, sized, data.test.images[: len(sized)])
+    real, distance = data.test.images[: len(sized)], None
+    if len(real) == len(sized):
+        distance = frechet_distance(judge, sized, real)
     return Scores((seen == labels).float().mean().item(), right / len(shown), reference, distance)
 
 

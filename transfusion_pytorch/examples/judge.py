@@ -57,7 +57,7 @@ class FeatureMaps(nn.Module):
 
     def __init__(self, judge: Judge):
         super().__init__()
-        self.layers = judge.layers[:4]
+        self.layers = nn.ModuleList(list(judge.layers)[:4])
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b f _h _w"]]:
         maps = []
@@ -135,11 +135,11 @@ def augment(images: Float[Tensor, "b c h w"], generator: Generator) -> Float[Ten
 
 def recognised(judge: Judge, images: Float[Tensor, "n c h w"]) -> Int[Tensor, " n"]:
     """The class that the judge sees in each image. What is outside [-1, 1] is clipped, as in a picture."""
-    return _seen(judge, images, judge).argmax(dim=-1).to(images.device)
+    return _outputs(judge, images, judge).argmax(dim=-1).to(images.device)
 
 
 @torch.no_grad()
-def _seen(judge: Judge, images: Float[Tensor, "n c h w"], look: Callable[[Tensor], Tensor]) -> Float[Tensor, "n f"]:
+def _outputs(judge: Judge, images: Float[Tensor, "n c h w"], look: Callable[[Tensor], Tensor]) -> Float[Tensor, "n f"]:
     judge.eval()
     device = next(judge.parameters()).device
     return torch.cat([look(part.to(device).float().clamp(-1, 1)) for part in images.split(1000)])
@@ -154,7 +154,7 @@ def frechet_distance(judge: Judge, images: Float[Tensor, "n c h w"], others: Flo
         raise ValueError("the distance between sets of images needs at least two images in each")
     means, covariances = [], []
     for each in (images, others):
-        features = _seen(judge, each, judge.features).double().cpu()
+        features = _outputs(judge, each, judge.features).double().cpu()
         means.append(features.mean(dim=0))
         covariances.append(features.T.cov())
     values, vectors = torch.linalg.eigh(covariances[0])

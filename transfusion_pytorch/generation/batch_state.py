@@ -23,7 +23,7 @@ STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
 
 class Decoded(NamedTuple):
     """What a decode step makes, on the device. `tokens` are the ids that were chosen, None where that is still to be
-    done; without log-probabilities that overwrites the logits.
+    done.
     """
 
     hidden: Shaped[Tensor, "r d"]
@@ -133,7 +133,8 @@ class BatchState:
     in a CUDA graph.
 
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
-    - `view`: what attention sees of the cache, if there is one; `graph` runs the steps, if they can be captured
+    - `view`: what attention sees of the cache, if there is one; `graph` runs the steps, if they can be captured;
+      `reordered` are the weights that steps are made with, None for the model's own
     - `stream`: the id of every row to be read next, and its position
     - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
       that may, of each request when it was made
@@ -157,6 +158,7 @@ class BatchState:
     step: Int[Tensor, " 1"]
     seen: Bool[Tensor, "r v"] | None
     num_text: int
+    reordered: Any = None
     num_left: int = STEPS_OF_NUMBERS
 
     @classmethod
@@ -167,6 +169,7 @@ class BatchState:
         stamp: Hashable = None,
         view: Any = None,
         graph: Any = None,
+        reordered: Any = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> "BatchState":
@@ -199,6 +202,7 @@ class BatchState:
             step=torch.zeros(1, dtype=torch.long, device=device),
             seen=seen,
             num_text=requests[0].vocabulary.num_text,
+            reordered=reordered,
         )
 
     @property
@@ -211,17 +215,11 @@ class BatchState:
         """Whether a user's code sees the logits before an id is chosen."""
         return any(request.options.logits_processors for request in self.requests)
 
-    @property
-    def has_log_probabilities(self) -> bool:
-        """Whether any request wants those of its ids."""
-        return any(request.log_probabilities is not None for request in self.requests)
-
     @torch.inference_mode()
     def choose(self, logits: Shaped[Tensor, "r v"]) -> Int[Tensor, " r"]:
         """The next id of every row; they are the ones to be read next. On the device alone."""
         uniform = self.numbers.index_select(0, self.step)[0]
-        overwrites = not self.has_log_probabilities
-        tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen, overwrites=overwrites)
+        tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen)
         self.stream.token.copy_(tokens)
         self.step.add_(1)
         if self.view is not None:

@@ -4,6 +4,7 @@ r branches, k latents of a span, c their channels, d model.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
 from transfusion_pytorch.network.conditions import ConditionTable
-from transfusion_pytorch.network.cpu.packing import PackedWeights
+from transfusion_pytorch.network.cpu.reordered import ReorderedWeights
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.hashing import content_key
 from transfusion_pytorch.sequence.joined import JoinedSpans
@@ -94,7 +95,7 @@ class CachedRunner:
         self.model = model
         self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
         self.graphs = StepGraphs(cast(nn.Module, model), model.device)
-        self.packed = PackedWeights()
+        self.reordered = ReorderedWeights()
         self.tokens_read = 0
         self._prefixes: dict[Hashable, Prefix] = {}
 
@@ -106,9 +107,9 @@ class CachedRunner:
         """Tokens of the cache that branches of these lengths take."""
         return sum(map(self.cache.capacity_for, lengths))
 
-    def weights_changed(self) -> None:
-        """Forgets what was made of the weights."""
-        self.packed.clear()
+    def forget_weights(self) -> None:
+        """Drops what was made of the weights."""
+        self.reordered.clear()
 
     def close(self, branch: Branch) -> None:
         if branch.row is not None:
@@ -240,12 +241,14 @@ class CachedRunner:
         ordered = sorted(requests, key=lambda request: _place(request.branch))
         rows = [request.branch.row for request in ordered]
         positions = [request.branch.past.position for request in ordered]
+        device, dtype = self.model.device, self.model.dtype
+        reordered = self.reordered if self.reordered.serves(len(rows), dtype) else None
         view = self.model.transformer.decode_view(
-            self.cache, rows, positions, is_fixed=self.graphs.is_used, packed=self.packed
+            self.cache, rows, positions, is_fixed=self.graphs.is_used, reordered=reordered
         )
         graph = StepGraph(self.graphs) if self.graphs.is_used and view.prepared is not None else None
-        device, dtype = self.model.device, self.model.dtype
-        return BatchState.of(ordered, stamp=self.cache.stamp(rows), view=view, graph=graph, device=device, dtype=dtype)
+        made: dict[str, Any] = dict(view=view, graph=graph, reordered=reordered, device=device, dtype=dtype)
+        return BatchState.of(ordered, stamp=self.cache.stamp(rows), **made)
 
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         """Whether none of these rows has moved since the stamp was made."""
@@ -256,8 +259,8 @@ class CachedRunner:
         are to see the logits first. `commit` makes what was read permanent.
         """
         step = partial(self._step, state)
-        self.packed.count_step(len(state.branches), self.model.dtype)
-        with torch.inference_mode(), self.packed.used():
+        self.reordered.note_step(len(state.branches), self.model.dtype)
+        with torch.inference_mode(), nullcontext() if state.reordered is None else state.reordered.used():
             if state.graph is None:
                 return step()
             decoded = state.graph.run(step)
@@ -334,7 +337,7 @@ class UncachedRunner:
 
     def prepare(self) -> None: ...
 
-    def weights_changed(self) -> None: ...
+    def forget_weights(self) -> None: ...
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         return 0

@@ -67,19 +67,16 @@ def sample_tokens(
     columns: SamplingColumns,
     uniform: Float[Tensor, " r"],
     seen: Bool[Tensor, "r v"] | None = None,
-    *,
-    overwrites: bool = False,
 ) -> Int[Tensor, " r"]:
     """An id for each row, none of those `forbidden`, or `NO_CHOICE` where its logits are not finite.
 
     `uniform` is a random number in [0, 1) for each row, so a row does not depend on others. `seen` are the ids to be
-    penalised. Nothing is read back from the device. The memory of the logits may be used if it `overwrites` them.
+    penalised. Nothing is read back from the device.
     """
     logits = _precise(logits)
     if seen is not None and columns.penalty is not None:
         logits = penalize(logits, seen, columns.penalty)
-    fill = logits.masked_fill_ if overwrites else logits.masked_fill
-    logits = fill(forbidden, float("-inf"))
+    logits = logits.masked_fill(forbidden, float("-inf"))
     likeliest, tokens = logits.max(dim=-1)
     if columns.temperature is not None:
         kept = filter_logits(logits - likeliest[:, None], columns)  # at most 0, so that any temperature can divide it

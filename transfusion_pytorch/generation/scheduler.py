@@ -83,7 +83,7 @@ class Scheduler:
         for request in self.active:
             for branch in request.branches:
                 self.runner.rewind(branch)
-        self.runner.weights_changed()
+        self.runner.forget_weights()
         self._state = None  # whose views hold what follows from the weights, as those of the layouts do
         self.denoiser.reset()
 
@@ -131,6 +131,7 @@ class Scheduler:
         if not self.active:
             self._state = None
             self.denoiser.reset()
+            self.runner.forget_weights()  # which nobody has to report while nothing runs
 
     def _close(self, branches: Sequence[Branch]) -> None:
         """Frees the rows of branches; what cannot be freed now, for lack of memory to move others, is tried again."""
@@ -197,7 +198,7 @@ class Scheduler:
         if tokens is None:
             tokens = state.choose(self._processed(decoded.logits, state.requests))
         log_p = None
-        if state.has_log_probabilities:
+        if any(request.log_probabilities is not None for request in state.requests):
             chosen, log_p = to_host(tokens, log_probabilities(decoded.logits, tokens))
         else:
             chosen = tokens.tolist()

@@ -35,12 +35,13 @@ class Stored(NamedTuple):
         flat, seen = [it.view(-1, it.shape[-1]) for it in tensors], [it[rows, :, :num_keys] for it in tensors]
         return cls(flat, seen, None if target is None else [it[rows, :, target].transpose(1, 2) for it in tensors])
 
-    def update(self, layer: int, slots: Int[Tensor, " n_h"], new: Shaped[Tensor, "n h e"]) -> Tensor:
+    def update(self, layer: int, slots: Int[Tensor, " n_h"] | None, new: Shaped[Tensor, "n h e"]) -> Tensor:
         """Writes the new keys or values. Returns a view of all that may be seen."""
         if self.target is not None:
             target = self.target[layer]
             target.copy_(new.view(target.shape))
             return self.seen[layer]
+        assert slots is not None
         flat = self.flat[layer]
         if new.dtype != flat.dtype:  # what is computed under autocast need not have its type
             new = new.to(flat.dtype)
@@ -52,13 +53,13 @@ class CacheRun(NamedTuple):
     """Neighbouring rows of a block that get the same number of new tokens.
 
     - `tokens`: their slots in the stream; `count`: how many rows these are
-    - `slots`: where their keys and values go in the block, heads and slots flattened
+    - `slots`: where their keys and values go in the block, heads and slots flattened; None where there is a `target`
     - `chunks`: which keys each query may see
     """
 
     tokens: slice
     count: int
-    slots: Int[Tensor, " n_h"]
+    slots: Int[Tensor, " n_h"] | None
     keys: Stored
     values: Stored
     chunks: Sequence[Chunk]
@@ -93,7 +94,7 @@ class CacheView:
             past = {row.length for row in members}
             target = slice(min(past), min(past) + length) if len(past) == 1 else None
             keys, values = (Stored.of(tensors, held, most, target) for tensors in (block.keys, block.values))
-            slots = _slots(cache, members, length)
+            slots = None if target is not None else _slots(cache, members, length)
             self.runs.append(CacheRun(run.tokens, len(members), slots, keys, values, run.chunks))
 
 

@@ -1,10 +1,10 @@
 """A second implementation of the layers, for sampling: the formulas of `layer.py` in as few operations as possible.
 
-In a decode step every operation is tiny, and their number decides: some 33 dispatches a layer here, 78 there. So what
+In a decode step every operation is tiny, and their number decides: some 36 dispatches a layer here, 78 there. So what
 layers share is computed for all of them at once, nothing is converted, and views are made once (`cache_views.py`). It
 is used only where `has_plain_layers` says so. Sampling without a cache runs `layer.py`, and tests compare the two.
 
-On a CPU, products of few rows may be those of `cpu/packing.py`, and many rows go through a feedforward in parts.
+On a CPU, products of few rows may be those of `cpu/reordered.py`, and many rows go through a feedforward in parts.
 
 n tokens, d model, h query heads, k key/value heads, e channels of a head, f frequencies, m spans, i and o features.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transfusion_pytorch.evaluating import module_of
 from transfusion_pytorch.network.attend import CachedAttention, DecodeAttention
 from transfusion_pytorch.network.compile import compiled
-from transfusion_pytorch.network.cpu.packing import PackedWeights, packed_linear
 from transfusion_pytorch.network.cpu.products import emulated
+from transfusion_pytorch.network.cpu.reordered import ReorderedWeights, reordered_linear
 from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
 from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, IndexedModulation, PlainNorm, RMSNorm
@@ -30,6 +30,7 @@ from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_unto
 from transfusion_pytorch.sequence.positions import rotate
 
 HIDDEN_AT_ONCE = 4 * 2**20  # bytes of features of a feedforward, where rows go through it in parts
+FEWEST_AT_ONCE = 256  # rows of such a part: its product reads the whole weight
 
 
 def has_plain_layers(layers: Any) -> bool:
@@ -41,7 +42,7 @@ def _is_plain(layer: Any) -> bool:
     if not is_untouched(layer, Layer):
         return False
     attn, ff, norms = layer.attn, layer.ff, (layer.attn_norm, layer.ff_norm)
-    linears = [*_linears(layer)]
+    linears = list(_linears(layer))
     linears += [getattr(norm, "to_modulation", None) for norm in norms]
     dropouts = (layer.dropout, ff.dropout)
     return (
@@ -84,8 +85,8 @@ class NormOfLayer(NamedTuple):
         return rows if self.index is None else rows.index_select(0, self.index)
 
 
-class RMSGain(NamedTuple):
-    """A root mean square norm over the last `num_axes`, and its gain.
+class RMSNormOfLayer(NamedTuple):
+    """A root mean square norm over the last `num_axes`: one of a language model, or that of queries and keys.
 
     `x gain / sqrt(mean(x^2) + eps)` is `x (gain sqrt(e)) / hypot(|x|, sqrt(e eps))` of e channels: four operations on a
     CPU, where torch's has nine. `short` are the numbers of that, `gain sqrt(e)` and `sqrt(e eps)`; None elsewhere.
@@ -97,15 +98,16 @@ class RMSGain(NamedTuple):
     short: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, gain: Tensor, eps: float, *, num_axes: int = 1) -> "RMSGain":
+    def of(cls, gain: Tensor, eps: float, *, num_axes: int = 1) -> "RMSNormOfLayer":
         if gain.device.type != "cpu" or gain.dtype not in (torch.float32, torch.float64):
             return cls(gain, eps, num_axes, None)
         root = gain.shape[-num_axes:].numel() ** 0.5
-        return cls(gain, eps, num_axes, (gain * root, torch.tensor(root * eps**0.5, dtype=gain.dtype)))
+        least = torch.tensor(root * eps**0.5, dtype=gain.dtype, device=gain.device)
+        return cls(gain, eps, num_axes, (gain * root, least))
 
     def normed(self, x: Shaped[Tensor, "..."], *, overwrites: bool = False) -> Shaped[Tensor, "..."]:
         """Of `x`, whose memory may be used if this `overwrites` it."""
-        if self.short is not None and not torch.compiler.is_compiling():
+        if self.short is not None and x.dtype == self.gain.dtype and not torch.compiler.is_compiling():
             gain, least = self.short
             length = torch.linalg.vector_norm(x, dim=tuple(range(-self.num_axes, 0)), keepdim=True)
             divide = x.div_ if overwrites else x.div
@@ -115,15 +117,6 @@ class RMSGain(NamedTuple):
             return F.rms_norm(x, shape, weight=self.gain, eps=self.eps)
         return F.rms_norm(x, shape, eps=self.eps).mul_(self.gain)
 
-
-class RMSNormOfLayer(NamedTuple):
-    """One norm of a language model."""
-
-    gain: RMSGain
-
-    def normed(self, x: Shaped[Tensor, "... d"]) -> Shaped[Tensor, "... d"]:
-        return self.gain.normed(x)
-
     def add_gated(self, x: Shaped[Tensor, "... d"], out: Tensor) -> Shaped[Tensor, "... d"]:
         return x + out
 
@@ -132,34 +125,34 @@ Norms = Sequence[NormOfLayer] | Sequence[RMSNormOfLayer]  # of all layers: that 
 
 
 class LinearWeights(NamedTuple):
-    """A linear layer: its weight, that turned, its bias, and the packed copy of the weight where products are made with
-    it.
+    """A linear layer: its weight, that transposed, its bias, and the reordered copy of the weight, if products are made
+    with that.
     """
 
     weight: Shaped[Tensor, "o i"]
-    turned: Shaped[Tensor, "i o"]
+    transposed: Shaped[Tensor, "i o"]
     bias: Shaped[Tensor, " o"] | None
-    packed: Tensor | None = None
+    reordered: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, packed: PackedWeights | None, rows: int) -> "LinearWeights":
-        return cls(weight, weight.t(), bias, None if packed is None else packed.of(weight, rows))
+    def of(cls, weight: Tensor, bias: Tensor | None, reordered: ReorderedWeights | None, rows: int) -> "LinearWeights":
+        return cls(weight, weight.t(), bias, None if reordered is None else reordered.of(weight, rows))
 
     def __call__(self, x: Shaped[Tensor, "... i"], out: Shaped[Tensor, "n o"] | None = None) -> Shaped[Tensor, "... o"]:
         """Written to `out`, if that is given."""
         if out is not None:
             rows = x.reshape(-1, x.shape[-1])
             if self.bias is None:
-                torch.mm(rows, self.turned, out=out)
+                torch.mm(rows, self.transposed, out=out)
             else:
-                torch.addmm(self.bias, rows, self.turned, out=out)
+                torch.addmm(self.bias, rows, self.transposed, out=out)
             return out.view(*x.shape[:-1], -1)
-        if self.packed is not None:
-            return packed_linear(x, self.packed, self.bias)
+        if self.reordered is not None:
+            return reordered_linear(x, self.reordered, self.bias)
         if x.ndim != 2 or torch.compiler.is_compiling():
             return F.linear(x, self.weight, self.bias)
         # what `F.linear` comes to, without its four operations on the way
-        return torch.mm(x, self.turned) if self.bias is None else torch.addmm(self.bias, x, self.turned)
+        return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
 
 
 class LayerWeights(NamedTuple):
@@ -178,10 +171,10 @@ class LayerWeights(NamedTuple):
     skip: LinearWeights | None
 
     @classmethod
-    def of(cls, layer: Any, packed: PackedWeights | None, rows: int) -> "LayerWeights":
+    def of(cls, layer: Any, reordered: ReorderedWeights | None, rows: int) -> "LayerWeights":
         linears = _linears(layer)
         weights: list[Any] = [
-            None if it is None else LinearWeights.of(it.weight, it.bias, packed, rows) for it in linears
+            None if it is None else LinearWeights.of(it.weight, it.bias, reordered, rows) for it in linears
         ]
         return cls(layer.attn.heads, layer.attn.kv_heads, layer.ff.activation, *weights)
 
@@ -190,29 +183,29 @@ class PreparedLayers(NamedTuple):
     """What depends on the weights only, computed once for a view of the cache.
 
     - `weights` of every layer
-    - `gains` of queries and keys for every layer, `(h + k, f, 2)`, None where they are not normalised
+    - `qk_norms`: those of queries and keys together, with gains `(h + k, f, 2)`; None where there are none
     - `modules`: the norms of all layers; `text`: those as text goes through them, None for layers that read none
     - `precise`: the type that queries and keys are normalised and rotated in
     """
 
     weights: Sequence[LayerWeights]
-    gains: Sequence[RMSGain] | None
+    qk_norms: Sequence[RMSNormOfLayer] | None
     modules: Sequence[Any]
     text: Norms | None
     precise: torch.dtype
 
     @classmethod
-    def of(cls, layers: Any, packed: PackedWeights | None = None, rows: int = 0) -> "PreparedLayers":
-        """With `packed` weights where these serve products of so many rows."""
+    def of(cls, layers: Any, reordered: ReorderedWeights | None = None, rows: int = 0) -> "PreparedLayers":
+        """With `reordered` weights where these serve products of so many rows."""
         norms = _norms(layers)
         text: Norms | None = None
         if isinstance(norms[0], PlainNorm):
-            text = [RMSNormOfLayer(RMSGain.of(norm.weight, norm.eps)) for norm in norms]
+            text = [RMSNormOfLayer.of(norm.weight, norm.eps) for norm in norms]
         elif norms[0].text_scale is not None:
             scales, gates = (torch.stack([getattr(it, name) for it in norms]) for name in ("text_scale", "text_gate"))
             each = zip((1 + scales).unbind(), (1 + gates).unbind(), strict=True)
             text = [NormOfLayer(scale, None, gate) for scale, gate in each]
-        weights, attns = [LayerWeights.of(layer, packed, rows) for layer in layers], [layer.attn for layer in layers]
+        weights, attns = [LayerWeights.of(layer, reordered, rows) for layer in layers], [layer.attn for layer in layers]
         dtype = precise(attns[0].to_out.weight.dtype)
         if attns[0].q_norm is None:
             return cls(weights, None, norms, text, dtype)
@@ -220,7 +213,7 @@ class PreparedLayers(NamedTuple):
         both = both.to(dtype).view(len(attns), 2, 1, -1, 2)
         heads = (both[:, i].expand(-1, count, -1, -1) for i, count in enumerate((attns[0].heads, attns[0].kv_heads)))
         gains = torch.cat(tuple(heads), dim=1).unbind()
-        normed = [RMSGain.of(gain, attns[0].q_norm.eps, num_axes=2) for gain in gains]
+        normed = [RMSNormOfLayer.of(gain, attns[0].q_norm.eps, num_axes=2) for gain in gains]
         return cls(weights, normed, norms, text, dtype)
 
     def norms(self, conditioning: Conditioning | None) -> Norms:
@@ -245,7 +238,7 @@ class Scratch(NamedTuple):
 def _scratch(layer: LayerWeights, x: Shaped[Tensor, "n d"]) -> Scratch | None:
     """For a stream that is large enough to gain by it."""
     features = len(layer.to_hidden.weight)
-    at_once = max(1, HIDDEN_AT_ONCE // (features * x.element_size()))
+    at_once = max(FEWEST_AT_ONCE, HIDDEN_AT_ONCE // (features * x.element_size()))
     if len(x) <= at_once:
         return None
     return Scratch(x.new_empty(len(x), len(layer.to_qkv.weight)), x.new_empty(at_once, features))
@@ -283,8 +276,8 @@ def run_layers(
     for index, layer in enumerate(prepared.weights):
         before_attention, before_ff = norms[2 * index], norms[2 * index + 1]
         skipped = None if layer.skip is None else skips.pop()
-        gain = None if prepared.gains is None else prepared.gains[index]
-        x, normed, q, k, v = begin(layer, x, skipped, before_attention, gain, prepared.precise, rotation, scratch)
+        qk_norm = None if prepared.qk_norms is None else prepared.qk_norms[index]
+        x, normed, q, k, v = begin(layer, x, skipped, before_attention, qk_norm, prepared.precise, rotation, scratch)
         gathered = plan.attend(q, k, v, layer=index)
         x = finish(layer, x, normed, gathered, before_attention, before_ff, scratch)
         if index < len(prepared.weights) // 2:
@@ -297,7 +290,7 @@ def _begin(
     x: Shaped[Tensor, "... d"],
     skipped: Shaped[Tensor, "... d"] | None,
     norm: NormOfLayer | RMSNormOfLayer,
-    gain: RMSGain | None,
+    qk_norm: RMSNormOfLayer | None,
     dtype: torch.dtype,
     rotation: Tensor,
     scratch: Scratch | None,
@@ -311,8 +304,8 @@ def _begin(
     qk, v = qkv.split((layer.heads + layer.kv_heads, layer.kv_heads), dim=1)
     qk = qk.unflatten(-1, (-1, 2))
     exact = qk if qk.dtype == dtype else qk.to(dtype)
-    if gain is not None:
-        exact = gain.normed(exact, overwrites=True)
+    if qk_norm is not None:
+        exact = qk_norm.normed(exact, overwrites=True)
     if torch.compiler.is_compiling():
         exact = rotate(exact.flatten(-2), rotation)
     else:

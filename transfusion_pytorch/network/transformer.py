@@ -24,7 +24,7 @@ from transfusion_pytorch.network.attend import (
 from transfusion_pytorch.network.cache import CacheRow, KVCache
 from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 from transfusion_pytorch.network.compile import Checkpointing, layer_caller
-from transfusion_pytorch.network.cpu.packing import PackedWeights
+from transfusion_pytorch.network.cpu.reordered import ReorderedWeights
 from transfusion_pytorch.network.experts import (
     TEXT,
     RoutedAttention,
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
                 conditioning=conditioning,
                 phases=phases,
                 plan=attention,
-                compile_options=None if self.compile_options is None or not self._may_compile else self.compile_options,
+                compile_options=self.compile_options if self._compiles else None,
             )
             return self._normed(x, expert, conditioning)
         phases = self._phases(position, x.dtype)
@@ -292,6 +292,10 @@ class Transformer(nn.Module):
             )
 
     @property
+    def _compiles(self) -> bool:
+        return self.compile_options is not None and self._may_compile
+
+    @property
     def _may_compile(self) -> bool:
         return self._device.type != "cpu" or self.attention in ("flex", "dense")
 
@@ -317,16 +321,18 @@ class Transformer(nn.Module):
         positions: Sequence[int],
         *,
         is_fixed: bool = False,
-        packed: PackedWeights | None = None,
+        reordered: ReorderedWeights | None = None,
     ) -> DecodeView:
         """For decode steps of these rows, which stand at the front of their blocks (`KVCache.gather`). `positions` are
-        the rotary positions of their next tokens. See `DecodeView` for `is_fixed`; products are made with `packed`
+        the rotary positions of their next tokens. See `DecodeView` for `is_fixed`; products are made with `reordered`
         weights where these serve.
         """
         most = max(positions) + max(KEYS_AT_ONCE, *(row.block.capacity for row in rows))
         if cache.phases is None or len(cache.phases) < most:
             cache.phases = self._phases(torch.arange(1 << (most - 1).bit_length(), device=cache.device))
-        prepared = self._prepared(TEXT, packed, len(rows))
+        if self.compile_options is not None:  # no graph holds an opaque copy
+            reordered = None
+        prepared = self._prepared(TEXT, reordered, len(rows))
         return DecodeView(
             cache,
             rows,
@@ -349,11 +355,11 @@ class Transformer(nn.Module):
         norm: Any = self.final_norm[TEXT] if isinstance(self.final_norm, nn.ModuleList) else self.final_norm
         return next(norm.parameters()).dtype
 
-    def _prepared(self, expert: int, packed: PackedWeights | None = None, rows: int = 0) -> PreparedLayers | None:
+    def _prepared(self, expert: int, reordered: ReorderedWeights | None = None, rows: int = 0) -> PreparedLayers | None:
         """For the shorter way through the layers, where that is possible (`inference.py`)."""
         kind, layers = self._device.type, self.layers_of(expert)
         is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
-        return None if is_cast or not has_plain_layers(layers) else PreparedLayers.of(layers, packed, rows)
+        return None if is_cast or not has_plain_layers(layers) else PreparedLayers.of(layers, reordered, rows)
 
     def _prepared_in(self, cache: CacheView | DecodeView, expert: int) -> PreparedLayers | None:
         """What a view keeps of the layers of this expert; None where a pass goes the ordinary way."""

@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transfusion_pytorch.network.cpu.packing import packed_for, packed_linear
+from transfusion_pytorch.network.cpu.reordered import reordered_in_use, reordered_linear
 from transfusion_pytorch.network.precision import precise, working_dtype
 
 FEW_ROWS = 16  # of which even an emulated product is faster than reading all weights twice
@@ -53,8 +53,8 @@ def linear(
 ) -> Shaped[Tensor, "... o"]:
     """`x weight^T + bias`."""
     dtype = working_dtype(x)
-    if dtype == x.dtype and (packed := packed_for(x, weight)) is not None:
-        return packed_linear(x, packed, bias)
+    if dtype == x.dtype and (copy := reordered_in_use(x, weight)) is not None:
+        return reordered_linear(x, copy, bias)
     if not emulated(dtype, "cpu") or (weight.dtype == dtype and x.shape[:-1].numel() < FEW_ROWS):
         return F.linear(x, weight, bias)
     return UpcastLinear.apply(x.to(dtype), weight, bias)  # type: ignore[return-value]
