@@ -10,6 +10,7 @@ n tokens, d model, h query heads, k key/value heads, e channels of a head, f fre
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_unto
 from transfusion_pytorch.sequence.positions import rotate
 
 HIDDEN_AT_ONCE = 4 * 2**20  # bytes of features of a feedforward, where rows go through it in parts
-FEWEST_AT_ONCE = 256  # rows of such a part: its product reads the whole weight
+FEWEST_AT_ONCE = 128  # rows of such a part, whose product reads the whole weight, and of a stream with scratch memory
 
 
 def has_plain_layers(layers: Any) -> bool:
@@ -238,10 +239,10 @@ class Scratch(NamedTuple):
 def _scratch(layer: LayerWeights, x: Shaped[Tensor, "n d"]) -> Scratch | None:
     """For a stream that is large enough to gain by it."""
     features = len(layer.to_hidden.weight)
-    at_once = max(FEWEST_AT_ONCE, HIDDEN_AT_ONCE // (features * x.element_size()))
-    if len(x) <= at_once:
+    if len(x) < FEWEST_AT_ONCE:
         return None
-    return Scratch(x.new_empty(len(x), len(layer.to_qkv.weight)), x.new_empty(at_once, features))
+    num_parts = ceil(len(x) / max(FEWEST_AT_ONCE, HIDDEN_AT_ONCE // (features * x.element_size())))
+    return Scratch(x.new_empty(len(x), len(layer.to_qkv.weight)), x.new_empty(ceil(len(x) / num_parts), features))
 
 
 def run_layers(
