@@ -8,13 +8,12 @@ Requests are sentences about Fashion-MNIST (Debian package dataset-fashion-mnist
 """
 
 import argparse
-import time
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer
+from transfusion_pytorch import Callback, TrainConfig, Trainer
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import pretrained, run
 from transfusion_pytorch.examples.garments import GarmentData, load_garments
@@ -94,14 +93,11 @@ def main() -> None:
     data = pretrained.conversations(garments, begun.model, tasks=("draw",))
     artist = Artist(garments, args.cfg_scale, args.modality_steps)
     trainer = Trainer(begun.module, data, config, folder=place.folder, callbacks=[Grids(artist)])
-    started = time.monotonic()
-    trainer.say(f"language model: {begun.line}")
-    trainer.say(f"data: {garments.data.source}")
-    before = pretrained.score_text(begun.model)
-    if trainer.fit(resume=place.resume).was_stopped:
+    training = pretrained.Training(trainer, begun, garments.data.source)
+    model = training.fit(resume=place.resume)
+    if model is None:
         return
-    trainer.say(f"trained for {time.monotonic() - started:.0f} s")
-    model, names = inner_model(trainer.average), garments.wording.names
+    names = garments.wording.names
     judge, accuracy = train_judge(garments.data, seed=config.seed, device=trainer.device)
     labels = torch.arange(len(names)).repeat(args.draw_per_class)
     images = artist.draw(model, labels)
@@ -112,10 +108,7 @@ def main() -> None:
         save_grid(place.folder / "drawings.png", images[:100], shown, correct=(seen == labels)[:100])
     trainer.say(f"judge: recognises {accuracy:.1%} of {len(garments.data.test.labels)} real held-out images")
     trainer.say(f"drawing: {share:.1%} of {len(labels)} recognised as what was asked for")
-    trainer.say(pretrained.score_text(model).compare(before))
-    card = ModelCard(training_data=garments.data.source, steps=trainer.step, figures={"drawn as asked": share})
-    pretrained.save(trainer, begun, place.folder / "model", card)
-    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+    training.finish(model, {"drawn as asked": share})
 
 
 if __name__ == "__main__":

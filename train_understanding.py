@@ -8,10 +8,9 @@ Conversations are made from Fashion-MNIST (Debian package dataset-fashion-mnist)
 """
 
 import argparse
-import time
 from typing import Any
 
-from transfusion_pytorch import Callback, ModelCard, TrainConfig, Trainer
+from transfusion_pytorch import Callback, TrainConfig, Trainer
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import pretrained, run
 from transfusion_pytorch.examples.garments import TASKS, load_garments, score_answers
@@ -68,23 +67,16 @@ def main() -> None:
     data = pretrained.conversations(garments, begun.model, tasks=TASKS, questions=args.questions)
     held_out = pretrained.conversations(garments, begun.model, held_out=True, tasks=TASKS)
     trainer = Trainer(begun.module, data, config, folder=place.folder, callbacks=[Answers(held_out)])
-    started = time.monotonic()
-    trainer.say(f"language model: {begun.line}")
-    trainer.say(f"data: {garments.data.source}")
-    before = pretrained.score_text(begun.model)
-    if trainer.fit(resume=place.resume).was_stopped:
+    training = pretrained.Training(trainer, begun, garments.data.source)
+    model = training.fit(resume=place.resume)
+    if model is None:
         return
-    trainer.say(f"trained for {time.monotonic() - started:.0f} s")
-    model = inner_model(trainer.average)
     scores = score_answers(model, held_out, count=args.score)
     for task, share in scores.items():
         trainer.say(f"{task}: {share:.1%} of {args.score} held-out images answered rightly")
-    trainer.say(pretrained.score_text(model).compare(before))
-    card = ModelCard(training_data=garments.data.source, steps=trainer.step, figures=dict(scores))
-    pretrained.save(trainer, begun, place.folder / "model", card)
     if trainer.is_main:
         pretrained.save_conversations(place.folder / "conversations.md", model, held_out, range(20))
-    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+    training.finish(model, dict(scores))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ ALLOWED["examples"] = [
     "conversations",
     "modalities.unet",
     "saving.files",
+    "saving.adapters",
+    "saving.card",
     "sequence.samples",
     "training.config",
     "training.launch",

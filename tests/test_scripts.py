@@ -311,6 +311,32 @@ def test_bars_are_drawn_for_the_tracker(tmp_path):
     assert callback.on_sample(run_at(tmp_path, nothing)) == {}
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "said"),
+    [
+        ("train_understanding.py", ("--score", 2), r"name: [\d.]+% of 2 held-out images answered rightly"),
+        ("train_generation.py", ("--draw-per-class", 1, "--modality-steps", 2), r"drawing: [\d.]+% of 10 recognised"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["experts", "lora", "everything"])
+def test_a_language_model_learns_to_see_and_to_draw(tmp_path, monkeypatch, capsys, script, options, said, kind):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft" if kind == "lora" else "transformers")
+    monkeypatch.setenv("TRANSFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transfusion_pytorch.examples.language_models._gguf_file", lambda: None)
+    for name in ("LEAST_STEPS", "MOST_STEPS"):
+        monkeypatch.setattr(f"transfusion_pytorch.examples.judge.{name}", 2)
+    results = tmp_path / "results"
+    call(monkeypatch, *options, "--train", kind, "--steps", 2, "--batch-size", 2, "--results", results, script=script)
+    output = capsys.readouterr().out
+    assert "a tiny Llama of random weights" in output
+    assert re.search(said, output)
+    assert ("logits the same to the bit" in output) == (kind != "everything")
+    (made,) = results.iterdir()
+    assert len(list(made.glob("step-*.png"))) == 2
+    assert (made / "model" / ("adapter_config.json" if kind == "lora" else "config.json")).is_file()
+
+
 NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--patch-size", 1, "--precision", "fp32")
 
 

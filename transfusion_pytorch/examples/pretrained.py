@@ -5,6 +5,7 @@ c channels, h height, w width.
 
 import argparse
 import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
+from transfusion_pytorch.saving.adapters import inner_model
+from transfusion_pytorch.saving.card import ModelCard
 from transfusion_pytorch.transfusion import Transfusion
 
 from .data import load_text
@@ -116,10 +119,30 @@ def conversations(data: GarmentData, model: Any, *, held_out: bool = False, **op
     return GarmentConversations(labelled, model.conversation_format(), wording=data.wording, **options)
 
 
-def save(trainer: Any, begun: Begun, folder: Path, card: Any) -> None:
-    """The model, or of one with LoRA the adapter."""
-    is_adapter = begun.module is not begun.model
-    trainer.save_pretrained(folder, **({} if is_adapter else dict(card=card)))
+class Training:
+    """A run of a script, from its first line to the saved model, with what becomes of the text."""
+
+    def __init__(self, trainer: Any, begun: Begun, source: str):
+        self.trainer, self.begun, self.source = trainer, begun, source
+        self.started = time.monotonic()
+        trainer.say(f"language model: {begun.line}")
+        trainer.say(f"data: {source}")
+        self.before = score_text(begun.model)
+
+    def fit(self, *, resume: bool) -> Any:
+        """The trained model (the average, if there is one), None where the run was stopped."""
+        if self.trainer.fit(resume=resume).was_stopped:
+            return None
+        self.trainer.say(f"trained for {time.monotonic() - self.started:.0f} s")
+        return inner_model(self.trainer.average)
+
+    def finish(self, model: Any, figures: dict[str, Any]) -> None:
+        """Says what became of the text, and saves the model, or of one with LoRA the adapter."""
+        trainer, is_adapter = self.trainer, self.begun.module is not self.begun.model
+        trainer.say(score_text(model).compare(self.before))
+        card = ModelCard(training_data=self.source, steps=trainer.step, figures=figures)
+        trainer.save_pretrained(trainer.folder / "model", **({} if is_adapter else dict(card=card)))
+        trainer.say(f"results in {trainer.folder} after {time.monotonic() - self.started:.0f} s")
 
 
 # answers
