@@ -226,11 +226,12 @@ def test_samples_with_scratch_memory_are_the_samples_without(monkeypatch, option
     def samples():
         return model.sample_many(asked, **plans, generator=torch.Generator().manual_seed(0))
 
-    monkeypatch.setattr(inference, "FEWEST_AT_ONCE", 10**9)
+    monkeypatch.setattr(inference, "SMALLEST_SCRATCH", 10**12)
     whole = samples()
     assert not any(used)
     monkeypatch.setattr(inference, "HIDDEN_AT_ONCE", 4000)
     monkeypatch.setattr(inference, "FEWEST_AT_ONCE", 3)
+    monkeypatch.setattr(inference, "SMALLEST_SCRATCH", 0)
     used.clear()
     parts = samples()
     assert sum(scratch is not None for scratch in used) > 8

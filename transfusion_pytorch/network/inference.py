@@ -31,7 +31,8 @@ from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_unto
 from transfusion_pytorch.sequence.positions import rotate
 
 HIDDEN_AT_ONCE = 4 * 2**20  # bytes of features of a feedforward, where rows go through it in parts
-FEWEST_AT_ONCE = 128  # rows of such a part, whose product reads the whole weight, and of a stream with scratch memory
+FEWEST_AT_ONCE = 128  # rows of such a part, whose product reads the whole weight
+SMALLEST_SCRATCH = 2**20  # bytes of features of a whole stream, from which on it gains by memory of its own
 
 
 def has_plain_layers(layers: Any) -> bool:
@@ -236,13 +237,15 @@ class Scratch(NamedTuple):
     hidden: Shaped[Tensor, "r o"]
 
 
-def _scratch(layer: LayerWeights, x: Shaped[Tensor, "n d"]) -> Scratch | None:
-    """For a stream that is large enough to gain by it."""
-    features = len(layer.to_hidden.weight)
-    if len(x) < FEWEST_AT_ONCE:
+def _scratch(layers: Sequence[LayerWeights], x: Shaped[Tensor, "n d"]) -> Scratch | None:
+    """For a stream that is large enough to gain by it, and layers of one size."""
+    sizes = {(len(layer.to_qkv.weight), len(layer.to_hidden.weight)) for layer in layers}
+    [(qkv, features), *others] = sizes
+    row = features * x.element_size()
+    if others or len(x) < FEWEST_AT_ONCE or len(x) * row < SMALLEST_SCRATCH:
         return None
-    num_parts = ceil(len(x) / max(FEWEST_AT_ONCE, HIDDEN_AT_ONCE // (features * x.element_size())))
-    return Scratch(x.new_empty(len(x), len(layer.to_qkv.weight)), x.new_empty(ceil(len(x) / num_parts), features))
+    num_parts = ceil(len(x) / max(FEWEST_AT_ONCE, HIDDEN_AT_ONCE // row))
+    return Scratch(x.new_empty(len(x), qkv), x.new_empty(ceil(len(x) / num_parts), features))
 
 
 def run_layers(
@@ -269,7 +272,7 @@ def run_layers(
     rotation = phases if is_real else torch.view_as_complex(phases)[:, None]
     norms, scratch = prepared.norms(conditioning), None
     if x.device.type == "cpu" and not is_real:
-        scratch = _scratch(prepared.weights[0], x)
+        scratch = _scratch(prepared.weights, x)
     shape, first = x.shape, norms[0]
     if isinstance(first, NormOfLayer) and first.shift is not None and first.index is None:
         x = x.unflatten(0, (len(first.scale), -1))
