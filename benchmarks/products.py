@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transfusion_pytorch.network.cpu.reordered import reordered_linear
+
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}  # where the two operands begin
 REORDERED = "_linear_pointwise"  # of mkldnn
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
@@ -155,14 +157,10 @@ def products_of(calls: list[Call]) -> list[Product]:
     for is_reordered, left, right in pairs:
         if is_reordered and right.buffer not in reordered:
             reordered[right.buffer] = torch.ops.mkldnn._reorder_linear_weight(arena.tensor(right), left.size[0])
-        multiply = multiply_reordered if is_reordered else torch.mm if len(left.size) == 2 else torch.bmm
+        multiply = reordered_linear if is_reordered else torch.mm if len(left.size) == 2 else torch.bmm
         other = reordered[right.buffer] if is_reordered else arena.tensor(right)
         products.append(Product(multiply, arena.tensor(left), other))
     return products
-
-
-def multiply_reordered(left: Tensor, reordered: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(left, reordered, None, "none", [], "")
 
 
 def operands(call: Call) -> list[tuple[Spec, Spec]]:

@@ -142,6 +142,8 @@ class LinearWeights(NamedTuple):
 
     def __call__(self, x: Shaped[Tensor, "... i"], out: Shaped[Tensor, "n o"] | None = None) -> Shaped[Tensor, "... o"]:
         """Written to `out`, if that is given."""
+        if torch.compiler.is_compiling():  # no graph holds an opaque copy
+            return F.linear(x, self.weight, self.bias)
         if out is not None:
             rows = x.reshape(-1, x.shape[-1])
             if self.bias is None:
@@ -151,7 +153,7 @@ class LinearWeights(NamedTuple):
             return out.view(*x.shape[:-1], -1)
         if self.reordered is not None:
             return reordered_linear(x, self.reordered, self.bias)
-        if x.ndim != 2 or torch.compiler.is_compiling():
+        if x.ndim != 2:
             return F.linear(x, self.weight, self.bias)
         # what `F.linear` comes to, without its four operations on the way
         return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
@@ -239,10 +241,11 @@ class Scratch(NamedTuple):
 
 def _scratch(layers: Sequence[LayerWeights], x: Shaped[Tensor, "n d"]) -> Scratch | None:
     """For a stream that is large enough to gain by it, and layers of one size."""
-    sizes = {(len(layer.to_qkv.weight), len(layer.to_hidden.weight)) for layer in layers}
-    [(qkv, features), *others] = sizes
+    if len(x) < FEWEST_AT_ONCE:
+        return None
+    [(qkv, features), *others] = {(len(layer.to_qkv.weight), len(layer.to_hidden.weight)) for layer in layers}
     row = features * x.element_size()
-    if others or len(x) < FEWEST_AT_ONCE or len(x) * row < SMALLEST_SCRATCH:
+    if others or len(x) * row < SMALLEST_SCRATCH:
         return None
     num_parts = ceil(len(x) / max(FEWEST_AT_ONCE, HIDDEN_AT_ONCE // row))
     return Scratch(x.new_empty(len(x), qkv), x.new_empty(ceil(len(x) / num_parts), features))

@@ -330,9 +330,7 @@ class Transformer(nn.Module):
         most = max(positions) + max(KEYS_AT_ONCE, *(row.block.capacity for row in rows))
         if cache.phases is None or len(cache.phases) < most:
             cache.phases = self._phases(torch.arange(1 << (most - 1).bit_length(), device=cache.device))
-        if self.compile_options is not None:  # no graph holds an opaque copy
-            reordered = None
-        prepared = self._prepared(TEXT, reordered, len(rows))
+        prepared = self._prepared(TEXT, None if self._compiles else reordered, len(rows))
         return DecodeView(
             cache,
             rows,

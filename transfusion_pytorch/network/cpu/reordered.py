@@ -103,6 +103,6 @@ def types_of_processor() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if has_half else {torch.float32})
 
 
-def reordered_linear(x: Shaped[Tensor, "... i"], weight: Tensor, bias: Tensor | None) -> Shaped[Tensor, "... o"]:
+def reordered_linear(x: Shaped[Tensor, "... i"], weight: Tensor, bias: Tensor | None = None) -> Shaped[Tensor, "... o"]:
     """`x weight^T + bias` with a reordered weight."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
