@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transfusion_pytorch.autoencoder.model import KLAutoencoder
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.saving.adapters import inner_model
 from transfusion_pytorch.saving.card import ModelCard
@@ -55,21 +56,40 @@ class Begun(NamedTuple):
     line: str
 
 
-def build_model(arguments: argparse.Namespace, shape: tuple[int, int, int], **options: Any) -> Begun:
-    """Images `(c, h, w)` go through the halves of a U-Net, to an eighth of their sides: 16 tokens for 28 pixels."""
+def build_model(
+    arguments: argparse.Namespace,
+    shape: tuple[int, int, int],
+    autoencoder: KLAutoencoder | None = None,
+    **options: Any,
+) -> Begun:
+    """Images `(c, h, w)` are latents of an autoencoder, or go through the halves of a U-Net to an eighth of their sides:
+    16 tokens for 28 pixels.
+    """
     name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
     channels, *axes = shape
-    dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size
-    halves: dict[str, Any] = dict(dim_latent=channels, dim=dim, dim_hidden=32, num_downsamples=3)
+    if autoencoder is None:
+        dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size
+        halves: dict[str, Any] = dict(dim_latent=channels, dim=dim, dim_hidden=32, num_downsamples=3)
+        images: dict[str, Any] = dict(
+            dim_latent=channels,
+            modality_default_shape=tuple(axes),
+            pre_post_transformer_enc_dec=(UNetDown(**halves), UNetUp(**halves)),
+        )
+    else:
+        images = dict(
+            dim_latent=autoencoder.dim_latent,
+            modality_default_shape=autoencoder.latent_shape(axes),
+            channel_first_latent=True,
+            modality_encoder=autoencoder.encoder,
+            modality_decoder=autoencoder.decoder,
+        )
     shares = arguments.train == "everything"
     model = Transfusion.from_pretrained_lm(
         name,
-        dim_latent=channels,
-        modality_default_shape=tuple(axes),
-        pre_post_transformer_enc_dec=(UNetDown(**halves), UNetUp(**halves)),
         untied=not shares,
         freeze_text=arguments.train == "experts",
         dtype=torch.float32,
+        **images,
         **options,
     )
     if model.tokenizer is None or model.tokenizer.chat_template is None:

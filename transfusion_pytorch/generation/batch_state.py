@@ -3,7 +3,7 @@
 r rows, v vocabulary.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -69,33 +69,32 @@ class Branch:
         """Whether more is pending than the single id of a decode step."""
         return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
 
-    def take(self, most: int | None, num_tokens: Any) -> list[Piece]:
-        """The first pending pieces, of at most `most` tokens, but at least one id or span. Text may be split, a span is
-        not. `num_tokens` counts the tokens of a piece.
+    def share(self, most: int | None = None, num_tokens: Callable[[Piece], int] | None = None) -> "Share":
+        """What is pending; with `most` the first pieces of it, of at most so many tokens, but at least one id or span.
+        Text may be split, a span is not. `num_tokens` counts the tokens of a piece. Nothing changes yet.
         """
         taken: list[Piece] = []
-        for piece in self.pending:
-            size = num_tokens(piece)
-            if most is None or size <= most or (not taken and not isinstance(piece, Text)):
-                taken.append(piece)
-                most = None if most is None else max(0, most - size)
+        rest = self.pending
+        if most is None or num_tokens is None:
+            return Share(rest, [], [])
+        while rest:
+            piece, size = rest[0], num_tokens(rest[0])
+            if size <= most or (not taken and not isinstance(piece, Text)):
+                taken.append(rest.pop(0))
+                most = max(0, most - size)
                 continue
             if isinstance(piece, Text) and (most or not taken):
-                taken.append(Text(piece.ids[: max(1, most)]))
+                cut = max(1, most)
+                taken.append(Text(piece.ids[:cut]))
+                rest[0] = Text(piece.ids[cut:])
             break
-        return taken
+        return Share(taken, *_with_last_ids(rest))
 
-    def mark_read(self, taken: Sequence[Piece], length: int, hidden: Shaped[Tensor, " d"]) -> None:
-        """Notes that the first pending pieces, `length` tokens, are read. A span takes one position."""
-        rest: list[Piece] = self.pending[len(taken) :]
-        last = taken[-1]
-        if isinstance(last, Text) and len(last.ids) < len(whole := self.pending[len(taken) - 1].ids):  # type: ignore[union-attr]
-            rest = [Text(whole[len(last.ids) :]), *rest]
-        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in taken)
-        self.pieces, self.ids = [], []
-        for piece in rest:
-            self.append(piece)
-        self._advance(taken, length, positions, hidden)
+    def mark_read(self, share: "Share", length: int, hidden: Shaped[Tensor, " d"]) -> None:
+        """Notes that a share, `length` tokens, is read. A span takes one position. This cannot fail."""
+        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in share.taken)
+        self.pieces, self.ids = share.pieces, share.ids
+        self._advance(share.taken, length, positions, hidden)
 
     def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
         """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
@@ -118,10 +117,29 @@ class Branch:
 
     def rewind(self) -> None:
         """Makes everything pending again."""
-        pieces, self.pieces, self.ids = [*self.everything(), *self.pending], [], []
-        for piece in pieces:
-            self.append(piece)
+        self.pieces, self.ids = _with_last_ids([*self.everything(), *self.pending])
         self.read, self.past, self.hidden, self.prefix_key = [], Past(), None, None
+
+
+class Share(NamedTuple):
+    """What is read of a branch at once, `taken`, and what is then pending: `pieces`, and `ids` behind them."""
+
+    taken: list[Piece]
+    pieces: list[Piece]
+    ids: list[int]
+
+
+def _with_last_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[int]]:
+    """Pieces up to the last span, neighbouring text joined, and the ids behind it."""
+    joined: list[Piece] = []
+    ids: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            ids = ids + piece.ids.tolist()
+        else:
+            joined += [*as_text(ids), piece]
+            ids = []
+    return joined, ids
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
+from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded, Share
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.cpu.reordered import ReorderedWeights
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
@@ -163,57 +163,56 @@ class CachedRunner:
             if branch.prefix_key in self._prefixes:
                 by_key.setdefault(branch.prefix_key, []).append(branch)
         for key, members in by_key.items():
-            prefix = self._prefixes[key]
+            prefix, shares = self._prefixes[key], [branch.share() for branch in members]
             for branch in members:
                 self._open(branch, prefix.past.length)
             rows = [branch.row for branch in members]
             self.cache.copy(prefix.rows[0], rows, prefix.past.length)
             prefix.rows.extend(rows)
-            for branch in members:
-                branch.mark_read(branch.pending, prefix.past.length, prefix.hidden)
+            for branch, share in zip(members, shares, strict=True):
+                branch.mark_read(share, prefix.past.length, prefix.hidden)
                 branch.prefix_key = None
 
-    def _groups(self, branches: Sequence[Branch], most: int | None) -> Iterable[list[tuple[Branch, list[Piece]]]]:
+    def _groups(self, branches: Sequence[Branch], most: int | None) -> Iterable[list[tuple[Branch, Share]]]:
         """Splits a prefill into forward passes: not too many tokens in one, and branches of equal length together,
         since those are one plain batch.
         """
-        shares: list[tuple[int, Branch, list[Piece]]] = []
+        shares: list[tuple[int, Branch, Share]] = []
         for branch in branches:
             if most is not None and most <= 0:
                 break
-            taken = branch.take(most, self._num_tokens)
-            size = sum(map(self._num_tokens, taken))
-            shares.append((size, branch, taken))
+            share = branch.share(most, self._num_tokens)
+            size = sum(map(self._num_tokens, share.taken))
+            shares.append((size, branch, share))
             most = None if most is None else most - size
-        group: list[tuple[Branch, list[Piece]]] = []
+        group: list[tuple[Branch, Share]] = []
         total = 0
-        for size, branch, taken in sorted(shares, key=lambda share: share[0]):
+        for size, branch, share in sorted(shares, key=lambda it: it[0]):
             if group and total + size > READ_AT_ONCE:
                 yield group
                 group, total = [], 0
-            group.append((branch, taken))
+            group.append((branch, share))
             total += size
         if group:
             yield group
 
-    def _read(self, group: Sequence[tuple[Branch, list[Piece]]]) -> None:
-        sizes = {id(branch): sum(map(self._num_tokens, taken)) for branch, taken in group}
+    def _read(self, group: Sequence[tuple[Branch, Share]]) -> None:
+        sizes = {id(branch): sum(map(self._num_tokens, share.taken)) for branch, share in group}
         for branch, _ in group:
             self._open(branch, sizes[id(branch)])
         self.cache.reserve([branch.row for branch, _ in group], list(sizes.values()))
         group = sorted(group, key=lambda it: (sizes[id(it[0])], *_place(it[0])))
-        branches, samples = [branch for branch, _ in group], [taken for _, taken in group]
+        branches, samples = [branch for branch, _ in group], [share.taken for _, share in group]
         stream = self.model.pack_stream(samples, [branch.past for branch in branches]).to(self.model.device)
         rows = [branch.row for branch in branches]
         view = self._view(rows, stream)
         latents = self.model.latents_by_type(samples)
         output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
+        last = output.hidden[stream.last].unbind()  # from here on nothing can fail
         self.cache.commit(rows, stream.lengths)
         self.tokens_read += sum(stream.lengths)
-        for branch, taken, length, hidden in zip(
-            branches, samples, stream.lengths, output.hidden[stream.last], strict=True
-        ):
-            branch.mark_read(taken, length, hidden)
+        for (branch, share), length, hidden in zip(group, stream.lengths, last, strict=True):
+            branch.mark_read(share, length, hidden)
 
     def _view(self, rows: Sequence[Any], stream: TokenStream) -> Any:
         has_spans, num_latents = len(stream.spans) > 0, sum(map(prod, stream.spans.token_shapes))
@@ -350,10 +349,10 @@ class UncachedRunner:
 
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
         branches = [branch for branch in branches if branch.is_pending]
-        pending = [branch.pending for branch in branches]
+        shares = [branch.share() for branch in branches]
         lengths, last = self._read(branches)
-        for branch, taken, length, hidden in zip(branches, pending, lengths, last, strict=True):
-            branch.mark_read(taken, length - branch.past.length, hidden)
+        for branch, share, length, hidden in zip(branches, shares, lengths, last.unbind(), strict=True):
+            branch.mark_read(share, length - branch.past.length, hidden)
 
     def _read(self, branches: Sequence[Branch]) -> tuple[Sequence[int], Shaped[Tensor, "r d"]]:
         samples = [[*branch.everything(), *branch.pending] for branch in branches]

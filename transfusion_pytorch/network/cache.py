@@ -15,6 +15,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+Copies = Sequence[tuple[Tensor, Tensor]]  # views: where to, and where from
+
 SMALLEST = 64  # slots
 GROWTH = 4096  # tokens by which a block grows at most, and so what it reserves in vain
 _VERSIONS = count()
@@ -61,11 +63,13 @@ class CacheBlock:
             self.written[index] = start
 
     def swap(self, one: int, other: int) -> None:
-        """Exchanges two rows."""
+        """Exchanges two rows. Whatever needs memory comes first: where that fails, both are as they were."""
         most = max(self.written[one], self.written[other])
-        index = torch.tensor([one, other], device=self.keys[0].device)
-        for tensor in self.tensors():
-            tensor[index, :, :most] = tensor[index.flip(0), :, :most]
+        pairs = [(tensor[one, :, :most], tensor[other, :, :most]) for tensor in self.tensors()]
+        kept = [mine.clone() for mine, _ in pairs]
+        for (mine, theirs), was_mine in zip(pairs, kept, strict=True):
+            mine.copy_(theirs)
+            theirs.copy_(was_mine)
         self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
         self.written[one], self.written[other] = self.written[other], self.written[one]
         self.rows[one].index, self.rows[other].index = one, other
@@ -78,7 +82,7 @@ class KVCache:
     Writes are tentative: they go behind the committed prefix of their row, and the next write replaces them. Only
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
-    Memory is allocated before anything else changes: where that fails, the cache is as it was.
+    What can fail comes before anything changes: every operation is done as a whole, or the cache is as it was.
 
     `phases` are the rotary phases of the first positions, `(p, f, 2)`, once decode steps have asked for them.
     """
@@ -128,12 +132,7 @@ class KVCache:
 
     def release(self, row: CacheRow) -> None:
         """Gives a row back; the last one of its block takes its place."""
-        block, last = row.block, len(row.block.rows) - 1
-        if row.index != last:
-            self._copy_row(block.rows[last], block, row.index)
-            block.version = next(_VERSIONS)
-        block.rows.pop()
-        self._shrink(block)
+        self._close_gap(row.block, row.index, self._filling_of_gap(row))
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """From now on keys and values are stored in this type."""
@@ -165,10 +164,9 @@ class KVCache:
     def copy(self, source: CacheRow, rows: Sequence[CacheRow], length: int) -> None:
         """Gives each of `rows`, which are empty, the first `length` tokens of `source`."""
         self.reserve(rows, [length] * len(rows))
+        for copies in [_copies_of(source, row.block, row.index, length) for row in rows]:
+            _run(copies)
         for row in rows:
-            for tensors in ("keys", "values"):
-                for mine, theirs in zip(getattr(row.block, tensors), getattr(source.block, tensors), strict=True):
-                    mine[row.index, :, :length] = theirs[source.index, :, :length]
             row.length = length
 
     def gather(self, rows: Sequence[CacheRow], *, at_end: bool = False) -> None:
@@ -210,22 +208,33 @@ class KVCache:
     def _move(self, row: CacheRow, capacity: int) -> None:
         """Moves a row to a block of a larger capacity."""
         target = self._block_with_room(capacity)
-        old = CacheRow(row.block, row.index, row.length)
-        old.block.rows[old.index] = old
-        index = len(target.rows)
-        target.clear(index)
+        source, gap, index = row.block, row.index, len(target.rows)
+        copies, filling = _copies_of(row, target, index, row.length), self._filling_of_gap(row)
+        target.clear(index)  # from here on nothing can fail
         target.rows.append(row)
-        self._copy_row(row, target, index)
-        self.release(old)
+        self._place(row, target, index, copies)
+        source.version = next(_VERSIONS)
+        self._close_gap(source, gap, filling)
 
-    def _copy_row(self, row: CacheRow, block: CacheBlock, index: int) -> None:
+    @staticmethod
+    def _filling_of_gap(row: CacheRow) -> Copies:
+        """What puts the last row of its block in the place of this one."""
+        last = row.block.rows[-1]
+        return [] if last is row else _copies_of(last, row.block, row.index, last.length)
+
+    def _close_gap(self, block: CacheBlock, index: int, filling: Copies) -> None:
+        if index != len(block.rows) - 1:
+            self._place(block.rows[-1], block, index, filling)
+            block.version = next(_VERSIONS)
+        block.rows.pop()
+        self._shrink(block)
+
+    @staticmethod
+    def _place(row: CacheRow, block: CacheBlock, index: int, copies: Copies) -> None:
         """Copies the committed tokens of a row to another place, where it lies from then on."""
-        source, start = row.block, row.index
-        for tensors in ("keys", "values"):
-            for new, old in zip(getattr(block, tensors), getattr(source, tensors), strict=True):
-                new[index, :, : row.length] = old[start, :, : row.length]
+        _run(copies)
         block.clear(index, row.length)
-        block.rows[index] = row  # from here on nothing can fail
+        block.rows[index] = row
         row.block, row.index = block, index
         block.written[index] = max(block.written[index], row.length)
 
@@ -236,3 +245,14 @@ class KVCache:
         elif 4 * len(block.rows) <= block.room:
             with suppress(RuntimeError, MemoryError):  # no memory for the smaller copy now: the larger one stays
                 self._resize(block, block.room // 2)
+
+
+def _copies_of(row: CacheRow, block: CacheBlock, index: int, length: int) -> Copies:
+    """What copies the first `length` tokens of a row to another place. They are prepared before anything changes."""
+    tensors = zip(block.tensors(), row.block.tensors(), strict=True)
+    return [(new[index, :, :length], old[row.index, :, :length]) for new, old in tensors]
+
+
+def _run(copies: Copies) -> None:
+    for new, old in copies:
+        new.copy_(old)
