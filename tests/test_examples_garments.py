@@ -15,6 +15,7 @@ from transfusion_pytorch.examples.garments import (
     FASHION,
     SHADES,
     TASKS,
+    GarmentCaptions,
     GarmentConversations,
     load_garments,
     named_class,
@@ -164,6 +165,23 @@ def test_captions():
         "the digit seven",
         "a picture of the digit seven on black",
     ]
+
+
+def test_images_behind_captions_alone():
+    """The caption is read and not learned; the image is that of the conversations, and drawn."""
+    form = ConversationFormat(chat_tokenizer(), ImageReader(8, mode="L"))
+    data = GarmentConversations(garments(20), form, tasks=["draw"])
+    captions = GarmentCaptions(data)
+    assert len(captions) == len(data)
+    written = set()
+    for seed in range(20):
+        caption, image = captions.sample(19, torch.Generator().manual_seed(seed)).parts
+        assert isinstance(caption, Condition)
+        written.add(form.tokenizer.decode(caption.part))
+        assert torch.allclose(image[1].movedim(-1, 0), garments(20).images[19], atol=1 / 255 + 1e-6)
+    assert written == set(data.captions(19))
+    with pytest.raises(ValueError, match="the format of these conversations does not read any"):
+        GarmentCaptions(conversations())
 
 
 def test_shades_are_of_what_is_shown():

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from transfusion_pytorch.network.cpu import elementwise, products
 from transfusion_pytorch.network.layer import Attention, FeedForward
 from transfusion_pytorch.network.linear import Linear
-from transfusion_pytorch.network.norms import IndexedModulation
+from transfusion_pytorch.network.norms import IndexedModulation, RMSModulation
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.sequence.positions import rotary_phases
 
@@ -45,6 +45,15 @@ def norm_four_heads(qkv, of_queries, of_keys):
     return attn._rotated(qkv, rotary_phases(POSITION, D, dtype=qkv.dtype))
 
 
+def rotate_four_heads(qkv):
+    attn = Attention(D, heads=4, kv_heads=(qkv.shape[1] - 4) // 2, dim_head=D, qk_rmsnorm=False)
+    return attn._rotated(qkv, rotary_phases(POSITION, D, dtype=qkv.dtype))
+
+
+def gained_norm(x, gain):
+    return RMSModulation(gain, 1e-5).normed(x)
+
+
 def gated_linear(hidden, activation, layer):
     """A feedforward without its first layer."""
     ff = FeedForward(D, activation=activation)
@@ -64,9 +73,12 @@ CASES = {
     "swiglu": (lambda hidden: gated_activation(hidden, "swiglu"), [(N, 2 * D)]),
     "activated layer": (activated_layer, [(N, 2 * D), (3, D)]),
     "modulated norm": (modulate, [(N, D), (ROWS, D), (ROWS, D)]),
+    "gained norm": (gained_norm, [(N, D), (D,)]),
     "gated add": (add, [(N, D), (N, D), (ROWS, D)]),
     "heads": (norm_four_heads, [(N, 12, D), (D,), (D,)]),
     "grouped heads": (norm_four_heads, [(N, 8, D), (D,), (D,)]),
+    "rotated heads": (rotate_four_heads, [(N, 12, D)]),
+    "rotated grouped heads": (rotate_four_heads, [(N, 8, D)]),
 }
 each_case = pytest.mark.parametrize(("function", "sizes"), CASES.values(), ids=CASES)
 
@@ -167,6 +179,7 @@ def test_each_dtype_is_kept_and_as_precise_as_it_can_be(function, sizes, dtype, 
 AUTOCAST = {
     "geglu": ([torch.bfloat16], torch.bfloat16),
     "modulated norm": ([torch.float32, torch.bfloat16, torch.bfloat16], torch.float32),
+    "gained norm": ([torch.float32, torch.float32], torch.float32),
     "gated add": ([torch.float32, torch.bfloat16, torch.bfloat16], torch.float32),
     "grouped heads": ([torch.bfloat16, torch.float32, torch.float32], torch.bfloat16),
 }
@@ -177,7 +190,7 @@ AUTOCAST = {
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_residuals_stay_in_single_precision_beside_what_autocast_rounds(name, autocast, path):
     (function, sizes), (dtypes, expected) = CASES[name], AUTOCAST[name]
-    if autocast and name == "modulated norm":  # what a product is made of is rounded, once
+    if autocast and name in ("modulated norm", "gained norm"):  # what a product is made of is rounded, once
         expected = torch.bfloat16
 
     def function_under_autocast(*inputs):

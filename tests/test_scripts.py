@@ -17,6 +17,8 @@ from PIL import Image
 from transfusion_pytorch import KLAutoencoder, TrainConfig, Transfusion
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
+from transfusion_pytorch.examples.data import LabelledImages, load_images
+from transfusion_pytorch.examples.latents import prepare_autoencoder
 from transfusion_pytorch.examples.pictures import load_picture
 
 ROOT = Path(__file__).parent.parent
@@ -315,7 +317,11 @@ def test_bars_are_drawn_for_the_tracker(tmp_path):
     ("script", "options", "said"),
     [
         ("train_understanding.py", ("--score", 2), r"name: [\d.]+% of 2 held-out images answered rightly"),
-        ("train_generation.py", ("--draw-per-class", 1, "--modality-steps", 2), r"drawing: [\d.]+% of 10 recognised"),
+        (
+            "train_generation.py",
+            ("--draw-per-class", 1, "--modality-steps", 2, "--autoencoder-steps", 2),
+            r"drawing: [\d.]+% of 10 recognised",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["experts", "lora", "everything"])
@@ -335,6 +341,30 @@ def test_a_language_model_learns_to_see_and_to_draw(tmp_path, monkeypatch, capsy
     (made,) = results.iterdir()
     assert len(list(made.glob("step-*.png"))) == 2
     assert (made / "model" / ("adapter_config.json" if kind == "lora" else "config.json")).is_file()
+
+
+def test_drawings_are_latents_of_one_autoencoder(tmp_path):
+    """It is trained once, and one of other images is refused."""
+    images = load_images("digits")
+    said: list[str] = []
+    options = dict(steps=2, seed=0, say=said.append)
+    made = prepare_autoencoder(None, tmp_path / "own", images, **options)
+    assert made.latent_shape((8, 8)) == (4, 4)
+    assert len(said) == 1
+    assert said[0].startswith("autoencoder: PSNR")
+    for again in (
+        prepare_autoencoder(None, tmp_path / "own", images, **options),
+        prepare_autoencoder(tmp_path / "own" / "model", tmp_path / "other", images, **options),
+    ):
+        assert all(map(torch.equal, again.state_dict().values(), made.state_dict().values()))
+    assert len(said) == 1
+    assert not (tmp_path / "other").exists()
+    KLAutoencoder(2, channels=3, widths=(4,), num_blocks=(0,)).save_pretrained(tmp_path / "coloured")
+    with pytest.raises(ValueError, match="coloured has no autoencoder of these images: expected data of shape \\(3, "):
+        prepare_autoencoder(tmp_path / "coloured", tmp_path / "other", images, **options)
+    larger = images._replace(train=LabelledImages(torch.zeros(2, 1, 16, 16), torch.zeros(2)))
+    with pytest.raises(ValueError, match="sides of 28 or 8 pixels, got 16; give an autoencoder of your own"):
+        prepare_autoencoder(None, tmp_path / "other", larger, **options)
 
 
 NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--patch-size", 1, "--precision", "fp32")

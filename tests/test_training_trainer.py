@@ -102,7 +102,7 @@ def test_a_run_is_the_loop_that_one_would_write(tmp_path):
 
     by_hand = fresh_model().train()
     groups = by_hand.parameter_groups(weight_decay=config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     pack, mixture, data = by_hand.packer(), run.loader.plan.mixture, samples()
     for step in range(12):
         positions = range(4 * step, 4 * step + 4)

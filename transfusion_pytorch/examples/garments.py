@@ -5,7 +5,7 @@ h height, w width. Pixels are in [-1, 1].
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import Generator, Tensor
 from transfusion_pytorch.conversations import ConversationDataset, ConversationFormat
 from transfusion_pytorch.conversations.pictures import as_picture
 from transfusion_pytorch.data.order import generator_of
+from transfusion_pytorch.data.pairs import ImageCaptionPairs
+from transfusion_pytorch.sequence.samples import Condition, Sample
 
-from .captions import class_words
+from .captions import class_words, png_of
 from .data import FASHION_CLASSES, ImageData, LabelledImages, load_images
 
 # What stands for what in the templates: {kind} garment, {a} an ankle boot, {shaded} a dark ankle boot, {shade} dark,
@@ -197,6 +199,41 @@ class GarmentConversations(ConversationDataset):
     def _image(self, index: int) -> Any:
         image = self.labelled.images[index]
         return image.movedim(0, -1) if self.format.images is None else as_picture(image, channels_first=True)
+
+
+class GarmentCaptions(ImageCaptionPairs):
+    """The images behind captions, to be drawn: 18 tokens where a conversation around the same image has 55. Captions are
+    read and not learned.
+
+    `conversations` have the images and the words for them, and say how both are read.
+    """
+
+    def __init__(self, conversations: GarmentConversations):
+        form = conversations.format
+        if form.images is None:
+            raise ValueError("captions go with image files, and the format of these conversations does not read any")
+        super().__init__(images=form.images, text=form.tokenizer, modality_type=form.modality_type)
+        self.conversations = conversations
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def read_image(self, index: int) -> bytes:
+        return png_of(self.conversations.labelled.images[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.conversations.captions(index)
+
+    def arrange(self, index: int, modalities: list[Any], generator: Generator) -> Sample:
+        sample = super().arrange(index, modalities, generator)
+        caption, *images = sample.parts
+        return replace(sample, parts=[Condition(caption), *images])
+
+    def describe(self, index: int) -> str:
+        return self.conversations.describe(index)
+
+    def data_key(self) -> Any:
+        return self.conversations.data_key()
 
 
 def choose(templates: Sequence[str], generator: Generator) -> str:

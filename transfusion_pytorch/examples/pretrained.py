@@ -60,32 +60,30 @@ def build_model(
     arguments: argparse.Namespace,
     shape: tuple[int, int, int],
     autoencoder: KLAutoencoder | None = None,
+    *,
+    num_downsamples: int = 3,
+    dim_hidden: int = 32,
     **options: Any,
 ) -> Begun:
-    """Images `(c, h, w)` are latents of an autoencoder, or go through the halves of a U-Net to an eighth of their sides:
-    16 tokens for 28 pixels.
+    """Images `(c, h, w)`, or the latents that an autoencoder makes of them, go through the halves of a U-Net: with 3
+    downsamples to an eighth of their sides, 16 tokens for 28 pixels.
     """
     name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
-    channels, *axes = shape
-    if autoencoder is None:
-        dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size
-        halves: dict[str, Any] = dict(dim_latent=channels, dim=dim, dim_hidden=32, num_downsamples=3)
-        images: dict[str, Any] = dict(
-            dim_latent=channels,
-            modality_default_shape=tuple(axes),
-            pre_post_transformer_enc_dec=(UNetDown(**halves), UNetUp(**halves)),
-        )
-    else:
-        images = dict(
-            dim_latent=autoencoder.dim_latent,
-            modality_default_shape=autoencoder.latent_shape(axes),
-            channel_first_latent=True,
-            modality_encoder=autoencoder.encoder,
-            modality_decoder=autoencoder.decoder,
-        )
+    dim_latent, *axes = shape
+    images: dict[str, Any] = {}
+    if autoencoder is not None:
+        dim_latent, axes = autoencoder.dim_latent, list(autoencoder.latent_shape(axes))
+        images = dict(modality_encoder=autoencoder.encoder, modality_decoder=autoencoder.decoder)
+        images["channel_first_latent"] = True
+    dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size
+    halves: dict[str, Any] = dict(dim_latent=dim_latent, dim=dim, dim_hidden=dim_hidden)
+    halves["num_downsamples"] = num_downsamples
     shares = arguments.train == "everything"
     model = Transfusion.from_pretrained_lm(
         name,
+        dim_latent=dim_latent,
+        modality_default_shape=tuple(axes),
+        pre_post_transformer_enc_dec=(UNetDown(**halves), UNetUp(**halves)),
         untied=not shares,
         freeze_text=arguments.train == "experts",
         dtype=torch.float32,

@@ -115,6 +115,8 @@ class Attention(nn.Module):
         if on_cpu and all(norm and is_untouched(norm, RMSNorm) and is_plain(norm.weight) for norm in norms):
             gains = [norm.gain.expand(h, -1) for norm, h in zip(norms, (self.heads, self.kv_heads), strict=True)]
             return cpu.NormedHeads.apply(qkv, torch.cat(gains), phases, self.heads, norms[0].eps)  # type: ignore[return-value]
+        if on_cpu and norms == (None, None):
+            return cpu.RotatedHeads.apply(qkv, phases, self.heads, self.kv_heads)  # type: ignore[return-value]
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = (part if norm is None else norm(part.to(phases.dtype)) for part, norm in zip((q, k), norms, strict=True))
         q, k = (cpu.rotate(part, phases) if on_cpu else rotate(part, phases) for part in (q, k))

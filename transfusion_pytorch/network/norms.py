@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from transfusion_pytorch.evaluating import module_of
-from transfusion_pytorch.network.cpu.elementwise import GatedAdd, ModulatedNorm
+from transfusion_pytorch.network.cpu.elementwise import GainedNorm, GatedAdd, ModulatedNorm
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.lookup import Segments, look_up
 from transfusion_pytorch.network.precision import LAYER_NORM_EPS, RMS_NORM_EPS, precise, working_dtype
@@ -137,8 +137,12 @@ class RMSModulation(NamedTuple):
     gate: Shaped[Tensor, "r 1 d"] | None = None
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        normed = F.rms_norm(x, x.shape[-1:], weight=self.gain, eps=self.eps)
-        if self.scale is not None and self.shift is not None:
+        has_scale = self.scale is not None and self.shift is not None
+        if uses_cpu_kernels(x):
+            normed = GainedNorm.apply(x, self.gain, self.eps, x.dtype if has_scale else working_dtype(x))
+        else:
+            normed = F.rms_norm(x, x.shape[-1:], weight=self.gain, eps=self.eps)
+        if has_scale:
             normed = torch.addcmul(self.shift, self._by_row(normed), self.scale).view_as(x)
         return normed.to(working_dtype(x))
 

@@ -111,6 +111,36 @@ class ModulatedNorm(torch.autograd.Function):
         return grad_x, grad_scale.to(scale.dtype), grad_shift.to(ctx.shift_dtype), None, None
 
 
+class GainedNorm(torch.autograd.Function):
+    """`x / sqrt(mean(x^2) + eps) gain`, in the type that the products behind it take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        out, inverse = x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=precise(x.dtype))
+        for part, inverse_part, out_part in blocks(x, inverse, out):
+            exact = part.to(inverse.dtype)
+            squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
+            torch.rsqrt(squares.div_(x.shape[-1]).add_(eps), out=inverse_part)
+            out_part.copy_((exact * inverse_part).mul_(gain))
+        ctx.save_for_backward(x, gain, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, inverse = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_gain = gain.new_zeros(gain.shape, dtype=inverse.dtype) if ctx.needs_input_grad[1] else None
+        for part, inverse_part, grad_part, into in blocks(x, inverse, grad, grad_x):
+            normed, grad_part = part.to(inverse.dtype) * inverse_part, grad_part.to(inverse.dtype)
+            if grad_gain is not None:
+                grad_gain += (normed * grad_part).sum(dim=0)
+            grad_normed = grad_part * gain
+            along = torch.linalg.vecdot(normed, grad_normed)[:, None] / -x.shape[-1]
+            into.copy_(grad_normed.addcmul_(normed, along).mul_(inverse_part))
+        return grad_x, None if grad_gain is None else grad_gain.to(gain.dtype), None, None
+
+
 class GatedAdd(torch.autograd.Function):
     """`x + out gate[index]`."""
 
@@ -166,6 +196,33 @@ class NormedHeads(torch.autograd.Function):
         if grad_x.dtype != grad.dtype:
             grad[:, :both] = grad_x
         return grad, grad_gain.to(gain.dtype), None, None, None
+
+
+class RotatedHeads(torch.autograd.Function):
+    """Queries and keys rotated; values as they are. One gradient for all of them, and nothing kept but the phases."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, phases: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        both = heads + kv_heads
+        rotated = qkv[:, :both].to(phases.dtype, copy=True, memory_format=torch.contiguous_format)
+        as_complex(rotated).mul_(torch.view_as_complex(phases)[:, None])
+        ctx.save_for_backward(phases)
+        ctx.shape, ctx.dtype = qkv.shape, qkv.dtype
+        rotated = rotated.to(qkv.dtype)
+        return rotated[:, :heads], rotated[:, heads:], qkv[:, both:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (phases,) = ctx.saved_tensors
+        grad = grads[0].new_empty(ctx.shape, dtype=ctx.dtype)
+        into = grad.split([part.shape[1] for part in grads], dim=1)
+        back = torch.view_as_complex(phases)[:, None].conj_physical()
+        for part, into_part in zip(grads[:2], into[:2], strict=True):
+            turned = as_complex(part.to(phases.dtype).contiguous()) * back
+            into_part.copy_(torch.view_as_real(turned).flatten(-2))
+        into[2].copy_(grads[2])
+        return grad, None, None, None
 
 
 def rotate(x: Tensor, phases: Tensor) -> Tensor:
