@@ -158,6 +158,11 @@ class LinearWeights(NamedTuple):
         # what `F.linear` comes to, without its four operations on the way
         return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
 
+    def add_to(self, sum: Shaped[Tensor, "... o"], x: Shaped[Tensor, "... i"]) -> Shaped[Tensor, "... o"]:
+        """The sum of what was there and this layer's output, in one product where that can be."""
+        is_plain = self.bias is None and self.reordered is None and not torch.compiler.is_compiling()
+        return torch.addmm(sum, x, self.transposed) if is_plain and x.ndim == 2 else sum + self(x)
+
 
 class LayerWeights(NamedTuple):
     """The linear layers of one layer. A compiled function takes them as tensors and serves all layers; it would be
@@ -305,7 +310,7 @@ def _begin(
     """A layer up to its attention: the residual stream, what attention reads, queries, keys and values."""
     if skipped is not None:
         assert layer.skip is not None
-        x = x + layer.skip(torch.cat((x, skipped), dim=-1))
+        x = layer.skip.add_to(x, torch.cat((x, skipped), dim=-1))
     normed, n, num_heads = norm.normed(x), len(rotation), layer.heads + 2 * layer.kv_heads
     qkv = layer.to_qkv(normed, None if scratch is None else scratch.qkv).view(n, num_heads, -1)
     qk, v = qkv.split((layer.heads + layer.kv_heads, layer.kv_heads), dim=1)
