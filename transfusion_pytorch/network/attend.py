@@ -49,7 +49,6 @@ class RaggedAttention(NamedTuple):
     def attend(self, q: Q, k: KV, v: KV, *, layer: int = 0, softcap: float | None = None) -> Q:
         """What the queries gather; `layer` is that of the cache, if there is one."""
         if softcap is None:
-            k, v = (one_for_each_head(q, part) for part in (k, v))
             return PackedAttention.apply(q, k, v, self.runs)  # type: ignore[return-value]
         lengths = [run.tokens.stop - run.tokens.start for run in self.runs]
         split = (part.split(lengths) for part in (q, k, v))

@@ -1,6 +1,6 @@
 """CPU only: the flash kernel over the runs of a packed stream, each of which is a plain batch.
 
-n tokens, h query heads, e channels of a head.
+n tokens, g samples of a run, h query heads, k key/value heads, s keys, e channels of a head.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class PackedAttention(torch.autograd.Function):
-    """All runs of a stream into one output, and into one gradient of each input, which have a head for each of q's.
+    """All runs of a stream into one output, and into one gradient of each input. Heads of k and v may be shared by
+    several of q's.
 
     Autograd by itself would make a stream of zeros for every slice of a run, and add them all up.
     """
@@ -43,7 +44,8 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
     out = q.new_empty(q.shape)
     logsumexp = q.new_empty(q.shape[:2], dtype=precise(q.dtype))
     for run in runs:
-        q_run, k_run, v_run, out_run, sum_run = (run.batched(part[run.tokens]) for part in (q, k, v, out, logsumexp))
+        q_run, out_run, sum_run = (run.batched(part[run.tokens]) for part in (q, out, logsumexp))
+        k_run, v_run = (_for_each_head(q_run, run.batched(part[run.tokens])) for part in (k, v))
         for queries, num_keys, is_causal, mask in run.chunks:
             seen = k_run[:, :, :num_keys], v_run[:, :, :num_keys]
             made = flash(q_run[:, :, queries], *seen, 0.0, is_causal, attn_mask=_bias(mask, q.dtype))
@@ -60,13 +62,12 @@ def flash_gradients(
     Made in single precision: in bfloat16 the backward kernel takes as long for 400 tokens, and three times as long for
     128 (torch 2.13, one core with AMX).
     """
-    grad, q, k, v, out = map(_with_neighbouring_channels, (grad, q, k, v, out))
-    dtype = precise(q.dtype)
-    grads = [q.new_empty(q.shape), *(part.new_zeros(part.shape, dtype=precise(q.dtype)) for part in (k, v))]
+    dtype, dtypes = precise(q.dtype), (q.dtype, k.dtype, v.dtype)
+    grad, q, k, v, out = (_with_neighbouring_channels(part).to(dtype) for part in (grad, q, k, v, out))
+    grads = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
     for run in runs:
-        grad_run, q_run, out_run, k_run, v_run = (
-            run.batched(part[run.tokens].to(dtype)) for part in (grad, q, out, k, v)
-        )
+        grad_run, q_run, out_run, k_run, v_run = (run.batched(part[run.tokens]) for part in (grad, q, out, k, v))
+        k_run, v_run = (_for_each_head(q_run, part) for part in (k_run, v_run))
         sum_run, *grads_run = (run.batched(part[run.tokens]) for part in (logsumexp, *grads))
         of_queries = grad_run, q_run, out_run, sum_run, grads_run[0]
         of_keys = k_run, v_run, *grads_run[1:]
@@ -77,14 +78,27 @@ def flash_gradients(
                 grad_out, some_q, keys, values, some_out, some_sum, 0.0, is_causal, attn_mask=_bias(mask, dtype)
             )
             grad_q[:] = made[0]
-            grad_k += made[1]
-            grad_v += made[2]
-    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
+            grad_k += _for_each_key(made[1], grad_k)
+            grad_v += _for_each_key(made[2], grad_v)
+    of_q, of_k, of_v = (made.to(own) for made, own in zip(grads, dtypes, strict=True))
+    return of_q, of_k, of_v
 
 
 def _with_neighbouring_channels(part: Tensor) -> Tensor:
     """The kernel takes a stride of 1 between channels for granted."""
     return part if part.stride(-1) == 1 else part.contiguous()
+
+
+def _for_each_head(q: Tensor, shared: Tensor) -> Tensor:
+    """Keys or values that several query heads share, `(g, k, s, e)`, repeated for each of them, `(g, h, s, e)`."""
+    groups = q.shape[1] // shared.shape[1]
+    return shared if groups == 1 else shared[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def _for_each_key(gradient: Tensor, shared: Tensor) -> Tensor:
+    """The inverse for gradients: what the heads that share a key want of it, added up."""
+    kv_heads = shared.shape[1]
+    return gradient if gradient.shape[1] == kv_heads else gradient.unflatten(1, (kv_heads, -1)).sum(dim=2)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
