@@ -5,10 +5,22 @@ from traceback import walk_tb
 import pytest
 import torch
 from generation_fault_run import run_faults
-from generation_faults import COMMON, KINDS, OF_A_MOMENT, OF_A_REQUEST, Injected, Modules, fragile_model
+from generation_faults import (
+    CATALOG,
+    COMMON,
+    KINDS,
+    OF_A_MOMENT,
+    OF_A_REQUEST,
+    Injected,
+    Modules,
+    OutOfMemory,
+    fragile_model,
+    shared_model,
+)
+from generation_models import assert_same
 
 from transfusion_pytorch.generation.engine import Engine, Request
-from transfusion_pytorch.generation.events import Ended
+from transfusion_pytorch.generation.events import Ended, EndReason
 
 
 def check(report) -> None:
@@ -83,6 +95,40 @@ def test_faults_of_all_kinds(seed):
     report = run_faults(requests=300, faults=50, per_engine=150, seed=seed)
     check(report)
     assert set(report.planned) == set(KINDS)
+
+
+def test_whatever_call_of_a_prefill_fails_all_or_nothing_is_read():
+    """One after the other, every second call that makes or takes apart a tensor: whatever a request becomes is what it becomes
+    alone, and the engine serves the same again.
+    """
+    model, alone = shared_model()
+    names, numbers = {"tensor", "__getitem__"}, (9, 14, 33, 8)  # text and drawings, guided and not
+
+    def submit(engine):
+        return [engine.submit(CATALOG[number].prompt, **CATALOG[number].arguments()) for number in numbers]
+
+    def check_each(requests, *, may_fail: bool) -> None:
+        for number, request in zip(numbers, requests, strict=True):
+            if not (may_fail and request.reason is EndReason.ERROR):
+                assert request.reason is alone[number].reason
+                assert_same(request.result(), alone[number].sample)
+
+    failures = 0
+    with pytest.warns(UserWarning, match="is run in halves"):
+        for after in range(0, 1000, 2):
+            engine = model.create_engine()
+            requests, moment = submit(engine), OutOfMemory(MemoryError("injected"), names=names, after=after)
+            with moment:
+                engine.step()
+            if moment.error is not None:
+                break
+            failures += 1
+            engine.run()
+            check_each(requests, may_fail=True)
+            again = submit(engine)
+            engine.run()
+            check_each(again, may_fail=False)
+    assert 30 < failures < 499
 
 
 @pytest.mark.parametrize("kind", ["module refuses a prompt", "module refuses a drawing"])
