@@ -100,7 +100,9 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     pretrained.add_arguments(parser)
-    parser.add_argument("--autoencoder", type=run.existing_path, help="folder of a saved KLAutoencoder (default: its own)")
+    parser.add_argument(
+        "--autoencoder", type=run.existing_path, help="folder of a saved KLAutoencoder (default: its own)"
+    )
     parser.add_argument(
         "--autoencoder-steps", type=run.positive_int, default=800, help="of its own (default: %(default)s)"
     )

@@ -261,7 +261,8 @@ def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, soft
             part = rearrange(part, "g (k r) t e -> g k (r t) e", r=groups)
         out = attend_masked(part, keys, values, mask=mask, is_causal=is_causal, softcap=softcap)
         outs.append(rearrange(out, "g k (r t) e -> g (k r) t e", r=groups) if groups > 1 else out)
-    return rearrange(torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], "g h t e -> (g t) h e")
+    whole = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    return whole.transpose(1, 2).flatten(0, 1)  # in less time than `rearrange`, which counts when a span is denoised
 
 
 def one_for_each_head(q: Tensor, shared: Tensor) -> Tensor:

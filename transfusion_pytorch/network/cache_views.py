@@ -65,7 +65,7 @@ class CacheRun(NamedTuple):
     chunks: Sequence[Chunk]
 
     def batched(self, part: Shaped[Tensor, "n h e"]) -> Shaped[Tensor, "g h t e"]:
-        return part.unflatten(0, (self.count, -1)).transpose(1, 2)
+        return part.view(self.count, -1, *part.shape[1:]).transpose(1, 2)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Shaped[Tensor, "g h k e"], Shaped[Tensor, "g h k e"]]:
         """Writes the new keys and values of its tokens. Returns views of all that its queries may see."""

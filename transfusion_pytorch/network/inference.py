@@ -158,10 +158,10 @@ class LinearWeights(NamedTuple):
         # what `F.linear` comes to, without its four operations on the way
         return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
 
-    def add_to(self, sum: Shaped[Tensor, "... o"], x: Shaped[Tensor, "... i"]) -> Shaped[Tensor, "... o"]:
-        """The sum of what was there and this layer's output, in one product where that can be."""
+    def add_to(self, total: Shaped[Tensor, "... o"], x: Shaped[Tensor, "... i"]) -> Shaped[Tensor, "... o"]:
+        """The total of what was there and this layer's output, in one product where that can be."""
         is_plain = self.bias is None and self.reordered is None and not torch.compiler.is_compiling()
-        return torch.addmm(sum, x, self.transposed) if is_plain and x.ndim == 2 else sum + self(x)
+        return torch.addmm(total, x, self.transposed) if is_plain and x.ndim == 2 else total + self(x)
 
 
 class LayerWeights(NamedTuple):
@@ -313,8 +313,9 @@ def _begin(
         x = layer.skip.add_to(x, torch.cat((x, skipped), dim=-1))
     normed, n, num_heads = norm.normed(x), len(rotation), layer.heads + 2 * layer.kv_heads
     qkv = layer.to_qkv(normed, None if scratch is None else scratch.qkv).view(n, num_heads, -1)
-    qk, v = qkv.split((layer.heads + layer.kv_heads, layer.kv_heads), dim=1)
-    qk = qk.unflatten(-1, (-1, 2))
+    # `split_with_sizes` and `view` are one operator each; `split`, `chunk` and `unflatten` are Python around several
+    qk, v = qkv.split_with_sizes((layer.heads + layer.kv_heads, layer.kv_heads), 1)
+    qk = qk.view(n, num_heads - layer.kv_heads, -1, 2)
     exact = qk if qk.dtype == dtype else qk.to(dtype)
     if qk_norm is not None:
         exact = qk_norm.normed(exact, overwrites=True)
@@ -323,7 +324,7 @@ def _begin(
     else:
         torch.view_as_complex(exact).mul_(rotation)
     qk = exact if exact.dtype == normed.dtype else exact.to(normed.dtype)
-    q, k = qk.reshape(n, -1, v.shape[-1]).split((layer.heads, layer.kv_heads), dim=1)
+    q, k = qk.reshape(n, -1, v.shape[-1]).split_with_sizes((layer.heads, layer.kv_heads), 1)
     return x, normed, q, k, v
 
 
@@ -348,14 +349,18 @@ def _finish(
 
 def _feedforward(layer: LayerWeights, x: Shaped[Tensor, "... d"], scratch: Scratch | None) -> Shaped[Tensor, "... d"]:
     if scratch is None:
-        value, gate = layer.to_hidden(x).chunk(2, dim=-1)
-        return layer.from_hidden(ACTIVATIONS[layer.activation](gate).mul_(value))
+        return layer.from_hidden(_activated(layer, layer.to_hidden(x)))
     out, at_once = torch.empty_like(x), len(scratch.hidden)
     rows = zip(x.view(-1, x.shape[-1]).split(at_once), out.view(-1, x.shape[-1]).split(at_once), strict=True)
     for part, target in rows:
-        value, gate = layer.to_hidden(part, scratch.hidden[: len(part)]).chunk(2, dim=-1)
-        layer.from_hidden(ACTIVATIONS[layer.activation](gate).mul_(value), target)
+        layer.from_hidden(_activated(layer, layer.to_hidden(part, scratch.hidden[: len(part)])), target)
     return out
+
+
+def _activated(layer: LayerWeights, hidden: Shaped[Tensor, "... two_f"]) -> Shaped[Tensor, "... f"]:
+    """`value activation(gate)`, where `hidden = [value gate]`."""
+    value, gate = hidden.split_with_sizes([hidden.shape[-1] // 2] * 2, -1)
+    return ACTIVATIONS[layer.activation](gate).mul_(value)
 
 
 def _linears(layer: Any) -> tuple[Any, ...]:

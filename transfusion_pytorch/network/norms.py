@@ -138,7 +138,7 @@ class RMSModulation(NamedTuple):
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
         has_scale = self.scale is not None and self.shift is not None
-        if uses_cpu_kernels(x):
+        if uses_cpu_kernels(x) and torch.is_grad_enabled():
             normed = GainedNorm.apply(x, self.gain, self.eps, x.dtype if has_scale else working_dtype(x))
         else:
             normed = F.rms_norm(x, x.shape[-1:], weight=self.gain, eps=self.eps)
