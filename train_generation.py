@@ -4,14 +4,15 @@ python train_generation.py                           # SmolLM2-135M (pip install
 python train_generation.py --train lora
 python train_generation.py --model Qwen/Qwen2.5-0.5B-Instruct
 
-python train_generation.py --autoencoder results/RUN/model  # one of train_vae.py; otherwise a small one is trained first
+python train_generation.py --autoencoder results/RUN/model  # one of train_vae.py; otherwise one is trained first
 
-Requests are sentences about Fashion-MNIST (Debian package dataset-fashion-mnist), or about scikit-learn's digits. Images
-are drawn in the latents of an autoencoder, through the halves of a small U-Net; most of them are learned behind a short
-caption, the others in conversations.
+Requests are sentences about Fashion-MNIST (Debian package dataset-fashion-mnist), or about scikit-learn's digits.
+Images are drawn in the latents of an autoencoder, through the halves of a small U-Net; most of them are learned behind
+a short caption, the others in conversations.
 """
 
 import argparse
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,10 @@ def main() -> None:
         "--autoencoder-steps", type=run.positive_int, default=800, help="of its own (default: %(default)s)"
     )
     parser.add_argument(
-        "--downsamples", type=int, default=2, help="halvings of latents in the U-Net (default: %(default)s)"
+        "--downsamples",
+        type=run.positive_int,
+        default=2,
+        help="halvings of latents in the U-Net (default: %(default)s)",
     )
     parser.add_argument(
         "--captions", type=fraction, default=0.75, help="share of images behind captions alone (default: %(default)s)"
@@ -118,7 +122,9 @@ def main() -> None:
     run.add_common_arguments(parser, DEFAULTS)
     args = parser.parse_args()
 
-    config = config_from_arguments(args, DEFAULTS)
+    # a language model whose own weights change must not change so fast
+    defaults = replace(DEFAULTS, learning_rate=3e-4) if args.train == "everything" else DEFAULTS
+    config = config_from_arguments(args, defaults)
     garments = load_garments(args.data)
     place = run.open_run(args, f"generation-{args.train}", device=config.device)
     run.seed_everything(config.seed)
@@ -128,9 +134,10 @@ def main() -> None:
         place.folder / "autoencoder",
         garments.data,
         steps=args.autoencoder_steps,
-        seed=config.seed,
-        device=config.device,
+        config=config,
     )
+    if autoencoder is None:
+        return
     run.seed_everything(config.seed)  # whether or not one was trained
     sizes: dict[str, Any] = dict(num_downsamples=args.downsamples, dim_hidden=128)
     begun = pretrained.build_model(args, shape, autoencoder, **sizes, flow_loss_weight=5.0)

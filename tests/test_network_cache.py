@@ -388,8 +388,8 @@ MOVES = CHANGES | {
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_whatever_call_of_torch_fails_every_row_is_whole(name):
-    """Also a call that is unlikely to: a row whose keys have moved and whose values have not is that of nobody."""
+def test_whatever_makes_a_tensor_may_fail_and_every_row_is_whole(name):
+    """Views too, unlikely as it is: a row whose keys have moved and whose values have not is that of nobody."""
     failures = 0
     for after in range(200):
         cache = make_cache(layers=2)

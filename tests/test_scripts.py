@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from transfusion_pytorch import KLAutoencoder, TrainConfig, Transfusion
+from transfusion_pytorch import AutoencoderTrainer, KLAutoencoder, TrainConfig, Transfusion
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
 from transfusion_pytorch.examples.data import LabelledImages, load_images
@@ -344,27 +345,44 @@ def test_a_language_model_learns_to_see_and_to_draw(tmp_path, monkeypatch, capsy
 
 
 def test_drawings_are_latents_of_one_autoencoder(tmp_path):
-    """It is trained once, and one of other images is refused."""
+    """It is trained once and kept with the run; one of other images is refused."""
     images = load_images("digits")
-    said: list[str] = []
-    options = dict(steps=2, seed=0, say=said.append)
+    options = dict(steps=2, config=TrainConfig(steps=1))
     made = prepare_autoencoder(None, tmp_path / "own", images, **options)
     assert made.latent_shape((8, 8)) == (4, 4)
-    assert len(said) == 1
-    assert said[0].startswith("autoencoder: PSNR")
+    metrics = (tmp_path / "own" / "metrics.csv").read_text()
     for again in (
         prepare_autoencoder(None, tmp_path / "own", images, **options),
         prepare_autoencoder(tmp_path / "own" / "model", tmp_path / "other", images, **options),
+        prepare_autoencoder(None, tmp_path / "other", images, **options),
     ):
         assert all(map(torch.equal, again.state_dict().values(), made.state_dict().values()))
-    assert len(said) == 1
-    assert not (tmp_path / "other").exists()
+    assert (tmp_path / "own" / "metrics.csv").read_text() == metrics
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["model"]
     KLAutoencoder(2, channels=3, widths=(4,), num_blocks=(0,)).save_pretrained(tmp_path / "coloured")
     with pytest.raises(ValueError, match="coloured has no autoencoder of these images: expected data of shape \\(3, "):
-        prepare_autoencoder(tmp_path / "coloured", tmp_path / "other", images, **options)
+        prepare_autoencoder(tmp_path / "coloured", tmp_path / "third", images, **options)
     larger = images._replace(train=LabelledImages(torch.zeros(2, 1, 16, 16), torch.zeros(2)))
     with pytest.raises(ValueError, match="sides of 28 or 8 pixels, got 16; give an autoencoder of your own"):
-        prepare_autoencoder(None, tmp_path / "other", larger, **options)
+        prepare_autoencoder(None, tmp_path / "third", larger, **options)
+
+
+def test_an_autoencoder_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    images, options = load_images("digits"), dict(steps=4, config=TrainConfig(steps=1))
+    whole = prepare_autoencoder(None, tmp_path / "whole", images, **options)
+    take = AutoencoderTrainer._take
+
+    def stopped(trainer, *args):
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return take(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderTrainer, "_take", stopped)
+        assert prepare_autoencoder(None, tmp_path / "stopped", images, **options) is None
+    assert not (tmp_path / "stopped" / "model").exists()
+    resumed = prepare_autoencoder(None, tmp_path / "stopped", images, **options)
+    assert all(map(torch.equal, resumed.state_dict().values(), whole.state_dict().values()))
 
 
 NARROW = ("--widths", 4, 8, "--blocks", 0, 1, "--patch-size", 1, "--precision", "fp32")

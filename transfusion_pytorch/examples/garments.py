@@ -202,8 +202,8 @@ class GarmentConversations(ConversationDataset):
 
 
 class GarmentCaptions(ImageCaptionPairs):
-    """The images behind captions, to be drawn: 18 tokens where a conversation around the same image has 55. Captions are
-    read and not learned.
+    """The images behind captions, to be drawn: 18 tokens where a conversation around the same image has 55. Captions
+    are read and not learned.
 
     `conversations` have the images and the words for them, and say how both are read.
     """

@@ -58,7 +58,7 @@ class Begun(NamedTuple):
 
 def build_model(
     arguments: argparse.Namespace,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     autoencoder: KLAutoencoder | None = None,
     *,
     num_downsamples: int = 3,
@@ -147,7 +147,7 @@ class Training:
         trainer.say(f"data: {source}")
         self.before = score_text(begun.model)
 
-    def fit(self, *, resume: bool) -> Any:
+    def fit(self, *, resume: bool | Path) -> Any:
         """The trained model (the average, if there is one), None where the run was stopped."""
         if self.trainer.fit(resume=resume).was_stopped:
             return None

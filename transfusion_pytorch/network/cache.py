@@ -66,10 +66,11 @@ class CacheBlock:
         """Exchanges two rows. Whatever needs memory comes first: where that fails, both are as they were."""
         most = max(self.written[one], self.written[other])
         pairs = [(tensor[one, :, :most], tensor[other, :, :most]) for tensor in self.tensors()]
-        kept = [mine.clone() for mine, _ in pairs]
-        for (mine, theirs), was_mine in zip(pairs, kept, strict=True):
+        kept = torch.empty_like(pairs[0][0])
+        for mine, theirs in pairs:
+            kept.copy_(mine)
             mine.copy_(theirs)
-            theirs.copy_(was_mine)
+            theirs.copy_(kept)
         self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
         self.written[one], self.written[other] = self.written[other], self.written[one]
         self.rows[one].index, self.rows[other].index = one, other
@@ -82,7 +83,7 @@ class KVCache:
     Writes are tentative: they go behind the committed prefix of their row, and the next write replaces them. Only
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
-    What can fail comes before anything changes: every operation is done as a whole, or the cache is as it was.
+    What can fail comes before anything changes: every row is moved, copied or given back as a whole, or is as it was.
 
     `phases` are the rotary phases of the first positions, `(p, f, 2)`, once decode steps have asked for them.
     """

@@ -137,12 +137,12 @@ class RMSModulation(NamedTuple):
     gate: Shaped[Tensor, "r 1 d"] | None = None
 
     def normed(self, x: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n d"]:
-        has_scale = self.scale is not None and self.shift is not None
+        normed: Any
         if uses_cpu_kernels(x) and torch.is_grad_enabled():
-            normed = GainedNorm.apply(x, self.gain, self.eps, x.dtype if has_scale else working_dtype(x))
+            normed = GainedNorm.apply(x, self.gain, self.eps, working_dtype(x) if self.scale is None else x.dtype)
         else:
             normed = F.rms_norm(x, x.shape[-1:], weight=self.gain, eps=self.eps)
-        if has_scale:
+        if self.scale is not None and self.shift is not None:
             normed = torch.addcmul(self.shift, self._by_row(normed), self.scale).view_as(x)
         return normed.to(working_dtype(x))
 

@@ -166,6 +166,10 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of `whole_optimizer_state`. Raises `ValueError` where the groups are those of another optimizer."""
+    if len(state["param_groups"]) == len(optimizer.param_groups):
+        # whether it is fused is a matter of this run, and decides where torch puts the number of its steps
+        pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        state = state | {"param_groups": [saved | {"fused": mine.get("fused")} for saved, mine in pairs]}
     if is_sharded(model):
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
         return
