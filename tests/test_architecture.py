@@ -83,6 +83,7 @@ ALLOWED["policy"] = [
 ]
 ALLOWED["examples"] = [
     "policy",
+    "autoencoder",
     "data",
     "conversations",
     "modalities.unet",
