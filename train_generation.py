@@ -89,14 +89,6 @@ def samples_of(garments: GarmentData, model: Any, *, captions: float) -> Mixture
     return Mixture({name: sources[name] for name in kept}, weights=kept)
 
 
-def fraction(text: str) -> float:
-    """An argument from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {number}")
-    return number
-
-
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -114,7 +106,10 @@ def main() -> None:
         help="halvings of latents in the U-Net (default: %(default)s)",
     )
     parser.add_argument(
-        "--captions", type=fraction, default=0.75, help="share of images behind captions alone (default: %(default)s)"
+        "--captions",
+        type=run.fraction,
+        default=0.75,
+        help="share of images behind captions alone (default: %(default)s)",
     )
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the drawings (default: %(default)s)")
     parser.add_argument("--modality-steps", type=int, default=16, help="solver intervals (default: %(default)s)")

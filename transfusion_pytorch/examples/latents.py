@@ -20,7 +20,7 @@ from .data import ImageData
 PATCH_SIZES = {28: 2, 8: 1}  # sides of images, in pixels: 7 x 7 latents are left, or 4 x 4
 SIZES: dict[str, Any] = dict(widths=(64, 128), num_blocks=(1, 3))
 DIM_LATENT = 2
-KL_WEIGHT = 3e-3  # what latents leave out need not be learnt by whoever draws them
+KL_WEIGHT = 3e-3  # what latents leave out need not be learned by whoever draws them
 SCORED = 500  # held-out images
 
 

@@ -29,6 +29,14 @@ def positive_int(text: str) -> int:
     return number
 
 
+def fraction(text: str) -> float:
+    """An argument from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {number}")
+    return number
+
+
 def existing_path(text: str) -> Path:
     """An argument that must be a file or a folder that is there. An empty one is a variable of the shell that was not
     set, and not the present folder.

@@ -29,6 +29,7 @@ from transfusion_pytorch.network.cache_views import CacheRun, CacheView, DecodeR
 from transfusion_pytorch.network.cpu.attention import PackedAttention
 from transfusion_pytorch.network.cpu.products import product_dtype
 from transfusion_pytorch.network.graphs import many_graphs
+from transfusion_pytorch.network.grouped_heads import one_for_each_head
 from transfusion_pytorch.network.precision import precise, without_autocast
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.sequence.blocks import BLOCK
@@ -263,9 +264,3 @@ def attend_chunks(chunks: Sequence[Chunk], q: Tensor, k: Tensor, v: Tensor, soft
         outs.append(rearrange(out, "g k (r t) e -> g (k r) t e", r=groups) if groups > 1 else out)
     whole = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
     return whole.transpose(1, 2).flatten(0, 1)  # in less time than `rearrange`, which counts when a span is denoised
-
-
-def one_for_each_head(q: Tensor, shared: Tensor) -> Tensor:
-    """Keys or values that several query heads share, repeated for each of them."""
-    groups = q.shape[1] // shared.shape[1]
-    return shared.repeat_interleave(groups, dim=1) if groups > 1 else shared

@@ -169,7 +169,9 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     if len(state["param_groups"]) == len(optimizer.param_groups):
         # whether it is fused is a matter of this run, and decides where torch puts the number of its steps
         pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
-        state = state | {"param_groups": [saved | {"fused": mine.get("fused")} for saved, mine in pairs]}
+        state = state | {
+            "param_groups": [saved | {key: mine[key] for key in ("fused",) if key in mine} for saved, mine in pairs]
+        }
     if is_sharded(model):
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
         return

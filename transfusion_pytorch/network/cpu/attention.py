@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from transfusion_pytorch.network.grouped_heads import one_for_each_head, one_for_each_key
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.masks import Run
 
@@ -45,7 +46,7 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
     logsumexp = q.new_empty(q.shape[:2], dtype=precise(q.dtype))
     for run in runs:
         q_run, out_run, sum_run = (run.batched(part[run.tokens]) for part in (q, out, logsumexp))
-        k_run, v_run = (_for_each_head(q_run, run.batched(part[run.tokens])) for part in (k, v))
+        k_run, v_run = (one_for_each_head(q_run, run.batched(part[run.tokens])) for part in (k, v))
         for queries, num_keys, is_causal, mask in run.chunks:
             seen = k_run[:, :, :num_keys], v_run[:, :, :num_keys]
             made = flash(q_run[:, :, queries], *seen, 0.0, is_causal, attn_mask=_bias(mask, q.dtype))
@@ -67,7 +68,7 @@ def flash_gradients(
     grads = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
     for run in runs:
         grad_run, q_run, out_run, k_run, v_run = (run.batched(part[run.tokens]) for part in (grad, q, out, k, v))
-        k_run, v_run = (_for_each_head(q_run, part) for part in (k_run, v_run))
+        k_run, v_run = (one_for_each_head(q_run, part) for part in (k_run, v_run))
         sum_run, *grads_run = (run.batched(part[run.tokens]) for part in (logsumexp, *grads))
         of_queries = grad_run, q_run, out_run, sum_run, grads_run[0]
         of_keys = k_run, v_run, *grads_run[1:]
@@ -78,8 +79,8 @@ def flash_gradients(
                 grad_out, some_q, keys, values, some_out, some_sum, 0.0, is_causal, attn_mask=_bias(mask, dtype)
             )
             grad_q[:] = made[0]
-            grad_k += _for_each_key(made[1], grad_k)
-            grad_v += _for_each_key(made[2], grad_v)
+            grad_k += one_for_each_key(made[1], grad_k)
+            grad_v += one_for_each_key(made[2], grad_v)
     of_q, of_k, of_v = (made.to(own) for made, own in zip(grads, dtypes, strict=True))
     return of_q, of_k, of_v
 
@@ -87,18 +88,6 @@ def flash_gradients(
 def _with_neighbouring_channels(part: Tensor) -> Tensor:
     """The kernel takes a stride of 1 between channels for granted."""
     return part if part.stride(-1) == 1 else part.contiguous()
-
-
-def _for_each_head(q: Tensor, shared: Tensor) -> Tensor:
-    """Keys or values that several query heads share, `(g, k, s, e)`, repeated for each of them, `(g, h, s, e)`."""
-    groups = q.shape[1] // shared.shape[1]
-    return shared if groups == 1 else shared[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
-
-
-def _for_each_key(gradient: Tensor, shared: Tensor) -> Tensor:
-    """The inverse for gradients: what the heads that share a key want of it, added up."""
-    kv_heads = shared.shape[1]
-    return gradient if gradient.shape[1] == kv_heads else gradient.unflatten(1, (kv_heads, -1)).sum(dim=2)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
