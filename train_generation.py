@@ -120,6 +120,7 @@ def main() -> None:
     # a language model whose own weights change must not change so fast
     defaults = replace(DEFAULTS, learning_rate=3e-4) if args.train == "everything" else DEFAULTS
     config = config_from_arguments(args, defaults)
+    chosen = pretrained.choose_language_model(args)
     garments = load_garments(args.data)
     place = run.open_run(args, f"generation-{args.train}", device=config.device)
     run.seed_everything(config.seed)
@@ -135,7 +136,7 @@ def main() -> None:
         return
     run.seed_everything(config.seed)  # whether or not one was trained
     sizes: dict[str, Any] = dict(num_downsamples=args.downsamples, dim_hidden=128)
-    begun = pretrained.build_model(args, shape, autoencoder, **sizes, flow_loss_weight=5.0)
+    begun = pretrained.build_model(args, chosen, shape, autoencoder, **sizes, flow_loss_weight=5.0)
     data = samples_of(garments, begun.model, captions=args.captions)
     artist = Artist(garments, args.cfg_scale, args.modality_steps)
     trainer = Trainer(begun.module, data, config, folder=place.folder, callbacks=[Grids(artist)])

@@ -59,11 +59,12 @@ def main() -> None:
     args = parser.parse_args()
 
     config = config_from_arguments(args, DEFAULTS)
+    chosen = pretrained.choose_language_model(args)
     garments = load_garments(args.data)
     place = run.open_run(args, f"understanding-{args.train}", device=config.device)
     run.seed_everything(config.seed)
     shape = tuple(garments.data.train.images.shape[1:])
-    begun = pretrained.build_model(args, shape, time_conditioning="added")
+    begun = pretrained.build_model(args, chosen, shape, time_conditioning="added")
     data = pretrained.conversations(garments, begun.model, tasks=TASKS, questions=args.questions)
     held_out = pretrained.conversations(garments, begun.model, held_out=True, tasks=TASKS)
     trainer = Trainer(begun.module, data, config, folder=place.folder, callbacks=[Answers(held_out)])

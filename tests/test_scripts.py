@@ -19,6 +19,7 @@ from transfusion_pytorch import AutoencoderTrainer, KLAutoencoder, TrainConfig, 
 from transfusion_pytorch.commands.errors import run_command
 from transfusion_pytorch.display.lines import CONTROL_CHARACTERS
 from transfusion_pytorch.examples.data import LabelledImages, load_images
+from transfusion_pytorch.examples.language_models import default_language_model, write_random
 from transfusion_pytorch.examples.latents import prepare_autoencoder
 from transfusion_pytorch.examples.pictures import load_picture
 
@@ -342,6 +343,30 @@ def test_a_language_model_learns_to_see_and_to_draw(tmp_path, monkeypatch, capsy
     (made,) = results.iterdir()
     assert len(list(made.glob("step-*.png"))) == 2
     assert (made / "model" / ("adapter_config.json" if kind == "lora" else "config.json")).is_file()
+
+
+@pytest.mark.parametrize("script", ["train_understanding.py", "train_generation.py"])
+def test_a_language_model_that_cannot_be_had_is_told_first(tmp_path, monkeypatch, capsys, script):
+    """Above all before an autoencoder is trained for it."""
+    pytest.importorskip("transformers")
+    results, nowhere = tmp_path / "results", tmp_path / "models" / "nowhere"
+    arguments = ("--model", nowhere, "--steps", 2, "--results", results)
+    assert f"there is no folder {nowhere} with a language" in error_of(monkeypatch, capsys, script, *arguments)
+    write_random(nowhere)
+    (nowhere / "chat_template.jinja").unlink()
+    assert "no tokenizer with a chat template" in error_of(monkeypatch, capsys, script, *arguments)
+    assert not results.exists()
+
+
+def test_files_in_gguf_need_their_package(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    file = tmp_path / "package" / "tiny.gguf"
+    monkeypatch.setattr("transfusion_pytorch.examples.language_models._gguf_file", lambda: file)
+    with pytest.raises(ImportError, match=r'you need gguf here, .* "transfusion-pytorch\[pretrained\]"'):
+        default_language_model(tmp_path)
+    with pytest.raises(ImportError, match="you need gguf here"):
+        Transfusion.from_pretrained_lm(tmp_path, dim_latent=4, gguf_file="tiny.gguf")
 
 
 def test_drawings_are_latents_of_one_autoencoder(tmp_path):

