@@ -18,10 +18,10 @@ from leak import leak_lines
 from report import Targets, environment, save, write_page
 
 TARGETS = {
-    "text": Targets(peer=5.0, limit=1.8),
-    "draw-1": Targets(peer=3.5),
-    "draw-16": Targets(peer=3.0, limit=1.7),
-    "mixed-64": Targets(peer=5.0),
+    "text": Targets(peer=5.0, limit=1.5),
+    "draw-1": Targets(peer=3.5, limit=1.4),
+    "draw-16": Targets(peer=3.0, limit=1.5),
+    "mixed-64": Targets(peer=3.0, limit=1.6),
 }
 BF16 = {"draw-16": Targets(peer=5.0)}
 STUDIES = {"growth": growth_lines, "leak": leak_lines}

@@ -206,7 +206,7 @@ class Run:
         client = Client(request, kind, number, index)
         self.clients.append(client)
         if kind in OF_A_MOMENT:
-            self._strike(kind, number)
+            self._strike(engine, kind, number)
         elif kind == "cancelled":
             client.patience = self.random.randrange(1, 12)
         elif kind == "cancelled at once":
@@ -216,8 +216,10 @@ class Run:
         elif kind == "disconnected before the first event":
             self._listen_and_go(client, 0)
 
-    def _strike(self, kind: str, number: int) -> None:
+    def _strike(self, engine: Engine, kind: str, number: int) -> None:
         message = f"injected {number};"
+        if "read again" in kind:
+            engine.weights_changed()  # though they have not
         if kind == "a module fails once":
             if self.flaky is not None:
                 self.flaky.flaky = None
@@ -296,9 +298,13 @@ class Run:
                 if not client.patience:
                     self._cancel(client)
             try:
-                client.events += client.request.new_events()
+                with nullcontext() if self.moment is None else self.moment:
+                    client.events += client.request.new_events()
             except Exception as error:
+                if self._has_struck() and is_injected(error):
+                    continue  # all of them come with the next call
                 self.report.escaped.append(f"{client.name}: new_events raised {type(error).__name__}")
+            self._has_struck()
             if client.request.is_done:
                 self.clients.remove(client)
                 self._judge(client)

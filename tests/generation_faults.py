@@ -320,7 +320,7 @@ WITHOUT_OUR_ERROR = {"processor returns nonsense", "latents become NaN", "logits
 
 # faults of a moment, and clients that go
 
-OF_A_MOMENT = ["no memory", "no memory for growth", "a module fails once"]
+OF_A_MOMENT = ["no memory", "no memory for growth", "no memory while all is read again", "a module fails once"]
 OF_A_CLIENT = ["cancelled", "cancelled at once", "disconnected", "disconnected before the first event"]
 KINDS = [*OF_A_REQUEST, *OF_A_MOMENT, *OF_A_CLIENT]
 

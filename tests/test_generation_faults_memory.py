@@ -3,11 +3,13 @@
 import gc
 import warnings
 import weakref
+from contextlib import suppress
 from itertools import pairwise
 from math import log2
 
 import pytest
 import torch
+from generation_faults import OutOfMemory
 from generation_models import (
     IMAGE,
     LINE,
@@ -235,9 +237,27 @@ def test_samples_of_one_call_are_decoded_together():
     plan = [(IMAGE, (1, 2)), ("text", 2), (IMAGE, (1, 2))]
     model.sample_many([text(1), text(2), [text(1), latents(IMAGE, 1, 2)]], **options_with(plan=plan))
     assert decoder.shapes == [(6, 1, 2, 1)]
+    decoder.shapes.clear()
+    model.sample_many([text(i) for i in range(4)], max_batch=3, **options_with(plan=plan))
+    assert decoder.shapes == [(3, 1, 2, 1)] * 2 + [(2, 1, 2, 1)], "as many as are drawn at once"
 
 
 # what waits for a listener
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_events_whose_making_fails_come_with_the_next_call(after):
+    made: list[list] = []
+    for error in (None, MemoryError("injected")):
+        engine = build(push=WRITES).create_engine()
+        request = engine.submit(text(1), **options_with(plan=[(LINE, (2,)), ("text", 3)]))
+        engine.run()
+        made.append([])
+        with OutOfMemory(error, names={"clone"}, after=after), suppress(MemoryError):
+            made[-1] += request.new_events()
+        made[-1] += request.new_events()
+    assert made[0] == made[1]
+    assert isinstance(made[0][-1], Ended)
 
 
 @pytest.mark.parametrize("num_steps", [3, 16, 17, 200])

@@ -94,6 +94,48 @@ def test_another_thread_may_cancel_while_a_step_is_made():
     assert_no_row_is_lost(engine)
 
 
+def test_a_step_waits_for_another_thread_that_cancels(monkeypatch):
+    """It frees the rows of a request meanwhile, and refuses nobody for that."""
+    model, gate = build(push=WRITES), Gate(at=0)
+    engine = model.create_engine()
+    requests = [engine.submit(text(i), **options_with(plan=PLAN)) for i in (1, 2)]
+    engine.step()
+    cancel = engine.scheduler.cancel
+
+    def slowly(cancelled):
+        gate((), None)
+        cancel(cancelled)
+
+    monkeypatch.setattr(engine.scheduler, "cancel", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        cancelling = pool.submit(requests[0].cancel)
+        assert gate.is_inside.wait(30)
+        stepping = pool.submit(engine.step)
+        with pytest.raises(TimeoutError):
+            stepping.result(0.1)
+        gate.may_go.set()
+        cancelling.result(30)
+        stepping.result(30)
+    engine.run()
+    assert [request.reason for request in requests] == [EndReason.CANCELLED, EndReason.PLAN]
+    assert_same(requests[1].result(), model.sample(text(2), **options_with(plan=PLAN)))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 9])
+def test_steps_in_inference_mode_and_outside_of_it_may_be_mixed(steps):
+    model = build(push=WRITES)
+    engine = model.create_engine()
+    with torch.inference_mode():
+        requests = [engine.submit(text(i), **options_with(plan=PLAN)) for i in range(3)]
+        for _ in range(steps):
+            engine.step()
+    requests[0].cancel()
+    engine.run()
+    for i, request in enumerate(requests[1:], start=1):
+        assert_same(request.result(), model.sample(text(i), **options_with(plan=PLAN)))
+    assert_no_row_is_lost(engine)
+
+
 def test_threads_may_take_turns():
     model = build(push=WRITES)
     engine = model.create_engine(max_batch=3)

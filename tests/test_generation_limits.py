@@ -24,6 +24,7 @@ from generation_models import (
     to_pieces,
 )
 
+from transfusion_pytorch.generation import runner
 from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.engine import QueueFull
 from transfusion_pytorch.generation.events import Ended, EndReason
@@ -166,15 +167,17 @@ def test_a_time_that_is_none_is_refused(timeout, error):
 def test_a_full_queue_takes_no_more():
     model = build(push=WRITES)
     engine, source = model.create_engine(max_batch=1, max_waiting=2), torch.Generator().manual_seed(3)
-    first, second = (engine.submit(text(i), **options_with(plan=PLAN)) for i in (1, 2))
+    # there is room for the first, so it does not count
+    first, second, last = (engine.submit(text(i), **options_with(plan=PLAN)) for i in (1, 2, 0))
     state = source.get_state()
     with pytest.raises(QueueFull, match="2 requests wait already, and max_waiting is 2"):
         engine.submit(text(3), generator=source, **options_with(plan=PLAN))
     assert torch.equal(source.get_state(), state), "a refused request takes no seed"
     engine.step()  # the first enters
-    third = engine.submit(text(3), generator=source, **options_with(plan=PLAN))
     with pytest.raises(QueueFull):
-        engine.submit(text(0), **options_with(plan=PLAN))
+        engine.submit(text(3), generator=source, **options_with(plan=PLAN))
+    last.cancel()
+    third = engine.submit(text(3), generator=source, **options_with(plan=PLAN))
     assert issubclass(QueueFull, RuntimeError)
     second.cancel()
     engine.submit(text(0), **options_with(plan=PLAN)).cancel()
@@ -338,13 +341,19 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(monkeypatch, most):
     assert_no_row_is_lost(engine)
 
 
-def test_a_prompt_by_itself_is_read_at_once(monkeypatch):
+@pytest.mark.parametrize(("at_once", "sizes"), [(8192, [30]), (12, [12, 12, 6])])
+def test_a_prompt_by_itself_is_read_at_once(monkeypatch, at_once, sizes):
+    """If it is not so long that whoever comes or cancels would wait for it; its last id is decoded."""
+    monkeypatch.setattr(runner, "READ_AT_ONCE", at_once)
     model = build(push=WRITES)
     engine = model.create_engine(max_prefill_tokens=4)
     request = engine.submit(text(*[1] * 30), **options_with())
     seen = reads_of(monkeypatch, model)
-    engine.step()
-    assert [lengths for lengths, _ in seen] == [(31,)]
+    for _ in sizes:
+        assert engine.stats.tokens_written == 0
+        engine.step()
+    assert [lengths for lengths, _ in seen] == [(size,) for size in sizes]
+    assert engine.stats.tokens_written == 1
     engine.run()
     assert_same(request.result(), model.sample(text(*[1] * 30), **options_with()))
 

@@ -29,7 +29,8 @@ from generation_models import (
     text,
 )
 
-from transfusion_pytorch import Transfusion
+from transfusion_pytorch import AsyncEngine, Transfusion
+from transfusion_pytorch.generation.engine import Engine
 from transfusion_pytorch.generation.options import SamplingOptions
 
 GREEDILY = dict(text_temperature=0.0)
@@ -48,7 +49,7 @@ SHAPES += [((1, 1, 1, 1), ValueError), ((None,), ValueError), ((True, 2), ValueE
 REFUSED = {
     "max_length": [*INTS, NONE],
     "stop_ids": [
-        *[(value, TypeError) for value in (3, "3", text(3), [1.0], [True], [None], None, {1: 2})],
+        *[(value, TypeError) for value in (3, "3", b"3", torch.ones(1), [1.0], [True], [None], None, {1: 2})],
         *[(value, ValueError) for value in ([4], [-1], [0, 99])],
     ],
     "logits_processors": [(None, TypeError), (len, TypeError), ([3], TypeError), ("ab", TypeError), ({}, TypeError)],
@@ -77,7 +78,7 @@ REFUSED = {
     ],
     "cfg_rescale": [*NUMBERS, NONE, (-0.1, ValueError), (1.1, ValueError)],
     "negative_prompt": [
-        *[(value, TypeError) for value in (3, "no", text(1).float(), torch.tensor([True]), text(), {1})],
+        *[(value, TypeError) for value in (3, "no", text(1).float(), torch.tensor([True]), text(), {1}, [1, 2])],
         *[(value, ValueError) for value in (text(4), text(-1), text(0, 99), [], [text(1)] * 3)],
     ],
     "init_modality_noise": [
@@ -103,7 +104,7 @@ TAKEN = {
         ([], {}),
         ((0,), dict(stop_ids=[0])),
         ({1, 2}, dict(stop_ids=[2, 1])),
-        (frozenset([3]), dict(stop_ids=[3])),
+        *[(value, dict(stop_ids=[3])) for value in (frozenset([3]), text(3), [np.int64(3)], range(3, 4))],
     ],
     "logits_processors": [
         *[(value, {}) for value in ([], (), [lambda ids, logits: logits])],
@@ -311,10 +312,16 @@ def test_an_unknown_option_is_refused(idle, name):
         ("sample_one", ["prompt", "cache_kv", "progress", "options"]),
         ("sample_many", ["prompts", "max_batch", "cache_kv", "progress", "options"]),
         ("sample_stream", ["prompt", "cache_kv", "options"]),
+        (Engine.submit, ["self", "prompt", "listen", "timeout", "options"]),
+        (AsyncEngine.sample, ["self", "prompt", "timeout", "options"]),
+        (AsyncEngine.stream, ["self", "prompt", "timeout", "options"]),
     ],
 )
 def test_signatures_show_every_option_with_its_default(model, method, own):
-    for bound, before in ((getattr(model, method), own), (getattr(Transfusion, method), ["self", *own])):
+    given = [(method, own)]
+    if isinstance(method, str):
+        given = [(getattr(model, method), own), (getattr(Transfusion, method), ["self", *own])]
+    for bound, before in given:
         parameters = inspect.signature(bound).parameters
         assert list(parameters) == [*before, *NAMES]
         for field in fields(SamplingOptions):

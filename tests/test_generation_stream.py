@@ -286,8 +286,8 @@ def test_whoever_stops_listening_stops_the_work(enough, how):
         del stream
         gc.collect()
     assert request.reason is EndReason.CANCELLED
-    # a word takes one, the first step of a drawing three (it reads what comes before), each further step two
-    assert len(runs) == {1: 1, 3: 2, 6: 9}[enough]
+    # the prompt and a word take one each, the first step of a drawing three (it reads what comes before), others two
+    assert len(runs) == {1: 2, 3: 3, 6: 10}[enough]
     assert len(engine.scheduler.active) == 0
     assert [type(event) for event in request.new_events()] in ([Ended], [])
     engine.run()
@@ -302,9 +302,9 @@ def test_a_stream_of_a_model_works_only_as_far_as_it_is_heard():
     assert runs == [], "nothing is computed before anybody listens"
     for wanted in (1, 2, 3):
         assert isinstance(next(stream), TextToken)
-        assert len(runs) == wanted
+        assert len(runs) == 1 + wanted, "the prompt, and each id"
     stream.close()
-    assert len(runs) == 3
+    assert len(runs) == 4
 
 
 def test_a_stream_refuses_bad_input_at_once():

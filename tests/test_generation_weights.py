@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from generation_faults import OutOfMemory
 from generation_models import (
     IMAGE,
     LINE,
@@ -95,6 +96,44 @@ def test_live_requests_are_read_again(secretly, tell, steps):
         made.append([request.result() for request in requests])
     for cached, again in zip(*made, strict=True):
         assert_same(cached, again)
+
+
+@pytest.mark.parametrize("after", range(0, 12, 2))
+def test_a_fault_while_requests_are_read_again_ends_them_or_changes_nothing(after):
+    """None goes on with what was read with the old weights."""
+    made = []
+    for error in (None, MemoryError("injected")):
+        model = build(push=WRITES)
+        engine = model.create_engine()
+        prompts = [[text(i), latents(LINE, 2), text(0, i)] for i in range(3)]
+        requests = [engine.submit(prompt, **options_with(plan=["text"], cfg_scale=1.0)) for prompt in prompts]
+        for _ in range(4):
+            engine.step()
+        move(model, secretly=False)
+        with OutOfMemory(error, names={"tensor"}, after=after):
+            engine.step()
+        engine.run()
+        made.append(requests)
+    plain, struck = made
+    for request, other in zip(plain, struck, strict=True):
+        if other.reason is not EndReason.ERROR:
+            assert_same(other.result(), request.result())
+
+
+def test_parameters_that_are_replaced_under_live_requests_are_noticed():
+    made = []
+    for cache_kv in (True, False):
+        model = build(push=WRITES)
+        engine = model.create_engine(cache_kv=cache_kv)
+        request = engine.submit(text(1), **options_with(plan=["text"]))
+        for _ in range(3):
+            engine.step()
+        other = build(push=WRITES)
+        move(other, secretly=False)
+        model.load_state_dict(other.state_dict(), assign=True)
+        engine.run()
+        made.append(request.result())
+    assert_same(*made)
 
 
 def test_an_engine_would_not_notice_by_itself():

@@ -383,7 +383,6 @@ MOVES = CHANGES | {
     "gather": lambda cache, rows: cache.gather([rows[1], rows[2]]),
     "gather at the end": lambda cache, rows: cache.gather(rows[:2], at_end=True),
     "release": lambda cache, rows: cache.release(rows[0]),
-    "another type": lambda cache, rows: cache.set_dtype(torch.float32),
 }
 
 
@@ -535,23 +534,6 @@ def test_rows_that_are_exchanged_take_all_that_was_written_with_them():
     assert torch.equal(stored(one)[0], before[0])
     assert torch.equal(stored(other)[0], before[1])
     assert one.block.written[:2] == [4, 9]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cache_changes_its_type_with_all_that_is_in_it(dtype):
-    cache = make_cache(layers=2)
-    rows = [cache.acquire(), cache.acquire(100)]
-    fill(rows)
-    before, stamps, tensors = [committed(row) for row in rows], cache.stamp(rows), list(rows[0].block.tensors())
-    cache.set_dtype(torch.float64)
-    assert cache.stamp(rows) == stamps
-    assert all(one is other for one, other in zip(rows[0].block.tensors(), tensors, strict=True))
-    cache.set_dtype(dtype)
-    assert cache.stamp(rows) != stamps
-    for row, parts in zip(rows, before, strict=True):
-        assert_equal(committed(row), [part.to(dtype) for part in parts])
-    assert {tensor.dtype for tensor in cache.acquire(1000).block.tensors()} == {dtype}
-    assert cache.bytes_per_token == 2 * 2 * 4 * 6 * dtype.itemsize
 
 
 @torch.no_grad()

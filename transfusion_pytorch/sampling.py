@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from transfusion_pytorch.evaluating import gathered
-from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, Request
+from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, EngineOptions, Request
 from transfusion_pytorch.generation.events import Event, Sample
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
@@ -96,9 +96,9 @@ class SamplingMethods:
         return _while_gathered(self, engine.submit(prompt, options=options, **keywords))
 
     @checks_itself
-    def create_engine(self, *, max_batch: int = MAX_BATCH, cache_kv: bool = True, **limits: Any) -> Engine:
-        """An engine that takes requests at any time, and keeps its cache between them. `limits`: see `Engine`."""
-        return Engine(self, max_batch=max_batch, cache_kv=cache_kv, **limits)
+    def create_engine(self, **options: "Unpack[EngineOptions]") -> Engine:
+        """An engine that takes requests at any time, and keeps its cache between them. For its options see `Engine`."""
+        return Engine(self, **options)
 
     @checks_itself
     def generate_text_only(

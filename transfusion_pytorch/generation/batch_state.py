@@ -26,7 +26,6 @@ class Decoded(NamedTuple):
     done.
     """
 
-    hidden: Shaped[Tensor, "r d"]
     logits: Shaped[Tensor, "r v"]
     tokens: Int[Tensor, " r"] | None
 
@@ -35,17 +34,17 @@ class Decoded(NamedTuple):
 class Branch:
     """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
 
-    - `pieces`, `ids`: pending, in this order. A decode step reads a single id
+    - `pieces`, `ids`: pending, in this order
+    - `is_written`: an id comes next, so the last one that is pending is left to a decode step, which chooses it
     - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
-    - `hidden`: the transformer's output at the last token that was read
     - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
     """
 
     pieces: list[Piece] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    is_written: bool = False
     read: list[Piece | int] = field(default_factory=list)
     past: Past = field(default_factory=Past)
-    hidden: Shaped[Tensor, " d"] | None = None
     row: Any = None
     prefix_key: Hashable = None
 
@@ -61,22 +60,19 @@ class Branch:
         return [*self.pieces, *as_text(self.ids)]
 
     @property
-    def is_pending(self) -> bool:
-        return bool(self.ids or self.pieces)
-
-    @property
     def needs_prefill(self) -> bool:
         """Whether more is pending than the single id of a decode step."""
-        return self.is_pending and not (self.past.length and not self.pieces and len(self.ids) == 1)
+        return bool(self.pieces) or len(self.ids) > self.is_written
 
     def share(self, most: int | None = None, num_tokens: Callable[[Piece], int] | None = None) -> "Share":
-        """What is pending; with `most` the first pieces of it, of at most so many tokens, but at least one id or span.
-        Text may be split, a span is not. `num_tokens` counts the tokens of a piece. Nothing changes yet.
+        """What a prefill reads; with `most` the first pieces of it, of at most so many tokens, but at least one id or
+        span. Text may be split, a span is not. `num_tokens` counts the tokens of a piece. Nothing changes yet.
         """
+        count = len(self.ids) - self.is_written
         taken: list[Piece] = []
-        rest = self.pending
+        rest, left = [*self.pieces, *as_text(self.ids[:count])], self.ids[count:]
         if most is None or num_tokens is None:
-            return Share(rest, [], [])
+            return Share(rest, [], left)
         while rest:
             piece, size = rest[0], num_tokens(rest[0])
             if size <= most or (not taken and not isinstance(piece, Text)):
@@ -88,24 +84,23 @@ class Branch:
                 taken.append(Text(piece.ids[:cut]))
                 rest[0] = Text(piece.ids[cut:])
             break
-        return Share(taken, *_with_last_ids(rest))
+        pieces, ids = _with_last_ids(rest)
+        return Share(taken, pieces, [*ids, *left])
 
-    def mark_read(self, share: "Share", length: int, hidden: Shaped[Tensor, " d"]) -> None:
+    def mark_read(self, share: "Share", length: int) -> None:
         """Notes that a share, `length` tokens, is read. A span takes one position. This cannot fail."""
         positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in share.taken)
         self.pieces, self.ids = share.pieces, share.ids
-        self._advance(share.taken, length, positions, hidden)
+        self._advance(share.taken, length, positions)
 
-    def mark_id_read(self, hidden: Shaped[Tensor, " d"]) -> None:
-        """The single id that was pending is read, by itself: what it completes is no prefix to be shared."""
-        [token], self.ids = self.ids, []
-        self.prefix_key = None
-        self._advance([token], 1, 1, hidden)
+    def mark_id_read(self) -> None:
+        """A decode step has read the first id that is pending, and chosen those behind it."""
+        token, *self.ids = self.ids
+        self._advance([token], 1, 1)
 
-    def _advance(self, read: Sequence[Piece | int], length: int, positions: int, hidden: Tensor) -> None:
+    def _advance(self, read: Sequence[Piece | int], length: int, positions: int) -> None:
         self.read.extend(read)
         self.past = Past(self.past.length + length, self.past.position + positions)
-        self.hidden = hidden
 
     def everything(self) -> list[Piece]:
         """What was read, as pieces."""
@@ -118,7 +113,7 @@ class Branch:
     def rewind(self) -> None:
         """Makes everything pending again."""
         self.pieces, self.ids = _with_last_ids([*self.everything(), *self.pending])
-        self.read, self.past, self.hidden, self.prefix_key = [], Past(), None, None
+        self.read, self.past, self.prefix_key = [], Past(), None
 
 
 class Share(NamedTuple):

@@ -4,6 +4,7 @@ n ids.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ class Request:
         """Events since the last call; the last one of a request is `Ended`."""
         with self._engine.exclusive():
             self._engine.decode_finished(self._request)
-            events = list(take_events(self._request))
-            if self.is_done and not self._has_ended:
-                self._has_ended = True
+            events = list(shown_events(self._request))
+            if is_last := self.is_done and not self._has_ended:
                 assert self.reason is not None
                 events.append(Ended(sample_of(self._request), self.reason, self._request.error))
+            self._request.events = []  # from here on nothing can fail, so none is lost
+            self._has_ended |= is_last
         return events
 
     def events(self) -> "EventStream":
@@ -111,10 +113,10 @@ def undecoded(request: RequestState) -> list[tuple[int, Modality]]:
 
 
 def decode_modalities(
-    model: Any, requests: Sequence[RequestState], halving: Halving
+    model: Any, requests: Sequence[RequestState], halving: Halving, *, most: int
 ) -> list[tuple[RequestState, Exception]]:
-    """Decodes what these requests have finished, all of a shape at once. Returns the requests whose decoder fails, and
-    why; they have latents in its place.
+    """Decodes what these requests have finished, all of a shape at once, but at most `most` in one call. Returns the
+    requests whose decoder fails, and why; they have latents in its place.
     """
     pieces = [(it, number, piece) for it in requests for number, piece in undecoded(it)]
     failed = []
@@ -126,17 +128,19 @@ def decode_modalities(
                 request.shown[number] = shown
 
         members = [it for it in pieces if it[0].options.return_unprocessed_modalities is raw]
-        for (request, number, piece), error in halving.run(members, decode) if members else ():
-            [[(_, request.shown[number])]] = model.decode([[piece]], raw=True)
-            failed.append((request, error))
+        for start in range(0, len(members), most):
+            for (request, number, piece), error in halving.run(members[start : start + most], decode):
+                request.shown[number] = piece.tensor
+                with suppress(Exception):  # the layout of users may be what failed
+                    [[(_, request.shown[number])]] = model.decode([[piece]], raw=True)
+                failed.append((request, error))
     return failed
 
 
-def take_events(request: RequestState) -> Iterator[Event]:
-    """Events since the last call. Finished modalities have to be decoded before."""
-    events, request.events = request.events, []
+def shown_events(request: RequestState) -> Iterator[Event]:
+    """Its events as clients see them. Finished modalities have to be decoded before."""
     kinds = [piece.type for piece in request.pieces if isinstance(piece, Modality)]
-    for event in events:
+    for event in request.events:
         if isinstance(event, FinishedModality):
             shown = request.shown[event.number].clone()
             yield ModalityDone(kinds[event.number], shown, event.num_evaluations)

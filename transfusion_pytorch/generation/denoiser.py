@@ -20,7 +20,7 @@ from transfusion_pytorch.flow.solver import TABLEAUS, integrate, is_single_step,
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.resolve import times_of
-from transfusion_pytorch.generation.runner import Model, Runner, SpanStream, autocast_dtype
+from transfusion_pytorch.generation.runner import Model, Runner, SpanStream
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.sequence.joined import join, split
 from transfusion_pytorch.sequence.samples import Modality, Shape
@@ -161,16 +161,12 @@ class Denoiser:
         self._laid: dict[Hashable, SpanStream] = {}
         self._joined: dict[tuple[Denoising, ...], Joined] = {}
         self._table: ConditionTable | None = None
-        self._autocast: torch.dtype | None = None
 
     def step(self, denoisings: Sequence[Denoising]) -> list[tuple[Denoising, Exception]]:
         """One interval each. Adaptive and multi-step methods take all of their intervals at once, one denoising at a
         time. Returns those that failed, with their errors.
         """
         failed = []
-        if (autocast := autocast_dtype(self.model.device)) != self._autocast:
-            self.reset()
-            self._autocast = autocast
         together = set(denoisings)
         self._joined = {key: it for key, it in self._joined.items() if together.issuperset(key)}
         of_solver = attrgetter("solver_key")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakSet
 
 import torch
@@ -32,7 +32,6 @@ from transfusion_pytorch.generation.options import (
 )
 from transfusion_pytorch.generation.request import RequestState
 from transfusion_pytorch.generation.resolve import resolve, shape_of
-from transfusion_pytorch.generation.runner import CachedRunner
 from transfusion_pytorch.generation.scheduler import Limits, Scheduler
 from transfusion_pytorch.sequence.checks import check_int, check_number
 from transfusion_pytorch.sequence.hashing import content_key
@@ -50,6 +49,17 @@ MAX_DENOISING_TOKENS = 32_768
 
 class QueueFull(RuntimeError):
     """`max_waiting` requests are in the queue already: try again later."""
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of an `Engine` as keywords, for type checkers and editors."""
+
+    max_batch: int
+    cache_kv: bool
+    max_waiting: int | None
+    max_cache_tokens: int | None
+    max_prefill_tokens: int
+    max_denoising_tokens: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ class Engine:
     samples = [request.result() for request in requests]
     ```
 
-    - `max_batch`: requests in the batch; `max_waiting`: requests in the queue, beyond which `submit` raises `QueueFull`
+    - `max_batch`: requests in the batch, and modalities of one call of a decoder
+    - `max_waiting`: requests in the queue besides those that there is room for; beyond it `submit` raises `QueueFull`
     - `max_cache_tokens`: a request enters the batch when the most tokens that it may need (`max_length`, or more where
       a plan asks for it, for each of its branches) fit beside the others; None for no bound
     - `max_prefill_tokens`: long prompts are read in pieces of so many tokens while other requests go on
@@ -120,8 +131,9 @@ class Engine:
         self._view = evaluation_view(model)
         self.scheduler = Scheduler(self._view, limits, cache_kv=cache_kv)
         self._lock, self._owner = threading.Lock(), 0
-        self._weights = list(model.parameters())
-        self._versions = _versions(self._weights)
+        self._gate = threading.RLock()  # others wait for a cancellation, which may come from any thread, to end
+        self._weights = _places_of(model)
+        self._version = _version(self._weights)
         self._is_stale = False
         self._requests: WeakSet[RequestState] = WeakSet()
         self._generators: dict[int, WeakSet[RequestState]] = {}
@@ -133,18 +145,17 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        scheduler, runner = self.scheduler, self.scheduler.runner
-        cache = runner.cache if isinstance(runner, CachedRunner) else None
-        per_token = 0 if cache is None else cache.bytes_per_token
+        scheduler = self.scheduler
+        memory = scheduler.runner.memory
         return EngineStats(
             steps=scheduler.steps,
-            tokens_read=runner.tokens_read,
+            tokens_read=scheduler.runner.tokens_read,
             tokens_written=scheduler.tokens_written,
             drawings=scheduler.modalities,
             evaluations=scheduler.denoiser.evaluations,
-            bytes_per_token=per_token,
-            used_bytes=0 if cache is None else per_token * cache.used_tokens,
-            cache_bytes=0 if cache is None else per_token * cache.reserved_tokens,
+            bytes_per_token=memory.bytes_per_token,
+            used_bytes=memory.bytes_per_token * memory.used_tokens,
+            cache_bytes=memory.bytes_per_token * memory.reserved_tokens,
             active=len(scheduler.active),
             waiting=len(scheduler.waiting),
         )
@@ -169,9 +180,9 @@ class Engine:
         """
         chosen = as_options(options, keywords)
         with self.exclusive(may_nest=True):
-            waiting, most = len(self.scheduler.waiting), self.limits.max_waiting
-            if most is not None and waiting >= most:
-                raise QueueFull(f"{waiting} requests wait already, and max_waiting is {most}")
+            queued, most = self.scheduler.num_queued, self.limits.max_waiting
+            if most is not None and queued >= most:
+                raise QueueFull(f"{queued} requests wait already, and max_waiting is {most}")
             self._check_generators(chosen.generator)
             [request] = self._prepare([prompt], chosen, is_observed=listen)
             if timeout is not None:
@@ -194,9 +205,12 @@ class Engine:
     def cancel(self, request: RequestState) -> None:
         """Ends a request: now, or at the end of the step that is running."""
         request.is_cancelled = True
-        if not request.is_done and self._lock.acquire(blocking=False):
+        with self._gate:
+            if request.is_done or not self._lock.acquire(blocking=False):
+                return
             try:
-                self.scheduler.cancel([request])
+                with torch.inference_mode(False), torch.no_grad():
+                    self.scheduler.cancel([request])
             finally:
                 self._lock.release()
 
@@ -271,39 +285,39 @@ class Engine:
 
     @contextmanager
     def exclusive(self, *, may_nest: bool = False) -> Iterator[None]:
-        """Holds the engine, without gradients. Raises `RuntimeError` if it is in use."""
+        """Holds the engine, without gradients. Raises `RuntimeError` if it is in use.
+
+        A caller's inference mode ends here: what it makes cannot be changed in a later step outside of it.
+        """
         here = threading.get_ident()
-        if not self._lock.acquire(blocking=False):
-            if self._owner != here:
-                raise RuntimeError(
-                    "this engine is in use by another thread; use it from one thread at a time, or serve many clients "
-                    "with transfusion_pytorch.serving.AsyncEngine"
-                )
-            if not may_nest:
-                raise RuntimeError(
-                    "this engine is in a step, from inside of which only submit and cancel may be called"
-                )
-            with torch.no_grad():
-                yield
-            return
+        with self._gate:
+            is_ours = self._lock.acquire(blocking=False)
+        if not is_ours and self._owner != here:
+            raise RuntimeError(
+                "this engine is in use by another thread; use it from one thread at a time, or serve many clients with "
+                "transfusion_pytorch.serving.AsyncEngine"
+            )
+        if not is_ours and not may_nest:
+            raise RuntimeError("this engine is in a step, from inside of which only submit and cancel may be called")
         self._owner = here
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 yield
         finally:
-            self._owner = 0
-            self._lock.release()
+            if is_ours:
+                self._owner = 0
+                self._lock.release()
 
     def _step(self) -> None:
         self._notice_changed_weights()
         self.scheduler.step()
 
     def _notice_changed_weights(self) -> None:
-        if not self.scheduler.active:  # others may have been put in their place; to look for them takes too long
-            self._weights = list(self.model.parameters())
-        versions = _versions(self._weights)
-        if self._is_stale or versions != self._versions:
-            self._is_stale, self._versions = False, versions
+        if not self.scheduler.active:  # modules may have been replaced; to look for them takes too long
+            self._weights = _places_of(self.model)
+        version = _version(self._weights)
+        if self._is_stale or version != self._version:
+            self._is_stale, self._version = False, version
             self.scheduler.rewind()
 
     # before and after
@@ -396,7 +410,8 @@ class Engine:
             self._decode([request, *others])
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
-        for request, error in decode_modalities(self._view, requests, self.scheduler.halving):
+        failed = decode_modalities(self._view, requests, self.scheduler.halving, most=self.limits.max_batch)
+        for request, error in failed:
             if request.error is None:
                 request.end(EndReason.ERROR, error)
                 self.scheduler.cancel([request])  # frees its rows
@@ -420,9 +435,17 @@ def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
         )
 
 
-def _versions(weights: Sequence[Tensor]) -> int | None:
-    """The sum of the version counters of all parameters; None where there are none."""
+def _places_of(model: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where the parameters of a model are: dicts, and the names in them."""
+    return [(module._parameters, name) for module in model.modules() for name in module._parameters]
+
+
+def _version(places: Sequence[tuple[dict[str, Any], str]]) -> int | None:
+    """Another number when torch counts a change of a parameter, or another one is put in its place. None where there
+    is no such count.
+    """
+    found = [parameters.get(name) for parameters, name in places]
     try:
-        return sum(weight._version for weight in weights)
+        return sum(id(it) + it._version for it in found if it is not None)
     except RuntimeError:  # inference tensors have no version
         return None

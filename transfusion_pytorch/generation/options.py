@@ -77,7 +77,8 @@ class SamplingOptions:
     - `max_length`: where the model stops writing, in tokens. A modality that it opens by itself and that does not fit
       is not generated. What the caller asks for (a modality that the prompt opens, `force_modality_at_start`, those of
       a plan) is generated even beyond it, and a longer prompt comes back as it is. Nothing before the cut depends on
-      the length: given back as a prompt, the sample continues there
+      the length, but for shapes that could never fit, which are not written unless `max_modality_tokens` is set: given
+      back as a prompt, the sample continues there
     - `stop_ids`: text ids that end the sample
 
     Text, applied in this order; all filters act on the model's own distribution, before the temperature:
@@ -231,14 +232,14 @@ def seeds_of(generator: Any, count: int) -> list[int]:
 def negative_prompts_of(given: Any, count: int) -> list[Tensor | None]:
     """A negative prompt for each of `count` requests. Raises `ValueError` or `TypeError` for anything else."""
     every = list(given) if isinstance(given, (list, tuple)) else [given] * count
-    if len(every) != count:
-        raise ValueError(
-            f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all"
-        )
     for ids in every:
         if ids is not None and not (isinstance(ids, Tensor) and is_integer(ids) and ids.numel()):
             came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"negative_prompt must be an integer tensor of text ids (n,), got {came}")
+    if len(every) != count:
+        raise ValueError(
+            f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all"
+        )
     return [None if ids is None else ids.detach().reshape(-1).to("cpu", torch.long).clone() for ids in every]
 
 

@@ -82,7 +82,7 @@ class RequestState:
         self.ids: list[int] = []
         self.length = self.num_text = self.num_chosen = self.num_modalities = 0
         self.num_given = len(given)
-        self.branch = Branch()
+        self.branch = Branch(is_written=True)
         self.without_text: Branch | None = None
         self.opening: str | None = None
         self.denoising: Denoising | None = None
@@ -121,9 +121,8 @@ class RequestState:
     @property
     def to_prefill(self) -> list[Branch]:
         """The branches to be read before its next step; unconditional ones only before denoising."""
-        if self.phase is Phase.DENOISING:
-            return [branch for branch in self.branches if branch.is_pending]
-        return [self.branch] if self.phase is Phase.TEXT and self.branch.needs_prefill else []
+        branches = [self.branch] if self.is_writing else self.branches
+        return [] if self.is_done else [branch for branch in branches if branch.needs_prefill]
 
     @property
     def most_tokens(self) -> list[int]:
@@ -236,7 +235,7 @@ class RequestState:
             self.end(EndReason.PLAN)
             return
         self._append_id(self.vocabulary.eom[piece.type])
-        self.phase = Phase.TEXT
+        self.phase, self.branch.is_written = Phase.TEXT, True
         if isinstance(self._planned, ModalityPart):
             self._leave_part()
         self._check_length()
@@ -294,7 +293,7 @@ class RequestState:
         has_text = bool(self.num_text) or options.negative_prompt is not None
         if has_text and (options.cfg_scale != 1 or denoising.without_all is not None):
             denoising.without_text = self.without_text = self.without_text or self._branch_without_text()
-        self.phase, self.denoising = Phase.DENOISING, denoising
+        self.phase, self.denoising, self.branch.is_written = Phase.DENOISING, denoising, False
         if self.is_observed:
             self.events.append(ModalityStarted(modality, shape))
 

@@ -3,6 +3,7 @@
 k latents of a modality, c their channels.
 """
 
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -18,7 +19,7 @@ from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.sequence.grammar import MostLatents
 from transfusion_pytorch.sequence.hashing import normal
 from transfusion_pytorch.sequence.plan import ModalityPart, Plan, check_types, forced_plan, parse_plan
-from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, parse_part
+from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, is_int, parse_part
 
 
 def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
@@ -126,15 +127,16 @@ def _plan(options: SamplingOptions, init: Modality | None, model: Any) -> Plan:
 
 
 def _checked_stop_ids(ids: Any, num_text: int) -> frozenset[int]:
-    if not isinstance(ids, (list, tuple, set, frozenset)):
+    given = ids.tolist() if isinstance(ids, Tensor) else ids
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence | Set):
         raise TypeError(f"stop_ids must be a list of ids, got {ids!r}")
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int):
+    for token in given:
+        if not is_int(token):
             raise TypeError(f"stop_ids must be ints, got {token!r}")
         if not 0 <= token < num_text:
             expected = f"expected 0 to {num_text - 1}" if num_text else "this model has no text"
             raise ValueError(f"stop_ids: {token} is no id of text, {expected}")
-    return frozenset(ids)
+    return frozenset(map(int, given))
 
 
 def _encoded(options: SamplingOptions, model: Any) -> Modality:

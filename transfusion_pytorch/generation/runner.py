@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.times import CLEAN
@@ -24,7 +24,7 @@ from transfusion_pytorch.sequence.joined import JoinedSpans
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
-READ_AT_ONCE = 8192  # tokens of one prefill forward pass: 64 long prompts at once would need too much memory
+READ_AT_ONCE = 8192  # tokens of one prefill forward pass, and of one prompt in a step: others wait, memory is finite
 
 
 @runtime_checkable
@@ -79,11 +79,18 @@ class SpanStream:
 
 
 class Prefix(NamedTuple):
-    """A prompt that branches share: rows that hold it, its size, and the output at its last token."""
+    """A prompt that branches share: rows that hold it, and its size."""
 
     rows: list[Any]
     past: Past
-    hidden: Shaped[Tensor, " d"]
+
+
+class CacheMemory(NamedTuple):
+    """What a cache takes: bytes for each token, tokens that are committed, and those that memory is reserved for."""
+
+    bytes_per_token: int = 0
+    used_tokens: int = 0
+    reserved_tokens: int = 0
 
 
 class CachedRunner:
@@ -93,15 +100,23 @@ class CachedRunner:
 
     def __init__(self, model: Model):
         self.model = model
-        self.cache = model.transformer.create_cache(device=model.device, dtype=model.dtype)
         self.graphs = StepGraphs(cast(nn.Module, model), model.device)
         self.reordered = ReorderedWeights()
         self.tokens_read = 0
-        self._prefixes: dict[Hashable, Prefix] = {}
+        self.restart()
 
-    def prepare(self) -> None:
-        """Sets the type of the cache to that of the forward pass, which autocast may change."""
-        self.cache.set_dtype(autocast_dtype(self.model.device) or self.model.dtype)
+    def restart(self) -> None:
+        """Begins with an empty cache, in the type of the forward pass. No branch may keep its row."""
+        model = self.model
+        self.precision = precision_of(model)
+        dtype = self.precision.autocast or self.precision.model
+        self.cache = model.transformer.create_cache(device=model.device, dtype=dtype)
+        self._prefixes: dict[Hashable, Prefix] = {}
+        self.forget_weights()
+
+    @property
+    def memory(self) -> CacheMemory:
+        return CacheMemory(self.cache.bytes_per_token, self.cache.used_tokens, self.cache.reserved_tokens)
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens of the cache that branches of these lengths take."""
@@ -117,13 +132,6 @@ class CachedRunner:
             self.cache.release(branch.row)
             branch.row = None
 
-    def rewind(self, branch: Branch) -> None:
-        """Makes everything of a branch pending again."""
-        branch.rewind()
-        if branch.row is not None:
-            self._forget(branch.row)
-            branch.row.length = 0
-
     def _forget(self, row: Any) -> None:
         for key, prefix in list(self._prefixes.items()):
             if row in prefix.rows:
@@ -134,11 +142,13 @@ class CachedRunner:
     # prefill
 
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
-        """Reads what is pending: at most `most` tokens in all, but at least one id or span."""
+        """Reads what is pending: at most `most` tokens in all, but at least one id or span. Of a longer prompt than
+        `READ_AT_ONCE` the rest stays pending.
+        """
         readers, followers, claimed = [], [], set()
-        for branch in [branch for branch in branches if branch.is_pending]:  # others were read before a failure
+        for branch in [branch for branch in branches if branch.needs_prefill]:  # others were read before a failure
             if not branch.past.length and branch.prefix_key is None:
-                branch.prefix_key = fingerprint(branch.pending)
+                branch.prefix_key = fingerprint(branch.share().taken)
             key = branch.prefix_key
             if not branch.past.length and (key in self._prefixes or key in claimed):
                 followers.append(branch)
@@ -153,8 +163,8 @@ class CachedRunner:
 
     def _keep_prefix(self, branch: Branch) -> None:
         """Offers the prompt of a branch to others, once it is read to its end."""
-        if branch.prefix_key is not None and not branch.is_pending and branch.hidden is not None:
-            self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past, branch.hidden)
+        if branch.prefix_key is not None and not branch.needs_prefill:
+            self._prefixes[branch.prefix_key] = Prefix([branch.row], branch.past)
             branch.prefix_key = None
 
     def _copy_prefixes(self, branches: Sequence[Branch]) -> None:
@@ -170,7 +180,7 @@ class CachedRunner:
             self.cache.copy(prefix.rows[0], rows, prefix.past.length)
             prefix.rows.extend(rows)
             for branch, share in zip(members, shares, strict=True):
-                branch.mark_read(share, prefix.past.length, prefix.hidden)
+                branch.mark_read(share, prefix.past.length)
                 branch.prefix_key = None
 
     def _groups(self, branches: Sequence[Branch], most: int | None) -> Iterable[list[tuple[Branch, Share]]]:
@@ -181,7 +191,7 @@ class CachedRunner:
         for branch in branches:
             if most is not None and most <= 0:
                 break
-            share = branch.share(most, self._num_tokens)
+            share = branch.share(READ_AT_ONCE if most is None else min(most, READ_AT_ONCE), self._num_tokens)
             size = sum(map(self._num_tokens, share.taken))
             shares.append((size, branch, share))
             most = None if most is None else most - size
@@ -207,12 +217,11 @@ class CachedRunner:
         rows = [branch.row for branch in branches]
         view = self._view(rows, stream)
         latents = self.model.latents_by_type(samples)
-        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
-        last = output.hidden[stream.last].unbind()  # from here on nothing can fail
-        self.cache.commit(rows, stream.lengths)
+        self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
+        self.cache.commit(rows, stream.lengths)  # from here on nothing can fail
         self.tokens_read += sum(stream.lengths)
-        for (branch, share), length, hidden in zip(group, stream.lengths, last, strict=True):
-            branch.mark_read(share, length, hidden)
+        for (branch, share), length in zip(group, stream.lengths, strict=True):
+            branch.mark_read(share, length)
 
     def _view(self, rows: Sequence[Any], stream: TokenStream) -> Any:
         has_spans, num_latents = len(stream.spans) > 0, sum(map(prod, stream.spans.token_shapes))
@@ -226,14 +235,14 @@ class CachedRunner:
             branch.row = self.cache.acquire(length)
 
     def _num_tokens(self, piece: Piece) -> int:
-        if isinstance(piece, Text):
-            return len(piece.ids)
-        return prod(self.model.modalities[piece.type].token_shape(piece.shape))
+        return _num_tokens(self.model, piece)
 
     # decode
 
     def batch_state(self, requests: Sequence[Any]) -> BatchState:
         """The state of a decode step for these requests. Their rows are moved together, with room for one token."""
+        for request in requests:
+            self._open(request.branch, 1)
         rows = [request.branch.row for request in requests]
         self.cache.reserve(rows, [1] * len(rows))
         self.cache.gather(rows)
@@ -260,10 +269,7 @@ class CachedRunner:
         step = partial(self._step, state)
         self.reordered.note_step(len(state.branches), self.model.dtype)
         with torch.inference_mode(), nullcontext() if state.reordered is None else state.reordered.used():
-            if state.graph is None:
-                return step()
-            decoded = state.graph.run(step)
-            return decoded._replace(hidden=decoded.hidden.clone())  # branches keep it; a replay writes the next there
+            return step() if state.graph is None else state.graph.run(step)
 
     def _step(self, state: BatchState) -> Decoded:
         """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
@@ -272,14 +278,13 @@ class CachedRunner:
             model.text_embedding(stream.token), position=stream.position, layout=stream.layout, cache=state.view
         )
         logits = model.logits(hidden)
-        return Decoded(hidden, logits, None if state.has_processors else state.choose(logits))
+        return Decoded(logits, None if state.has_processors else state.choose(logits))
 
-    def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
-        outputs = hidden.unbind()  # from here on nothing can fail
-        self.cache.commit([branch.row for branch in state.branches], [1] * len(state.branches))
-        self.tokens_read += len(state.branches)
-        for branch, own in zip(state.branches, outputs, strict=True):
-            branch.mark_id_read(own)
+    def commit(self, branch: Branch) -> None:
+        """Makes what a decode step has read of a branch permanent. Nothing of it can fail."""
+        self.cache.commit([branch.row], [1])
+        self.tokens_read += 1
+        branch.mark_id_read()
 
     # velocities
 
@@ -333,10 +338,14 @@ class UncachedRunner:
     def __init__(self, model: Model):
         self.model = model
         self.tokens_read = 0
+        self.restart()
 
-    def prepare(self) -> None: ...
+    def restart(self) -> None:
+        self.precision = precision_of(self.model)
 
     def forget_weights(self) -> None: ...
+
+    memory = CacheMemory()
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         return 0
@@ -344,23 +353,11 @@ class UncachedRunner:
     def close(self, branch: Branch) -> None:
         branch.read = []
 
-    def rewind(self, branch: Branch) -> None:
-        branch.rewind()
-
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
-        branches = [branch for branch in branches if branch.is_pending]
+        """Notes only what whoever comes next has to read."""
         shares = [branch.share() for branch in branches]
-        lengths, last = self._read(branches)
-        for branch, share, length, hidden in zip(branches, shares, lengths, last.unbind(), strict=True):
-            branch.mark_read(share, length - branch.past.length, hidden)
-
-    def _read(self, branches: Sequence[Branch]) -> tuple[Sequence[int], Shaped[Tensor, "r d"]]:
-        samples = [[*branch.everything(), *branch.pending] for branch in branches]
-        stream = self.model.pack_stream(samples).to(self.model.device)
-        latents = self.model.latents_by_type(samples)
-        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream))
-        self.tokens_read += sum(stream.lengths)
-        return stream.lengths, output.hidden[stream.last]
+        for branch, share in zip(branches, shares, strict=True):
+            branch.mark_read(share, sum(_num_tokens(self.model, piece) for piece in share.taken))
 
     def batch_state(self, requests: Sequence[Any]) -> BatchState:
         return BatchState.of(requests, device=self.model.device, dtype=self.model.dtype)
@@ -369,12 +366,15 @@ class UncachedRunner:
         return True
 
     def decode(self, state: BatchState) -> Decoded:
-        hidden = self._read(state.branches)[1]
-        return Decoded(hidden, self.model.logits(hidden), None)
+        samples = [[*branch.everything(), *branch.pending] for branch in state.branches]
+        stream = self.model.pack_stream(samples).to(self.model.device)
+        latents = self.model.latents_by_type(samples)
+        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream))
+        self.tokens_read += sum(stream.lengths)
+        return Decoded(self.model.logits(output.hidden[stream.last]), None)
 
-    def commit(self, state: BatchState, hidden: Shaped[Tensor, "r d"]) -> None:
-        for branch, own in zip(state.branches, hidden.unbind(), strict=True):
-            branch.mark_id_read(own)
+    def commit(self, branch: Branch) -> None:
+        branch.mark_id_read()
 
     def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
         return None
@@ -411,6 +411,10 @@ def fingerprint(pieces: Iterable[Piece]) -> Hashable:
     )
 
 
+def _num_tokens(model: Model, piece: Piece) -> int:
+    return len(piece.ids) if isinstance(piece, Text) else prod(model.modalities[piece.type].token_shape(piece.shape))
+
+
 def _place(branch: Branch) -> tuple[int, int]:
     """Where it lies in the cache, to sort by."""
     return (0, 0) if branch.row is None else (branch.row.block.capacity, branch.row.index)
@@ -443,7 +447,14 @@ def _evaluate(
     return laid.joined.join(model.velocities(output, laid.stream, latents, t), x.shape[1])
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type of products under autocast, None without."""
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+class Precision(NamedTuple):
+    """The types that a model computes in: its own, and that of products under autocast (None without)."""
+
+    model: torch.dtype
+    autocast: torch.dtype | None
+
+
+def precision_of(model: Model) -> Precision:
+    kind = model.device.type
+    is_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return Precision(model.dtype, torch.get_autocast_dtype(kind) if is_autocast else None)

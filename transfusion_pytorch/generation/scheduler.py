@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decod
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.generation.request import Phase, RequestState
-from transfusion_pytorch.generation.runner import Model, create_runner
+from transfusion_pytorch.generation.runner import Model, create_runner, precision_of
 from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, to_host
 
 
@@ -26,7 +27,8 @@ class Limits(NamedTuple):
     """Bounds of a scheduler.
 
     - `max_batch`: requests in the batch
-    - `max_waiting`: requests in the queue; `max_cache_tokens`: tokens of the cache, for all rows together
+    - `max_waiting`: requests in the queue, beyond those that there is room for
+    - `max_cache_tokens`: tokens of the cache, for all rows together
     - `max_prefill_tokens`: tokens that are prefilled in one step while other requests go on
     - `max_denoising_tokens`: latents of one forward pass, those of unconditional branches included
     """
@@ -61,6 +63,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self.active and not self.waiting
 
+    @property
+    def num_queued(self) -> int:
+        """Waiting requests, without those that there is room for now."""
+        return len(self.waiting) - self._num_admitted()
+
     def cache_tokens(self, request: RequestState) -> int:
         """The most tokens of the cache that a request may need."""
         return self.runner.cache_tokens(request.most_tokens)
@@ -79,18 +86,25 @@ class Scheduler:
         self._retire()
 
     def rewind(self) -> None:
-        """Makes everything pending again, after the weights have changed."""
-        for request in self.active:
-            for branch in request.branches:
-                self.runner.rewind(branch)
-        self.runner.forget_weights()
+        """Makes everything pending again, to be read into an empty cache: weights or precision have changed."""
+        for branch in [*self._unreleased, *(branch for request in self.active for branch in request.branches)]:
+            branch.row = None
+        self._unreleased = []
+        self.runner.restart()
         self._state = None  # whose views hold what follows from the weights, as those of the layouts do
         self.denoiser.reset()
+        for request in self.active:
+            try:
+                for branch in () if request.is_done else request.branches:
+                    branch.rewind()
+            except Exception as error:  # half of it would be read twice, or not at all
+                request.end(EndReason.ERROR, released(error))
 
     def step(self) -> None:
         """Takes every request one step further."""
         self.steps += 1
-        self.runner.prepare()
+        if self.runner.precision != precision_of(self.model):
+            self.rewind()
         self._end_overdue()
         self._retire()
         self._admit()
@@ -114,14 +128,17 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Takes waiting requests in order, while there is room for what they may come to."""
-        if not self.waiting:
-            return
-        taken = sum(request.cache_tokens for request in self.active)
-        while self.waiting and len(self.active) < self.limits.max_batch:
-            taken += self.waiting[0].cache_tokens
-            if self.limits.max_cache_tokens is not None and taken > self.limits.max_cache_tokens:
-                break
+        for _ in range(self._num_admitted()):
             self.active.append(self.waiting.popleft())
+
+    def _num_admitted(self) -> int:
+        """How many of the waiting requests enter the batch with the next step."""
+        places, most = self.limits.max_batch - len(self.active), self.limits.max_cache_tokens
+        if most is None or not self.waiting:
+            return min(places, len(self.waiting))
+        taken = sum(request.cache_tokens for request in self.active)
+        needed = accumulate((request.cache_tokens for request in islice(self.waiting, places)), initial=taken)
+        return max(0, sum(total <= most for total in needed) - 1)  # the first is what is taken already
 
     def _retire(self) -> None:
         self._close([branch for request in self.active if request.is_done for branch in request.branches])
@@ -158,29 +175,18 @@ class Scheduler:
     # text
 
     def _write(self) -> None:
-        """One id for every request that writes text. Where a prefill has just ended, its output is there already."""
-        writing = [it for it in self.active if it.phase is Phase.TEXT and not it.branch.needs_prefill]
-        for requests, choose in (
-            ([it for it in writing if not it.branch.is_pending], self._choose_first),
-            ([it for it in writing if it.branch.is_pending], self._decode),
-        ):
-            if requests:
-                for request, error in self.halving.run(requests, choose):
-                    request.end(EndReason.ERROR, error)
-
-    def _choose_first(self, requests: Sequence[RequestState]) -> None:
-        hidden = torch.stack([request.branch.hidden for request in requests if request.branch.hidden is not None])
-        state = BatchState.of(requests, device=self.model.device, dtype=hidden.dtype)
-        chosen, log_p = self._choose(state, Decoded(hidden, self.model.logits(hidden), None))
-        self._accept(state, chosen, log_p)
+        """One id for every request that writes text."""
+        writing = [it for it in self.active if it.is_writing and not it.branch.needs_prefill]
+        if writing:
+            for request, error in self.halving.run(writing, self._decode):
+                request.end(EndReason.ERROR, error)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
-        """A decode step. Nothing is committed before all ids are chosen, so a failed one can be run again."""
+        """A decode step. Nothing is committed before all ids are chosen, so one that fails can be run again."""
         requests = [request for request in requests if not request.is_done]
         state = self._state_of(requests)
         decoded = self.runner.decode(state)
         chosen, log_p = self._choose(state, decoded)
-        self.runner.commit(state, decoded.hidden)
         self._state = state if self._accept(state, chosen, log_p) else None
 
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
@@ -206,7 +212,9 @@ class Scheduler:
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
-        """Gives every request its id. Returns whether the state is valid for the next step."""
+        """Gives every request its id; what that was chosen from counts as read then, and not where a user's code is
+        interrupted. Returns whether the state is valid for the next step.
+        """
         for i, (request, token) in enumerate(zip(state.requests, chosen, strict=True)):
             if request.is_done:  # a processor of its own failed
                 continue
@@ -218,6 +226,7 @@ class Scheduler:
             self.tokens_written += 1
             try:
                 request.accept(token, None if log_p is None else log_p[i])
+                self.runner.commit(request.branch)
             except Exception as error:
                 request.end(EndReason.ERROR, released(error))
         return state.holds()

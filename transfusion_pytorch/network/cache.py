@@ -135,19 +135,6 @@ class KVCache:
         """Gives a row back; the last one of its block takes its place."""
         self._close_gap(row.block, row.index, self._filling_of_gap(row))
 
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """From now on keys and values are stored in this type."""
-        if dtype == self.dtype:
-            return
-        converted = [
-            ([tensor.to(dtype) for tensor in block.keys], [tensor.to(dtype) for tensor in block.values])
-            for block in self.blocks.values()
-        ]
-        for block, (keys, values) in zip(self.blocks.values(), converted, strict=True):
-            block.keys, block.values = keys, values
-            block.version = next(_VERSIONS)
-        self.dtype = dtype
-
     def reserve(self, rows: Sequence[CacheRow], lengths: Sequence[int]) -> None:
         """Makes room for `lengths[i]` tokens behind the prefix of `rows[i]`."""
         for row, length in zip(rows, lengths, strict=True):

@@ -5,17 +5,26 @@ import weakref
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.generation.engine import Engine, EngineStats
+from transfusion_pytorch.generation.engine import Engine, EngineOptions, EngineStats
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, Event, Sample
+from transfusion_pytorch.generation.options import (
+    SamplingKeywords,
+    SamplingOptions,
+    checks_itself,
+    takes_sampling_options,
+)
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.serving.engine_thread import EngineClosed, EngineThread
 from transfusion_pytorch.serving.mailbox import Mailbox, raisable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AsyncEngine:
@@ -40,19 +49,30 @@ class AsyncEngine:
     object alone. The thread ends with `aclose`, with the `async with`, or when the object is forgotten.
     """
 
-    def __init__(self, source: Engine | SamplingMethods, **options: Any):
+    @checks_itself
+    def __init__(self, source: Engine | SamplingMethods, **options: "Unpack[EngineOptions]"):
         if isinstance(source, Engine) and options:
             raise TypeError(f"options of an engine that exists already cannot be set: {', '.join(options)}")
         self._thread = EngineThread(source if isinstance(source, Engine) else source.create_engine(**options))
         # the thread does not know this object, so that one that nobody closes can go, and takes its thread along
         weakref.finalize(self, self._thread.stop).atexit = False
 
-    async def sample(self, prompt: Any = None, **options: Any) -> Sample:
-        """Continues one prompt, and returns its sample. Raises the error that ends it, if one does, and `EngineClosed`
-        if the engine is closed first.
+    @takes_sampling_options
+    @checks_itself
+    async def sample(
+        self,
+        prompt: Any = None,
+        *,
+        timeout: float | None = None,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
+    ) -> Sample:
+        """Continues one prompt, and returns its sample, after `timeout` seconds that so far. Raises the error that ends
+        it, if one does, and `EngineClosed` if the engine is closed first.
         """
         ended = None
-        async with EventStream(self, prompt, options, listen=False) as stream:
+        arguments = dict(keywords, timeout=timeout, options=options)
+        async with EventStream(self, prompt, arguments, listen=False) as stream:
             async for event in stream:
                 ended = event
         assert isinstance(ended, Ended), "the last event of a request says that it has ended"
@@ -60,11 +80,20 @@ class AsyncEngine:
             raise EngineClosed("this AsyncEngine was closed before the sample was finished")
         return cast(Sample, ended.sample)
 
-    def stream(self, prompt: Any = None, **options: Any) -> "EventStream":
-        """Continues one prompt, and streams its events. It is submitted at once. Errors, also of a bad prompt, are
-        raised while the stream is read.
+    @takes_sampling_options
+    @checks_itself
+    def stream(
+        self,
+        prompt: Any = None,
+        *,
+        timeout: float | None = None,
+        options: SamplingOptions | None = None,
+        **keywords: "Unpack[SamplingKeywords]",
+    ) -> "EventStream":
+        """Continues one prompt, and streams its events, for at most `timeout` seconds. It is submitted at once. Errors,
+        also of a bad prompt, are raised while the stream is read.
         """
-        return EventStream(self, prompt, options, listen=True)
+        return EventStream(self, prompt, dict(keywords, timeout=timeout, options=options), listen=True)
 
     async def preview(self, event: DrawingProgress) -> Float[Tensor, "..."]:
         """`event.preview()`, computed between two steps of the engine and not in the event loop."""

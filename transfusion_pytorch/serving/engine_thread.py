@@ -69,7 +69,7 @@ class EngineThread:
 
     def weights_changed(self) -> None:
         """Tells the engine before its next step. Raises `EngineClosed`."""
-        self.post(self.engine.weights_changed)  # pyright: ignore[reportAttributeAccessIssue]
+        self.post(self.engine.weights_changed)
 
     def wake(self) -> None:
         """Has the thread look after its requests now, though no command has come."""
@@ -159,8 +159,7 @@ class EngineThread:
         try:
             for request in requests.values():
                 request.cancel()
-            if hasattr(self.engine, "reset"):
-                self.engine.reset()  # pyright: ignore[reportAttributeAccessIssue]
+            self.engine.reset()
             self._carry_out_cancellations()
             if not self.engine.is_idle:
                 raise error
