@@ -8,6 +8,7 @@ from torch import nn
 
 from transfusion_pytorch import Transformer
 from transfusion_pytorch.network import compile as compile_module
+from transfusion_pytorch.network import experts as experts_module
 from transfusion_pytorch.network.experts import Routing
 from transfusion_pytorch.network.norms import Conditioning
 from transfusion_pytorch.network.shortcuts import plain_formulas
@@ -162,6 +163,33 @@ def test_later_modalities_share_the_last_expert():
     assert routing.order.tolist() == [0, 2, 5, 1, 3, 4]
     values = torch.arange(6.0)[:, None]
     assert torch.equal(routing.join(routing.split(values)), values)
+
+
+@pytest.mark.parametrize("untied", [True, ["attention"]])
+@pytest.mark.parametrize("samples", [["ttAAAtBBt", "tB", "AAtt"], ["BB", "tt"], ["A", "AAB"]])
+def test_tokens_are_copied_by_runs_as_by_their_index(monkeypatch, samples, untied):
+    """Forward and backward, to the bit; also where an expert has no tokens and takes part."""
+    model, (x, condition) = make(untied), inputs(samples)
+    made, letters, _ = read_as_letters(samples)
+    slots = {i: torch.tensor([j for j, it in enumerate(letters) if it == "AB"[i]]).long() for i in range(2)}
+    outputs = []
+    for shortest in (0, len(letters) + 1):
+        monkeypatch.setattr(experts_module, "SHORTEST_RUN", shortest)
+        routing = Routing.of(slots, len(letters), 3, device=x.device, takes_all=True)
+        assert (routing.runs is None) == (shortest > 0)
+        out = model(x, **made.arguments(condition), routing=routing)
+        outputs.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()], allow_unused=True)])
+    for by_run, by_index in zip(*outputs, strict=True):
+        assert by_run is by_index or torch.equal(by_run, by_index)
+
+
+def test_short_runs_are_copied_by_their_index():
+    device, experts = torch.device("cpu"), experts_module
+    long, short = experts.SHORTEST_RUN, experts.SHORTEST_RUN - 1
+    for length, is_by_run in ((long, True), (short, False)):
+        slots = {0: torch.arange(length, 2 * length)}
+        assert (Routing.of(slots, 2 * length, 2, device=device).runs is not None) == is_by_run
+    assert Routing.of({0: torch.arange(9)}, 20, 2, device=device).runs == ((1, 9), (0, 11))
 
 
 @pytest.mark.parametrize("kind", ["dense", "flex"])

@@ -22,6 +22,7 @@ from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 
 TEXT = 0  # the expert of text
 PARTS = ("attention", "feedforward", "norms")
+SHORTEST_RUN = 8  # tokens of a run, on average, from which on runs are copied faster than single rows
 
 
 class Routing(NamedTuple):
@@ -31,12 +32,15 @@ class Routing(NamedTuple):
     - `order`: the slots of the stream sorted by expert; `place`: the inverse, where each slot went. None where all
       tokens have one expert
     - `taken`: the experts that take part
+    - `runs`: on a CPU, neighbours in the stream that one expert reads: which one, as a number among those `taken`, and
+      how many tokens. Whole runs are copied faster than rows by their index. None where they are too short for that
     """
 
     counts: tuple[int, ...]
     taken: tuple[int, ...]
     order: Int[Tensor, " n"] | None = None
     place: Int[Tensor, " n"] | None = None
+    runs: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
     def of(
@@ -64,7 +68,7 @@ class Routing(NamedTuple):
             expert.index_fill_(0, own, expert_of(modality, num_experts))
         order = expert.argsort(stable=True)
         place = torch.empty_like(order).index_copy_(0, order, torch.arange(num_tokens, device=device))
-        return cls(tuple(counts), taken, order, place)
+        return cls(tuple(counts), taken, order, place, _runs_of(expert, taken) if device.type == "cpu" else None)
 
     @property
     def only(self) -> int | None:
@@ -72,22 +76,25 @@ class Routing(NamedTuple):
         return self.taken[0] if self.order is None else None
 
     def split(self, x: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "_ ..."], ...]:
-        """The tokens of each expert."""
-        return self.to_experts(x).split(self.counts)
+        """The tokens of each expert, in the order of the stream."""
+        order, place = self._orders
+        if torch.compiler.is_compiling() or self.runs is None:
+            return permuted(x, order, place).split(self.counts)
+        parts: list[list[Tensor]] = [[] for _ in self.taken]
+        for (i, _), part in zip(self.runs, x.split([length for _, length in self.runs]), strict=True):
+            parts[i].append(part)
+        made = dict(zip(self.taken, parts, strict=True))
+        return tuple(torch.cat(made[i]) if made.get(i) else x[:0] for i in range(len(self.counts)))
 
     def join(self, parts: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "n ..."]:
-        """The inverse of `split`."""
-        return self.to_stream(torch.cat(tuple(parts)))
-
-    def to_experts(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
-        """Tokens in the order of the stream, sorted by expert."""
+        """The inverse of `split`, of the parts of the experts that take part."""
         order, place = self._orders
-        return permuted(x, order, place)
-
-    def to_stream(self, x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
-        """The inverse of `to_experts`."""
-        order, place = self._orders
-        return permuted(x, place, order)
+        if torch.compiler.is_compiling() or self.runs is None:
+            return permuted(torch.cat(tuple(parts)), place, order)
+        lengths = [[length for i, length in self.runs if i == own] for own in range(len(parts))]
+        pieces = [iter(part.split(own)) for part, own in zip(parts, lengths, strict=True)]
+        empty = (part for part in parts if not len(part))  # through which their experts get gradients of zero
+        return torch.cat([*(next(pieces[i]) for i, _ in self.runs), *empty])
 
     def conditionings(self, conditioning: Conditioning) -> tuple[Conditioning | None, ...]:
         """What the tokens of each expert look up; None for those of text."""
@@ -108,27 +115,37 @@ class Routing(NamedTuple):
         return self.order, self.place
 
 
+def _runs_of(expert: Int[Tensor, " n"], taken: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+    """Of each run of neighbours with the same expert: which of those `taken` that is, and how many there are."""
+    experts, lengths = torch.unique_consecutive(expert, return_counts=True)
+    if len(experts) * SHORTEST_RUN > len(expert):
+        return None
+    numbers = {expert: i for i, expert in enumerate(taken)}
+    return tuple(zip((numbers[i] for i in experts.tolist()), lengths.tolist(), strict=True))
+
+
 def expert_of(modality: int, num_experts: int) -> int:
     return min(modality + 1, num_experts - 1)
 
 
 class RoutedAttention(NamedTuple):
-    """Attention of a stream whose tokens come sorted by expert."""
+    """Attention of a stream whose tokens come in a part for each expert that takes part."""
 
     plan: AttentionPlan
     routing: Routing
 
     def attend(
         self,
-        q: Shaped[Tensor, "n h e"],
-        k: Shaped[Tensor, "n k e"],
-        v: Shaped[Tensor, "n k e"],
+        q: Sequence[Shaped[Tensor, "_ h e"]],
+        k: Sequence[Shaped[Tensor, "_ k e"]],
+        v: Sequence[Shaped[Tensor, "_ k e"]],
         *,
         layer: int = 0,
         softcap: float | None = None,
-    ) -> Shaped[Tensor, "n h e"]:
-        q, k, v = (self.routing.to_stream(part) for part in (q, k, v))
-        return self.routing.to_experts(self.plan.attend(q, k, v, layer=layer, softcap=softcap))
+    ) -> list[Shaped[Tensor, "_ h e"]]:
+        whole = (self.routing.join(parts) for parts in (q, k, v))
+        parts = self.routing.split(self.plan.attend(*whole, layer=layer, softcap=softcap))
+        return [parts[i] for i in self.routing.taken]
 
 
 class UntiedLayer(nn.Module):
@@ -167,10 +184,10 @@ class UntiedLayer(nn.Module):
             layer.begin(x[i], skips[i], values[i], conditioning[i], phases[i])
             for i, layer in zip(taken, layers, strict=True)
         ]
-        q, k, v = (torch.cat(parts) for parts in zip(*((it.q, it.k, it.v) for it in begun), strict=True))
+        q, k, v = zip(*((it.q, it.k, it.v) for it in begun), strict=True)
         out = plan.attend(q, k, v, layer=layers[0].index, softcap=layers[0].attn.softcap)
         made, kept = list(x), [None] * len(x)
-        for i, layer, it, part in zip(taken, layers, begun, out.split([len(it.q) for it in begun]), strict=True):
+        for i, layer, it, part in zip(taken, layers, begun, out, strict=True):
             made[i], kept[i] = layer.end(it, part, conditioning[i]), it.own_values
         return tuple(made), tuple(kept) if layers[0].keeps_values else None
 

@@ -248,10 +248,8 @@ class Transformer(nn.Module):
         made = self._through(parts, conditionings, routing.split(phases), routed)
         parts = tuple(self.reduce_streams(part) for part in made)
         if "norms" not in self.untied:
-            return self._normed(routing.join(parts), TEXT, conditioning)
-        taken = routing.taken
-        normed = [self._normed(part, i, conditionings[i]) if i in taken else part for i, part in enumerate(parts)]
-        return routing.join(normed)
+            return self._normed(routing.join([parts[i] for i in routing.taken]), TEXT, conditioning)
+        return routing.join([self._normed(parts[i], i, conditionings[i]) for i in routing.taken])
 
     def layers_of(self, expert: int) -> Any:
         """The layers that read the tokens of one expert."""
