@@ -30,7 +30,7 @@ from transfusion_pytorch.training.config import config_from_arguments
 
 # Checkpoints of a language model are large: there is one at the end, unless --save-every says otherwise.
 DEFAULTS = TrainConfig(
-    steps=1200,
+    steps=420,
     batch_size=96,
     learning_rate=1e-3,
     beta2=0.95,

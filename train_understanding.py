@@ -20,7 +20,7 @@ from transfusion_pytorch.training.config import config_from_arguments
 
 # Checkpoints of a language model are large: there is one at the end, unless --save-every says otherwise.
 DEFAULTS = TrainConfig(
-    steps=900,
+    steps=700,
     batch_size=12,
     learning_rate=3e-4,
     beta2=0.95,

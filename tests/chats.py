@@ -1,5 +1,6 @@
 """Small tokenizers and chat templates of the usual kinds, and pictures to talk about."""
 
+import re
 from base64 import b64encode
 from io import BytesIO
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transfusion_pytorch import Condition, Transfusion
-from transfusion_pytorch.conversations import ChatTokenizer
+from transfusion_pytorch.conversations import LLAMA2_TEMPLATE, VICUNA_TEMPLATE, ChatTokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 Image = pytest.importorskip("PIL.Image")
@@ -37,15 +38,7 @@ LLAMA3 = (
     "{{ '<|header|>' + message['role'] + '<|end_header|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|end_header|>\\n\\n' }}{% endif %}"
 )
-VICUNA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
-    "{% set turns = messages[1:] %}{% else %}{{ 'A chat. ' }}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ASSISTANT:' }}"
-    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
+VICUNA = re.sub("A chat between .* questions. ", "A chat. ", VICUNA_TEMPLATE)
 GENERATION = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
     "{% generation %}{{ message['content'] }}{{ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
@@ -68,15 +61,6 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
 )
-# the system message stands inside the first question
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
-    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
-    "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 # another word for the assistant; the end of a turn is not the end of the sequence
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
@@ -91,7 +75,7 @@ TEMPLATES = dict(
     generation=GENERATION,
     parts=PARTS,
     thinking=THINKING,
-    llama2=LLAMA2,
+    llama2=LLAMA2_TEMPLATE,
     gemma=GEMMA,
     newlines=NEWLINES,
 )

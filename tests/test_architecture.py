@@ -35,13 +35,14 @@ ALLOWED = {
         "evaluating",
         "failures",
         "display.progress",
+        "network.precision",
         "network.step_graph",
         "network.conditions",
         "network.cpu.reordered",
     ],
     "sampling": ["generation", "evaluating", "sequence"],
     "display": ["generation.events"],
-    "serving": ["generation.engine", "generation.events", "sampling"],
+    "serving": ["generation.engine", "generation.events", "generation.options", "sampling"],
     "data": ["sequence", "modalities", "saving"],
     "conversations": ["sequence", "modalities", "saving", "data", "generation"],
     "training": [
@@ -66,8 +67,8 @@ ALLOWED = {
         "training",
     ],
     "forwarding": ["sequence", "flow", "modalities", "network"],
-    "pretrained": ["network", "modalities", "saving", "conversations.tokenizer", "data.optional"],
-    "pretrained.autoencoders": ["modalities", "saving", "data.optional", "autoencoder.halves"],
+    "pretrained": ["network", "modalities", "saving", "conversations.tokenizer", "data.optional", "data.images"],
+    "pretrained.autoencoders": ["pretrained.files", "modalities", "saving", "data.optional", "autoencoder.halves"],
 }
 ALLOWED["transfusion"] = list(ALLOWED)
 ALLOWED["policy"] = [
@@ -87,6 +88,7 @@ ALLOWED["examples"] = [
     "data",
     "conversations",
     "modalities.unet",
+    "pretrained",
     "saving.files",
     "saving.adapters",
     "saving.card",

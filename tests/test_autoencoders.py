@@ -146,6 +146,10 @@ def test_layouts_tell_shapes_in_both_directions():
     assert video.problem_of((3, 1, 8, 8)) is None
     assert "(3, 4 k + 1, 8 k, 8 k)" in video.problem_of((3, 8, 16, 24))
     assert DataLayout(1, (2,)).problem_of((1, 0)) is not None
+    assert small().latent_shape((8, 12)) == (2, 3)
+    for axes in ((8,), (8, 8, 8), (8, 9)):
+        with pytest.raises(ValueError, match=r"expected data of shape \(3, 4 k, 4 k\)"):
+            small().latent_shape(axes)
 
 
 @pytest.mark.parametrize(

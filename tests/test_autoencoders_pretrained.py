@@ -388,6 +388,10 @@ def test_a_part_of_a_pipeline_is_read_in_a_dtype(tmp_path):
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
     assert encoder.statistics.std.dtype == torch.float32
     assert encoder(data_of("AutoencoderKL").bfloat16()).dtype == torch.bfloat16
+    batches = [data_of("AutoencoderKL")]
+    halves = pretrained_autoencoder(tmp_path, subfolder="vae", dtype=torch.bfloat16, measured_on=batches)
+    latents = halves.encoder(batches[0])
+    assert latents.dtype == halves.decoder(latents).dtype == torch.float32
 
 
 def test_channels_are_compared_before_weights_are_loaded(tmp_path):
@@ -429,6 +433,20 @@ def test_video_of_4_k_and_1_frames_keeps_all_of_them(frames):
         assert decoder(latents).shape[2] == frames
 
 
+@pytest.mark.parametrize(("halvings", "factor"), [([False, True], 2), ([False, False], 1), ([True, True], 4)])
+def test_video_is_halved_as_often_as_its_configuration_says(halvings, factor):
+    """Frames are encoded in chunks of 4 behind the first, whatever a chunk becomes."""
+    model = autoencoder("AutoencoderKLWan", temperal_downsample=halvings, dim_mult=[1, 1, 1])
+    encoder, decoder = halves_of("AutoencoderKLWan", model)
+    data = torch.zeros(1, 3, 5, 8, 8)
+    with torch.no_grad():
+        latents = encoder(data)
+        assert encoder.layout.latent_shape((5, 8, 8)) == latents.shape[2:] == (1 + 4 // factor, 2, 2)
+        assert decoder(latents).shape == data.shape
+    with pytest.raises(ValueError, match=r"\(3, 4 k \+ 1, 4 k, 4 k\)"):
+        encoder(data[:, :, :3])
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
@@ -464,6 +482,18 @@ def test_what_would_be_dropped_is_refused(name, shape, expected):
 def test_options_that_do_not_fit_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         pretrained_autoencoder(autoencoder(name), **options)
+
+
+@no_typecheck
+def test_what_is_no_name_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere with an autoencoder of diffusers"):
+        pretrained_autoencoder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no configuration of an autoencoder of diffusers"):
+        pretrained_autoencoder(tmp_path)
+    with pytest.raises(TypeError, match="a module, a folder, or the id of a repository, got int"):
+        pretrained_autoencoder(3)
+    with pytest.raises(TypeError, match=r"measured_on are batches, got one tensor; give a list"):
+        pretrained_autoencoder(autoencoder("AutoencoderKL"), measured_on=data_of("AutoencoderKL"))
 
 
 def test_another_module_is_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from chats import CHATML, SPECIAL, byte_level, chat_tokenizer, data_url, model_of, picture, png
+from checks import no_typecheck
 from torch import nn, tensor
 
 from transfusion_pytorch import Condition, ImageReader, PatchDecoder, PatchEncoder, SamplingOptions, Transfusion
@@ -111,6 +112,10 @@ def test_options_of_sampling():
     assert seen[1] == common | dict(stop_ids=[eos, end], max_length=9)
     assert seen[2]["stop_ids"] == [3, eos]
     assert not seen[2]["cache_kv"]
+    greedy = SamplingOptions(text_temperature=0.0)
+    for options, new in (({}, 1024), (dict(max_new_tokens=4), 4), (dict(max_new_tokens=4, max_length=9), 9 - length)):
+        model.chat([ASKED], options=greedy, **options)
+        assert seen.pop()["max_length"] == length + new
     with pytest.raises(TypeError, match="temperature"):
         model.chat([ASKED], temperature=1.0)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
@@ -130,6 +135,13 @@ def test_errors():
         model.chat([{"role": "me", "content": "a"}])
     with pytest.raises(FileNotFoundError, match=r"message 0, part 0: there is no image file .*nowhere\.png"):
         model.chat([{"role": "user", "content": [{"type": "image", "image": "nowhere.png"}]}])
+    broken = {"role": "user", "content": [{"type": "image", "image": png()[:40]}]}
+    with pytest.raises(ValueError, match="message 0, part 0: not a whole image"):
+        model.chat([broken])
+    with pytest.raises(ValueError, match="conversation 1: message 0, part 0: not a whole image"):
+        model.chat_many([[ASKED], [broken]])
+    with pytest.raises(ValueError, match="vision_type: unknown modality type 1, this model has 1"):
+        model.conversation_format(vision_type=1)
     model.tokenizer = byte_level()
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         model.chat([ASKED])
@@ -147,7 +159,19 @@ def test_a_format_of_ones_own():
     model.sample_many = lambda prompts, **options: seen.append(prompts[0]) or [[tensor([0])]]
     model.chat([ASKED], format=own)
     assert model.tokenizer.decode(seen[0][-1]) == "What?"
-    assert model.conversation_format(images=4, vision_type=1).images == ImageReader(4)
+    assert model.conversation_format(images=4).images == ImageReader(4)
+
+
+@no_typecheck
+def test_a_format_is_a_format():
+    with pytest.raises(TypeError, match="format is a ConversationFormat, got int"):
+        chatting().chat([ASKED], format=3)
+    for options, error, message in (
+        (dict(images="16"), TypeError, "images is an ImageReader or a side in pixels, got str"),
+        (dict(modality_type=-1), ValueError, "modality_type is the type of a modality, from 0, got -1"),
+    ):
+        with pytest.raises(error, match=message):
+            ConversationFormat(chat_tokenizer(), **options)
 
 
 def test_many_conversations_at_once():

@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 
+import pytest
 import torch
 from tiny import tiny
 
@@ -57,6 +58,11 @@ def test_samples_with_one_image_stay_as_they_are():
     for parts in ([FIRST, IMAGE], [Condition(IMAGE), FIRST, OTHER], [FIRST]):
         sample = Sample(parts)
         assert CleanContext()(sample, torch.Generator()) is sample
+
+
+def test_at_least_one_image_is_drawn():
+    with pytest.raises(ValueError, match="least is a number of drawn images, at least 1, got 0"):
+        CleanContext(least=0)
 
 
 def test_it_travels_to_data_workers():

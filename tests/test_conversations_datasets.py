@@ -148,7 +148,7 @@ def test_conversations_of_llava(folder):
         "image": ["red.png", "blue.png"],
         "conversations": [{"from": "human", "value": "<image> and <image>"}, {"from": "gpt", "value": "Both."}],
     }
-    text = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]}
+    text = {"image": None, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]}
     drawn = {
         "image": "blue.png",
         "conversations": [{"from": "human", "value": "Draw"}, {"from": "gpt", "value": "<image>"}],
@@ -429,7 +429,16 @@ def test_both_branches_out_of_files(folder):
     )
     both = format_of(vision_type=1, vision_images=4)
     data = EditTriples(file, both)
-    kept = EditTriples(file, both, transform=ConditionDropout(latents=1.0, vision=0.0, vision_type=1))
+    kept = EditTriples(file, both, transform=ConditionDropout(latents=1.0, vision=0.0))
+    assert EditTriples(file, both, transform=ConditionDropout()).transform == ConditionDropout(vision_type=1)
+    for made, dropout, message in (
+        (both, ConditionDropout(vision_type=2), "vision_type is 2 here, and 1 in the ConversationFormat"),
+        (format_of(), ConditionDropout(vision=0.5), "vision=0.5, but there is no vision_type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EditTriples(file, made, transform=dropout)
+    with pytest.raises(ValueError, match="set vision_type, too"):
+        ConditionDropout(vision=0.5)(edit(), torch.Generator())
     assert [kinds(each[0]) for each in (data, kept)] == ["tvltDtt", "tvtDtt"]
     assert kinds(data.outline(0, torch.Generator())) == "tvltDtt"
     shapes = [tuple(_tensor(part).shape) for part in data[0].parts if _tensor(part).is_floating_point()]
@@ -455,7 +464,7 @@ def test_without_a_vision_branch():
 def test_what_is_only_understood_is_never_dropped():
     ids = torch.tensor([1, 2])
     sample = Sample([Condition(ids), Condition((0, torch.zeros(2, 2, 3))), ids])
-    assert ConditionDropout(1.0, 1.0)(sample, torch.Generator()).parts == sample.parts
+    assert ConditionDropout(1.0)(sample, torch.Generator()).parts == sample.parts
     assert kinds(ConditionDropout(1.0, 1.0, 1)(edit(), torch.Generator())) == "ttDtvl"
 
 

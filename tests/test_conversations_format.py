@@ -314,6 +314,10 @@ def test_errors_name_the_part(tmp_path):
         format_of(images=None).sample_of(TURNS)
     with pytest.raises(ValueError, match="message 0, part 1: the image https"):
         made.sample_of([{"role": "user", "content": [missing[0], {"type": "image", "image": "https://a.b/c"}]}, TOLD])
+    bare = {"type": "image_url", "image_url": {"url": data_url("red").partition(",")[2] * 20}}
+    with pytest.raises(ValueError, match=r'an image as base64 stands behind "data:image/png;base64,".*') as error:
+        made.sample_of([{"role": "user", "content": [bare]}, TOLD])
+    assert len(str(error.value)) < 200
     with pytest.raises(ValueError, match="no message of the assistant is to be learned"):
         made.sample_of([ASKED])
     with pytest.raises(ValueError, match="vision_type is a modality of its own, got 0"):

@@ -16,6 +16,7 @@ from generation_models import (
     num_given,
     options_over,
     parts_of,
+    script,
     shapes_of,
     slots_of,
     text,
@@ -23,6 +24,7 @@ from generation_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transfusion_pytorch.generation.batch_state import BatchState
 from transfusion_pytorch.generation.request import Phase
 from transfusion_pytorch.generation.scheduler import Scheduler
 
@@ -58,6 +60,26 @@ def test_many_prompts_at_once_are_as_one_by_one(monkeypatch):
         assert_same(sample, single)
     assert {part[0] for sample in batch for part in drawn(sample)} == {VECTOR, LINE, IMAGE, VIDEO}
     assert len({len(slots_of(model, sample)) for sample in batch}) > 2
+
+
+def test_the_spelling_of_a_shape_changes_no_state(monkeypatch):
+    """Only the mask of its row; others that write meanwhile go on with theirs."""
+    model = build(push=dict(eos=-9.0))
+    ids = [model.meta_id, *model.char_tokenizer("2,1").tolist(), model.som_ids[IMAGE]]
+    spells = options_with(logits_processors=[script(0, *ids, given=2)], max_length=30)
+    writes = options_with(plan=[("text", 5)])
+    expected = [model.sample(text(1), **spells), model.sample(text(2), **writes)]
+    made, of = [], BatchState.of
+    monkeypatch.setattr(BatchState, "of", lambda *args, **options: made.append(of(*args, **options)) or made[-1])
+    engine = model.create_engine()
+    requests = [engine.submit(text(1), **spells), engine.submit(text(2), **writes)]
+    for _ in range(5):
+        engine.step()
+    assert len(made) == 1
+    engine.run()
+    for request, sample in zip(requests, expected, strict=True):
+        assert_same(request.result(), sample)
+    assert (IMAGE, (2, 1, 1)) in shapes_of(requests[0].result())
 
 
 def test_order_of_prompts_does_not_matter():

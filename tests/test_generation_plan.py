@@ -360,6 +360,14 @@ def test_only_what_is_allowed_is_opened(eager):
     assert {modality for modality, _ in opened(eager, allowed_modalities=[0, 1, 2, 3])} == everything
 
 
+def test_what_is_only_read_is_opened_only_where_it_is_named(eager, monkeypatch):
+    """As the patches of a vision encoder, which no decoder shows."""
+    monkeypatch.setattr(type(eager.modalities[LINE]), "is_read_only", property(lambda io: io.spec.type == LINE))
+    assert {modality for modality, _ in opened(eager)} == {VECTOR, IMAGE, VIDEO}
+    assert {modality for modality, _ in opened(eager, allowed_modalities=[LINE])} == {LINE}
+    assert {modality for modality, _ in opened(eager, plan=[LINE], fixed_modality_shape=(2,))} == {LINE}
+
+
 def test_what_is_allowed_has_the_fixed_shape(eager):
     assert opened(eager, fixed_modality_shape=(2, 1), allowed_modalities=[IMAGE]) == {(IMAGE, (2, 1))}
     assert opened(eager, fixed_modality_shape=(), allowed_modalities=[LINE, IMAGE]) == {(LINE, ()), (IMAGE, ())}

@@ -243,6 +243,25 @@ def test_a_unet_has_one_to_three_axes(num_dim):
         UNetDown(LATENT, DIM, num_dim=num_dim)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_downsamples=-1), "num_downsamples must not be negative, got -1"),
+        (dict(dim_hidden=0), "dim_hidden must be positive, got 0"),
+        (dict(dim=2 * DIM), "UNet.* was built with dim_latent=3 and dim=16, and here .* the transformer has dim=8"),
+        (dict(dim_latent=4), "UNet.* was built with dim_latent=4 and dim=8, and here latents have dim_latent=3"),
+    ],
+)
+def test_halves_that_fit_nothing_are_refused(options, message):
+    built = dict(dim_latent=LATENT, dim=DIM) | options
+    for make in (
+        lambda: pair(UNetDown(**built), UNetUp(LATENT, DIM)),
+        lambda: pair(UNetDown(LATENT, DIM), UNetUp(**built)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
 # the dry run
 
 

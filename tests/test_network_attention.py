@@ -59,14 +59,14 @@ def test_text_needs_no_mask_and_equal_samples_share_one():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (9, 3)])  # the last are SmolLM's
 @pytest.mark.parametrize("samples", [STREAMS["many masks"], STREAMS["ragged"], ["t" * 100 + "A" * 60, "B" * 9]])
 @torch.no_grad()
-def test_flex_is_sdpa(samples, kv_heads, softcap, monkeypatch):
+def test_flex_is_sdpa(samples, heads, kv_heads, softcap, monkeypatch):
     calls, real = [], backends.flex_attention
     monkeypatch.setattr(backends, "flex_attention", lambda *args, **options: calls.append(1) or real(*args, **options))
     layout = stream(*samples).layout
-    inputs = projections(len(layout.end), kv_heads=kv_heads, dim_head=16, dtype=torch.float32)
+    inputs = projections(len(layout.end), heads=heads, kv_heads=kv_heads, dim_head=16, dtype=torch.float32)
     flex, sdpa = (plan_attention(layout, kind=kind).attend(*inputs, softcap=softcap) for kind in ("flex", "ragged"))
     assert len(calls) == 1
     torch.testing.assert_close(flex, sdpa, rtol=0, atol=1e-5)

@@ -5,6 +5,8 @@ import torch
 from language_models import FAMILIES, NUM_TEXT, begun, image, language_model, text
 from tiny import awake
 
+from transfusion_pytorch import Transfusion
+
 pytest.importorskip("transformers")
 from transformers.masking_utils import create_causal_mask
 
@@ -19,7 +21,7 @@ def test_logits_are_those_of_transformers(family):
         torch.testing.assert_close(made[..., :NUM_TEXT], theirs(batch).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["llama, biases", "llama, tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama, biases", "llama, tied", "qwen2", "qwen3"])
 def test_gradients_of_text_are_those_of_transformers(family):
     theirs, batch = language_model(family), text(2, 12)
     model = begun(theirs)
@@ -69,12 +71,24 @@ def test_greedy_continuations_are_those_of_transformers(family, cache_kv):
     assert made[0].tolist() == written.tolist()
 
 
-@pytest.mark.parametrize("family", ["llama, tied", "qwen3"])
-def test_types_are_kept(family):
+@pytest.mark.parametrize("family", ["llama, tied", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_types_are_kept(family, tmp_path):
+    """In the model, in its files, and as far as bfloat16 goes in its logits."""
+    batch, exact = text(2, 20), language_model(family)
+    expected = exact(batch).logits
     theirs = language_model(family).bfloat16()
     model = begun(theirs)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.text_embedding.text.weight, theirs.model.embed_tokens.weight)
+    logits = model.eval()(batch, return_loss=False)
+    errors = [(made.float() - expected).square().mean() for made in (logits[..., :NUM_TEXT], theirs(batch).logits)]
+    assert errors[0] < 1.5 * errors[1]
+    assert errors[0] < 1e-3 * expected.square().mean()
+    model.save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded(batch, return_loss=False), logits)
     assert {parameter.dtype for parameter in begun(theirs, dtype=torch.float32).parameters()} == {torch.float32}
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import sys
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from checks import no_typecheck
 from language_models import EOS, NUM_TEXT, begun, image, language_model, text
 from tiny import awake
 
-from transfusion_pytorch import Condition, TextToken, TrainConfig, Trainer, Transfusion
+from transfusion_pytorch import Condition, TextToken, TrainConfig, Trainer, Transfusion, language_model_dim
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,22 +22,128 @@ TIMES = ["norms", "added", "token", "output"]
 # files
 
 
-@pytest.mark.parametrize("family", ["llama, tied", "llama, llama3", "qwen3"])
-@pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_a_folder_is_read_as_the_module_is(tmp_path, family, shard):
-    theirs = language_model(family)
+@pytest.mark.parametrize(
+    ("family", "shard", "dtype"),
+    [
+        ("llama, tied", "5GB", torch.float32),
+        ("llama, llama3", "20KB", torch.float32),
+        ("qwen2", "20KB", torch.bfloat16),
+        ("qwen3", "5GB", torch.bfloat16),
+    ],
+)
+def test_a_folder_is_read_as_the_module_is(tmp_path, family, shard, dtype):
+    theirs = language_model(family).to(dtype)
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
     weights, expected = begun(tmp_path).state_dict(), begun(theirs).state_dict()
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, expected[name]), name
+        assert weight.dtype == dtype
+    assert language_model_dim(tmp_path) == language_model_dim(theirs) == begun(theirs).dim
 
 
-@pytest.mark.parametrize("time", TIMES)
+class Hub:
+    """Stands in for the hub: a repository that is this folder, of which it gives what is asked for."""
+
+    def __init__(self, repository, downloads, monkeypatch):
+        self.repository, self.downloads = repository, downloads
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self)
+
+    def __call__(self, name, allow_patterns, **options):
+        self.downloads.mkdir(exist_ok=True)
+        for file in self.repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, self.downloads)
+        return str(self.downloads)
+
+    @property
+    def weights(self):
+        return sorted(file.name for file in self.downloads.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_of_a_repository_only_what_is_read_is_downloaded(tmp_path, monkeypatch, shard):
+    theirs = language_model("llama, tied")
+    theirs.save_pretrained(tmp_path / "hub", max_shard_size=shard)
+    expected = sorted(file.name for file in (tmp_path / "hub").glob("*.safetensors"))
+    shutil.copy(tmp_path / "hub" / expected[0], tmp_path / "hub" / "consolidated.safetensors")  # the same once more
+    hub = Hub(tmp_path / "hub", tmp_path / "downloads", monkeypatch)
+    weights = begun("someone/model").state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in begun(theirs).state_dict().items())
+    assert hub.weights == expected
+
+
+def test_nothing_large_is_downloaded_of_another_architecture(tmp_path, monkeypatch):
+    language_model().save_pretrained(tmp_path / "hub")
+    path = tmp_path / "hub" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(model_type="gpt2")))
+    hub = Hub(tmp_path / "hub", tmp_path / "downloads", monkeypatch)
+    with pytest.raises(ValueError, match="of type 'gpt2' cannot be the trunk"):
+        begun("someone/model")
+    assert not hub.weights
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: 1 / 0)
+    with pytest.raises(FileNotFoundError, match=r"'someone/model' is no folder here, and a language model could not"):
+        begun("someone/model")
+
+
+def test_a_tokenizer_is_made_of_what_there_is(tmp_path):
+    theirs = language_model("qwen2")
+    theirs.save_pretrained(tmp_path)
+    assert begun(tmp_path).tokenizer is None
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(["a", "b", "ab", "<s>"])}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="Qwen2Tokenizer")))
+    assert begun(tmp_path).tokenizer.encode("abb").tolist() == [2, 1]
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match=r"no fast tokenizer of tokenizer\.model .*hand one over with tokenizer="):
+        assert begun(tmp_path).tokenizer is None
+
+
+def test_a_gguf_file_is_read(tmp_path):
+    """Of a tiny model, written as llama.cpp does: other names, and queries and keys in another order."""
+    gguf = pytest.importorskip("gguf")
+    theirs = language_model()
+    config, state = theirs.config, theirs.state_dict()
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(NUM_TEXT)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_eos_token_id(EOS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            weight = weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    model = begun(tmp_path, gguf_file="tiny.gguf", tokenizer=tokenizer)
+    with torch.no_grad():
+        made = model(text(2, 9), return_loss=False)[..., :NUM_TEXT]
+        torch.testing.assert_close(made, theirs(text(2, 9)).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileNotFoundError, match=r"has no file other\.gguf, which gguf_file names"):
+        begun(tmp_path, gguf_file="other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("time", "family"), list(zip(TIMES, ["llama, llama3", "qwen2", "qwen3", "llama, tied"], strict=True))
+)
 @pytest.mark.parametrize("untied", [False, True])
-def test_models_are_saved_and_loaded(tmp_path, time, untied):
-    model = awake(begun(language_model("llama, llama3"), time_conditioning=time, untied=untied))
+def test_models_are_saved_and_loaded(tmp_path, time, family, untied):
+    model = awake(begun(language_model(family), time_conditioning=time, untied=untied))
     model.save_pretrained(tmp_path)
     loaded = Transfusion.from_pretrained(tmp_path)
     assert loaded.vocabulary == model.vocabulary
@@ -239,6 +346,24 @@ def test_frozen_text_stays_the_same_to_the_bit(family, time):
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
 
 
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, tied"])
+def test_frozen_text_is_loaded_frozen(tmp_path, family):
+    model = begun(language_model(family), untied=True, freeze_text=True)
+    every = {name for name, _ in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path, dtype=torch.float64)
+    assert trained_names(loaded) == trained_names(copy.deepcopy(loaded)) == trained_names(model) < every
+    assert trained_names(Transfusion.from_pretrained(tmp_path, freeze_text=False)) == every
+    loaded.unfreeze_text()
+    assert trained_names(loaded) == every
+    loaded.save_pretrained(tmp_path)
+    assert trained_names(Transfusion.from_pretrained(tmp_path)) == every
+
+
 @pytest.mark.parametrize("options", [{}, dict(untied=True, freeze_text=True), dict(untied=["feedforward"])])
 def test_runs_with_shared_weights_go_on_where_they_stopped(tmp_path, options):
     data = [[text(5), image()], [text(6)]] * 8
@@ -295,7 +420,7 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     with pytest.raises(TypeError, match="hand over the causal language model, not its decoder alone"):
         begun(language_model().model)
     language_model().config.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="read from safetensors only"):
+    with pytest.raises(FileNotFoundError, match=r"from safetensors only; .* with its tokenizer \(tokenizer=\.\.\.\)"):
         begun(tmp_path)
 
 
@@ -355,6 +480,8 @@ def test_wrong_choices_are_refused_before_anything_is_loaded():
     theirs = language_model()
     for options, error, message in (
         (dict(num_experts=2), ValueError, "num_experts=2 are of untied weights"),
+        (dict(num_experts=0, untied=True), ValueError, "num_experts is at least 2, text and one for modalities, got 0"),
+        (dict(transformer=dict(depth=2)), ValueError, "transformer: the language model says that; leave it out"),
         (dict(gguf_file="x.gguf"), ValueError, "the language model is a module already"),
         (dict(dtype=torch.int32), TypeError, "dtype must be a floating point type"),
         (dict(eos_id=2.5), TypeError, "eos_id must be an int"),

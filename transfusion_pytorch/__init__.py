@@ -54,6 +54,8 @@ from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
 from transfusion_pytorch.network.shortcuts import plain_formulas
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.pretrained.autoencoders import pretrained_autoencoder
+from transfusion_pytorch.pretrained.language_model import language_model_dim
+from transfusion_pytorch.pretrained.vision import VisionEncoder, pretrained_vision_encoder
 from transfusion_pytorch.saving.card import ModelCard
 from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.batch import Batch
@@ -127,12 +129,15 @@ __all__ = [
     "Transfusion",
     "UNetDown",
     "UNetUp",
+    "VisionEncoder",
     "cache_latents",
     "collate_fn",
     "create_dataloader",
     "create_ema",
+    "language_model_dim",
     "plain_formulas",
     "pretrained_autoencoder",
+    "pretrained_vision_encoder",
     "print_modality_sample",
     "random_states",
     "register_component",

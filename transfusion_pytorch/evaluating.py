@@ -131,6 +131,33 @@ def weights_changed(model: nn.Module) -> None:
         watcher.weights_changed()
 
 
+class WeightVersions:
+    """Notices changes of a model's parameters that torch counts, and parameters that are put in their place. Parameters
+    made in inference mode have no count.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.look_again()
+        self._version = self._sum()
+
+    def look_again(self) -> None:
+        """Finds the parameters anew: modules may have been replaced. Takes longer than `have_changed`."""
+        self._places = [(module._parameters, name) for module in self._model.modules() for name in module._parameters]
+
+    def have_changed(self) -> bool:
+        """Whether there was a change since the last call."""
+        before, self._version = self._version, self._sum()
+        return before != self._version
+
+    def _sum(self) -> int | None:
+        found = [parameters.get(name) for parameters, name in self._places]
+        try:
+            return sum(id(it) + it._version for it in found if it is not None)
+        except RuntimeError:  # an inference tensor
+            return None
+
+
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
     """Gathers the parameters of a model that `fully_shard` has split over processes; does nothing for others.

@@ -91,6 +91,7 @@ class Transfusion(
       only where a sample does not begin with text, and eos where its text does not end with it. Its rows in the
       embedding stand apart from those of the markers. See `from_pretrained_lm`.
     - `tie_embeddings`: logits have the weights of the embedding
+    - `freeze_text`: what reads text is not trained; see `freeze_text()`, which needs `untied=True` of the transformer
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Transfusion(
         time_conditioning: TimeConditioning = "norms",
         eos_id: int | None = None,
         tie_embeddings: bool = False,
+        freeze_text: bool = False,
     ):
         super().__init__()
         if num_text_tokens < 0:
@@ -177,6 +179,8 @@ class Transfusion(
         self.process_group: Any = None  # of data parallelism, where it is neither DDP's own nor the default one
         self._ddp_params_and_buffers_to_ignore = names_of_statistics(len(self.modalities))
         self._live_shapes = self._shape_finders(is_live=True)
+        if freeze_text:
+            self.freeze_text()
 
     def _build_text_layers(self) -> None:
         """The embedding of ids, and the layer that makes logits; text has tables of its own where it may be frozen."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transfusion_pytorch.modalities.autoencoder import DataLayout
+from transfusion_pytorch.modalities.autoencoder import DataLayout, as_input
 from transfusion_pytorch.modalities.statistics import LatentStatistics, RunningStatistics
 
 
@@ -40,7 +40,8 @@ class LatentHalf(nn.Module):
 
 
 class EncoderHalf(LatentHalf):
-    """Data to normalised latents. Subclasses say what `encode` does.
+    """Data to normalised latents, in the dtype of the data, whatever that of the weights. Subclasses say what `encode`
+    does.
 
     `layout` is that of the data, by which a model that was saved knows how to read image files.
     """
@@ -60,18 +61,18 @@ class EncoderHalf(LatentHalf):
 
     def forward(self, data: Float[Tensor, "b ..."]) -> Float[Tensor, "b c ..."]:
         self.check(data)
-        return self.normalize(self.encode(data))
+        return self.normalize(self.encode(as_input(data, self)).to(data.dtype))
 
 
 class DecoderHalf(LatentHalf):
-    """Normalised latents to data. Subclasses say what `decode` does."""
+    """Normalised latents to data, in the dtype of the latents. Subclasses say what `decode` does."""
 
     def decode(self, latents: Float[Tensor, "b c ..."]) -> Float[Tensor, "b ..."]:
         """Takes latents in the autoencoder's scale."""
         raise NotImplementedError
 
     def forward(self, latents: Float[Tensor, "b c ..."]) -> Float[Tensor, "b ..."]:
-        return self.decode(self.denormalize(latents))
+        return self.decode(as_input(self.denormalize(latents), self)).to(latents.dtype)
 
 
 class AutoencoderHalves(NamedTuple):
@@ -86,12 +87,15 @@ def measure_scale(encoder: EncoderHalf, decoder: DecoderHalf, batches: Iterable[
     """Measures mean and standard deviation of each channel of the latents of all `batches`, and keeps them in both
     halves: from then on latents outside have mean 0 and standard deviation 1.
 
-    Raises `ValueError` where there are no batches, for data of another layout, and for latents that are not finite.
+    Raises `TypeError` for one tensor in place of batches, and `ValueError` where there are no batches, for data of
+    another layout, and for latents that are not finite.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError(f"expected batches, got one tensor of shape {tuple(batches.shape)}; give a list: [tensor]")
     running, device = RunningStatistics(encoder.dim_latent), torch.device("cpu")
     for batch in batches:
         encoder.check(batch)
-        latents = encoder.encode(batch)
+        latents = encoder.encode(as_input(batch, encoder))
         running.add(latents.movedim(1, -1).flatten(0, -2))
         device = latents.device
     if not running.count:

@@ -219,8 +219,13 @@ class KLAutoencoder(PretrainedMethods, nn.Module):
         return self.encoder.dim_latent
 
     def latent_shape(self, axes: Sequence[int]) -> tuple[int, ...]:
-        """The axes of the latents of data with these axes: `modality_default_shape` of a `Transfusion`."""
-        return self.encoder.layout.latent_shape(axes)
+        """The axes of the latents of data with these axes: `modality_default_shape` of a `Transfusion`. Raises
+        `ValueError` for another number of axes, and for sizes that are no multiples of the factor.
+        """
+        layout = self.encoder.layout
+        if problem := layout.problem_of((layout.channels, *axes)):
+            raise ValueError(problem)
+        return layout.latent_shape(axes)
 
     def constructor_arguments(self) -> dict[str, Any]:
         return dict(dim_latent=self.dim_latent, **self.options, posterior=self.encoder.posterior_use)

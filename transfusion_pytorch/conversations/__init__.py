@@ -11,11 +11,13 @@ from transfusion_pytorch.conversations.datasets import (
 )
 from transfusion_pytorch.conversations.dropout import ConditionDropout
 from transfusion_pytorch.conversations.format import ConversationFormat
-from transfusion_pytorch.conversations.templates import PLAIN_TEMPLATE
+from transfusion_pytorch.conversations.templates import LLAMA2_TEMPLATE, PLAIN_TEMPLATE, VICUNA_TEMPLATE
 from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
 
 __all__ = [
+    "LLAMA2_TEMPLATE",
     "PLAIN_TEMPLATE",
+    "VICUNA_TEMPLATE",
     "CaptionConversations",
     "ChatMethods",
     "ChatTokenizer",

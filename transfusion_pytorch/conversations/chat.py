@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfusion_pytorch.conversations.format import ConversationFormat
 from transfusion_pytorch.conversations.messages import Messages, errors_named
+from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.data.model_images import has_channels_first, image_reader_of
 from transfusion_pytorch.generation.engine import MAX_BATCH
 from transfusion_pytorch.generation.options import (
@@ -14,7 +15,7 @@ from transfusion_pytorch.generation.options import (
     checks_itself,
     takes_sampling_options,
 )
-from transfusion_pytorch.sequence.checks import check_int
+from transfusion_pytorch.sequence.checks import check_int, check_type
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,10 +32,15 @@ class ChatMethods:
     tokenizer: Any
 
     def conversation_format(self, **options: Any) -> ConversationFormat:
-        """The `ConversationFormat` of this model: its tokenizer, and `images` as its modality takes them, where it says
-        how. `options` are the fields of the format.
+        """The `ConversationFormat` of this model: its tokenizer, and images as its modalities take them, where those
+        say how. `options` are the fields of the format; by default
 
-        Raises `ValueError` for a model without a tokenizer.
+        - `modality_type`: the first modality that can be drawn
+        - `vision_type`: the first that is only read, of a `VisionEncoder`; None (also if you say so) for without
+        - `images`, `vision_images`: what the encoders of these say. Where the vision encoder does not say how large
+          its images are, they are read as large as the others, channels first
+
+        Raises `ValueError` for a model without a tokenizer, and for types that it does not have.
         """
         tokenizer = options.pop("tokenizer", self.tokenizer)
         if tokenizer is None:
@@ -42,8 +48,18 @@ class ChatMethods:
                 "the model has no tokenizer, so it cannot chat: set model.tokenizer to a ChatTokenizer, or save it "
                 "with one (save_pretrained(folder, tokenizer=...))"
             )
-        kind = options.get("modality_type", 0)
-        options.setdefault("images", image_reader_of(self.modalities[kind]) if kind < len(self.modalities) else None)
+        types = {is_read_only: [] for is_read_only in (False, True)}
+        for io in self.modalities:
+            types[io.is_read_only].append(io.spec.type)
+        kind = options.setdefault("modality_type", next(iter(types[False]), 0))
+        vision = options.setdefault("vision_type", next((each for each in types[True] if each != kind), None))
+        for name, each in (("modality_type", kind), ("vision_type", vision)):
+            if each is not None:
+                check_type(each, len(self.modalities), name)
+        options.setdefault("images", image_reader_of(self.modalities[kind]))
+        if vision is not None:
+            reader = image_reader_of(self.modalities[vision]) or _as_large_as(options["images"])
+            options.setdefault("vision_images", reader)
         return ConversationFormat(tokenizer, **options)
 
     @takes_sampling_options
@@ -53,7 +69,7 @@ class ChatMethods:
         messages: Messages,
         *,
         format: ConversationFormat | None = None,
-        max_new_tokens: int = MOST_TOKENS,
+        max_new_tokens: int | None = None,
         cache_kv: bool = True,
         progress: bool = False,
         options: SamplingOptions | None = None,
@@ -66,10 +82,11 @@ class ChatMethods:
 
         `messages` are those of OpenAI, with images as paths, data URLs, Pillow images or tensors; see
         `conversations.messages`. `format` says how they are read, by default `conversation_format()`. The answer ends
-        where the template ends a turn, after `max_new_tokens` (unless there is a `max_length`), or at one of the
-        `stop_ids`. The rest is as in `sample`.
+        where the template ends a turn, after `max_new_tokens`, at `max_length` tokens with the conversation (without
+        either after 1,024), or at one of the `stop_ids`. The rest is as in `sample`.
 
-        Raises `ValueError`, `TypeError` or `FileNotFoundError` that names the message and the part at fault.
+        Raises `ValueError`, `TypeError` or `FileNotFoundError` that names the message and the part at fault, also for a
+        broken image.
         """
         given: dict[str, Any] = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
         return self._answers([messages], options, keywords, **given)[0]
@@ -81,7 +98,7 @@ class ChatMethods:
         conversations: Sequence[Messages],
         *,
         format: ConversationFormat | None = None,
-        max_new_tokens: int = MOST_TOKENS,
+        max_new_tokens: int | None = None,
         max_batch: int = MAX_BATCH,
         cache_kv: bool = True,
         progress: bool = False,
@@ -101,25 +118,36 @@ class ChatMethods:
         keywords: Any,
         *,
         format: ConversationFormat | None,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         **batching: Any,
     ) -> list[dict[str, Any]]:
         if not conversations:
             raise ValueError("there are no conversations to answer")
+        if format is not None and not isinstance(format, ConversationFormat):
+            raise TypeError(f"format is a ConversationFormat, got {type(format).__name__}")
         model: Any = self
         format = self.conversation_format() if format is None else format
         given = as_options(options, keywords)
         prompts = [_prompt_of(format, conversations, i) for i in range(len(conversations))]
         keywords["stop_ids"] = [*given.stop_ids, *(id for id in format.stop_ids if id not in given.stop_ids)]
-        if options is None and "max_length" not in keywords:
-            count = model.packer().num_tokens
-            keywords["max_length"] = max(map(count, prompts)) + check_int(max_new_tokens, "max_new_tokens")
+        has_length = "max_length" in keywords or given.max_length != SamplingOptions.max_length
+        if max_new_tokens is not None or not has_length:
+            new = check_int(MOST_TOKENS if max_new_tokens is None else max_new_tokens, "max_new_tokens")
+            longest = max(map(model.packer().num_tokens, prompts)) + new
+            keywords["max_length"] = min(longest, given.max_length) if has_length else longest
         samples = model.sample_many(prompts, options=options, **batching, **keywords)
         has_first = {io.spec.type: has_channels_first(io) for io in self.modalities}
         return [
             format.message_of(sample, num_text=self.vocabulary.num_text, prompt=prompt, channels_first=has_first)
             for sample, prompt in zip(samples, prompts, strict=True)
         ]
+
+
+def _as_large_as(images: ImageReader | int | None) -> ImageReader | None:
+    """Reads images of this size for an encoder, which takes them as `(3, h, w)`."""
+    if images is None:
+        return None
+    return ImageReader(images.size if isinstance(images, ImageReader) else images, channels_first=True)
 
 
 def _prompt_of(format: ConversationFormat, conversations: Sequence[Messages], index: int) -> list[Any]:

@@ -19,10 +19,14 @@ class CleanContext:
     sample are learned behind images that are noised to any degree.
 
     The `transform` of a conversation dataset: picklable, and the same for the same generator. Samples that draw fewer
-    than `least` images stay as they are.
+    than `least` images stay as they are. Raises `ValueError` for a `least` below 1.
     """
 
     least: int = 2
+
+    def __post_init__(self) -> None:
+        if self.least < 1:
+            raise ValueError(f"least is a number of drawn images, at least 1, got {self.least}")
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
         number = torch.rand((), generator=generator).item()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from transfusion_pytorch.conversations.dropout import ConditionDropout
 from transfusion_pytorch.conversations.format import ConversationFormat, Slots
 from transfusion_pytorch.conversations.messages import ImagePart, Message, Messages, errors_named, parse_learnable
 from transfusion_pytorch.conversations.records import Records
@@ -35,7 +36,9 @@ class ConversationDataset(Dataset, ABC):
     root: Path | None = None
 
     def __init__(self, format: ConversationFormat, *, transform: Transform | None = None):
-        self.format, self.transform = format, transform
+        self.format = format
+        is_dropout = isinstance(transform, ConditionDropout)  # which drops each branch of the format on its own
+        self.transform = transform.for_vision_type(format.vision_type) if is_dropout else transform
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -158,20 +161,21 @@ class OpenAIConversations(RecordDataset):
 class LlavaConversations(RecordDataset):
     """`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}`.
 
-    `image` may be a list. Each `<image>`, in order, is one of them.
+    `image` may be a list, or null for none. Each `<image>`, in order, is one of them.
     """
 
     def messages_of(self, record: dict[str, Any]) -> Messages:
         turns = record.get("conversations")
         if not isinstance(turns, list):
             raise ValueError(f"expected a list of conversations, got the keys {', '.join(record) or 'none'}")
-        given = record.get("image", [])
-        images = iter(given if isinstance(given, list) else [given])
+        given = record.get("image")
+        files = given if isinstance(given, list) else [] if given is None else [given]
+        images = iter(files)
         expected = sum(str(turn.get("value")).count(IMAGE_PLACEHOLDER) for turn in turns if isinstance(turn, dict))
-        if (count := len(given) if isinstance(given, list) else 1) != expected:
+        if len(files) != expected:
             raise ValueError(
-                f"{expected} {IMAGE_PLACEHOLDER} in the conversation and {count} images: each image stands where its "
-                f"{IMAGE_PLACEHOLDER} is"
+                f"{expected} {IMAGE_PLACEHOLDER} in the conversation and {len(files)} images: each image stands where "
+                f"its {IMAGE_PLACEHOLDER} is"
             )
         return [self._message(turn, i, images) for i, turn in enumerate(turns)]
 

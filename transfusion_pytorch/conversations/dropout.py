@@ -8,33 +8,48 @@ import torch
 
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample, is_typed
 
+DEFAULT_VISION = 0.3
+
 
 @dataclass(frozen=True)
 class ConditionDropout:
     """Drops the images that a drawn image depends on, each branch on its own (BAGEL, arXiv 2505.14683):
 
     - `latents`: how often those of autoencoders are dropped
-    - `vision`: how often those of the vision encoder, `vision_type`
+    - `vision`: how often those of the vision encoder, by default 0.3 where there is one
+    - `vision_type`: the modality of the vision encoder; by default that of the dataset's format
 
     A dropped branch is left out of the sample, as guidance by modalities leaves it out (`modality_cfg_scale`). Samples
     in which nothing is drawn stay as they are, and so does what stands behind the last drawn image. Text is dropped by
     the model (`prob_uncond`, 0.1): guidance reads null in its place, which no sample can contain.
 
-    The `transform` of a conversation dataset: picklable, and the same for the same generator.
+    The `transform` of a conversation dataset: picklable, and the same for the same generator. Raises `ValueError` for
+    what is no probability, for `vision` without a vision encoder, and for a `vision_type` other than the format's.
     """
 
     latents: float = 0.3
-    vision: float = 0.3
+    vision: float | None = None
     vision_type: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("latents", self.latents), ("vision", self.vision)):
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability, got {value}")
 
+    def for_vision_type(self, vision_type: int | None) -> "ConditionDropout":
+        """The same for samples of a format with this `vision_type`, of which datasets tell their transform."""
+        if self.vision_type not in (None, vision_type):
+            raise ValueError(f"vision_type is {self.vision_type} here, and {vision_type} in the ConversationFormat")
+        if self.vision and vision_type is None:
+            raise ValueError(f"vision={self.vision}, but there is no vision_type, so no vision encoder to drop")
+        return replace(self, vision_type=vision_type)
+
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        if self.vision and self.vision_type is None:
+            raise ValueError(f"vision={self.vision} is of a vision encoder: set vision_type, too")
         number_of_latents, number_of_vision = torch.rand(2, generator=generator).tolist()
-        drops_latents, drops_vision = number_of_latents < self.latents, number_of_vision < self.vision
+        drops_latents = number_of_latents < self.latents
+        drops_vision = number_of_vision < (DEFAULT_VISION if self.vision is None else self.vision)
         last = last_drawn(sample.parts)
         kept = [
             part

@@ -27,6 +27,7 @@ from transfusion_pytorch.conversations.pictures import Fetch, as_picture, load_i
 from transfusion_pytorch.conversations.tokenizer import ChatTokenizer
 from transfusion_pytorch.conversations.turns import Piece, TurnRenderer, pieces_of
 from transfusion_pytorch.data.images import ImageReader
+from transfusion_pytorch.data.loading import SkipSample
 from transfusion_pytorch.sequence.samples import Condition, Latents, Sample, is_typed
 
 Slots = list[list[Any]]  # of every image or other modality of a conversation, what stands for it in a sample
@@ -46,6 +47,8 @@ class ConversationFormat:
 
     What the assistant writes and draws is learned, with the token that ends its turn. Everything else is a `Condition`:
     read, clean, not learned.
+
+    Raises `TypeError` for another tokenizer or reader, and `ValueError` for types that are negative, or the same.
     """
 
     tokenizer: Any
@@ -60,8 +63,13 @@ class ConversationFormat:
         if not isinstance(self.tokenizer, ChatTokenizer):
             object.__setattr__(self, "tokenizer", ChatTokenizer(self.tokenizer))
         for name in ("images", "vision_images"):
-            if isinstance(side := getattr(self, name), int):
-                object.__setattr__(self, name, ImageReader(side))
+            if isinstance(reader := getattr(self, name), int):
+                object.__setattr__(self, name, ImageReader(reader))
+            elif reader is not None and not isinstance(reader, ImageReader):
+                raise TypeError(f"{name} is an ImageReader or a side in pixels, got {type(reader).__name__}")
+        for name in ("modality_type", "vision_type"):
+            if (kind := getattr(self, name)) is not None and kind < 0:
+                raise ValueError(f"{name} is the type of a modality, from 0, got {kind}")
         if self.vision_type is not None and self.vision_type == self.modality_type:
             raise ValueError(f"vision_type is a modality of its own, got {self.vision_type}, that of drawn images")
 
@@ -89,10 +97,14 @@ class ConversationFormat:
 
     def prompt_of(self, messages: Messages, *, root: Path | None = None) -> list[Any]:
         """What a model is to answer: a prompt of `Transfusion.sample`, up to where the assistant begins. Its ids are
-        those that a sample of the same conversation begins with. Errors are those of `sample_of`.
+        those that a sample of the same conversation begins with. Errors are those of `sample_of`, and `ValueError` for
+        a broken image: nobody skips a question.
         """
         parsed = parse_messages(messages)
-        slots = self._shown(parsed, self.load(parsed, root=root))
+        try:
+            slots = self._shown(parsed, self.load(parsed, root=root))
+        except SkipSample as reason:
+            raise ValueError(str(reason)) from reason
         parts: list[Any] = []
         for _, group in groupby(pieces_of(self.renderer.prompt(parsed), self.tokenizer.encode), key=_slot_of):
             pieces = list(group)

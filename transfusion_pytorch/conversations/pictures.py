@@ -5,6 +5,7 @@ h height, w width, c channels.
 
 import base64
 import binascii
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transfusion_pytorch.data.model_images import PICTURE_CHANNELS
 from transfusion_pytorch.data.optional import import_optional
 
 Fetch = Callable[[str], bytes]
+LONGEST_PATH = 1024
+BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
 
 
 def load_image(source: Any, *, root: Path | None = None, fetch: Fetch | None = None) -> Any:
@@ -55,6 +58,9 @@ def _load_address(address: str, root: Path | None, fetch: Fetch | None) -> bytes
         return fetch(address)
     if scheme not in ("", "file"):
         raise ValueError(f"the image {address:.80}: expected a path, a file: or a data: URL, got {scheme}:")
+    if not scheme and len(address) > LONGEST_PATH:
+        hint = ', and an image as base64 stands behind "data:image/png;base64,"' if BASE64.fullmatch(address) else ""
+        raise ValueError(f"no path has {len(address)} characters{hint}: {address:.40}...")
     path = Path(unquote(urlsplit(address).path)) if scheme == "file" else Path(address).expanduser()
     path = path if root is None else root / path  # an absolute path stays as it is
     if not path.is_file():

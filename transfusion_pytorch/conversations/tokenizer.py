@@ -63,8 +63,9 @@ class ChatTokenizer:
         return num_ids(self.backend_tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[Tensor, " n"]:
-        """Special tokens that are written in the text become their ids. With `add_special_tokens`, those that the
-        tokenizer places around a text (a beginning of sequence) are added.
+        """Special tokens that are written in the text become their ids. With `add_special_tokens`, those are added that
+        the tokenizer itself places around a text (its post-processor): for Llama and Vicuna `bos_token`, for Qwen none.
+        Chat templates write theirs.
         """
         return torch.tensor(
             self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, dtype=torch.long

@@ -139,8 +139,8 @@ def _with_last_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[int]]:
 
 @dataclass(eq=False)
 class BatchState:
-    """A fixed set of rows. It is made anew when a request enters or leaves, or when the ids that it may write change.
-    Otherwise each decode step advances it on the device, and nothing is uploaded.
+    """A fixed set of rows. It is made anew when a request enters or leaves. Otherwise each decode step advances it on
+    the device, and nothing is uploaded but the mask of a row that may now write other ids (in the spelling of a shape).
 
     Tensors are changed in place and never replaced, and the host counts for itself: a step can be compiled, or captured
     in a CUDA graph.
@@ -149,8 +149,7 @@ class BatchState:
     - `view`: what attention sees of the cache, if there is one; `graph` runs the steps, if they can be captured;
       `reordered` are the weights that steps are made with, None for the model's own
     - `stream`: the id of every row to be read next, and its position
-    - `forbidden`: the ids that may not come next, `(1, v)` where they are the same for all rows; `masks` are the ids
-      that may, of each request when it was made
+    - `forbidden`: the ids that may not come next; `masks` are the ids that may, of each request
     - `columns`: the options of text; `seen`: ids to be penalised, of the first `num_text`: markers never are
     - `numbers`: random numbers of the next steps, made of `seeds` and `counters`; `step` is the row of this step
     - `num_left`: steps for which it has random numbers, counted by the host
@@ -162,7 +161,7 @@ class BatchState:
     view: Any
     graph: Any
     stream: TokenStream
-    forbidden: Bool[Tensor, "#r v"]
+    forbidden: Bool[Tensor, "r v"]
     masks: list[Bool[Tensor, " v"]]
     columns: SamplingColumns
     seeds: Int[Tensor, " r"]
@@ -190,7 +189,6 @@ class BatchState:
         dtype = torch.promote_types(dtype, torch.float32)
         branches = [request.branch for request in requests]
         masks = [request.allowed for request in requests]
-        same = all(mask is masks[0] for mask in masks)
         seen = None
         if any(request.seen is not None for request in requests):
             none = torch.zeros_like(masks[0])
@@ -206,7 +204,7 @@ class BatchState:
             view=view,
             graph=graph,
             stream=_stream(token, token if view is None else view.position, [it.past for it in branches]),
-            forbidden=_to(~(masks[0][None] if same else torch.stack(masks)), device),
+            forbidden=_to(~torch.stack(masks), device),
             masks=masks,
             columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
             seeds=seeds,
@@ -253,12 +251,16 @@ class BatchState:
             self.step.zero_()
             self.num_left = STEPS_OF_NUMBERS
 
-    def holds(self) -> bool:
-        """Whether all requests still write text, and may write the same ids as when this was made."""
-        return all(
-            request.is_writing and request.allowed is mask
-            for request, mask in zip(self.requests, self.masks, strict=True)
-        )
+    def follow(self) -> bool:
+        """Whether all requests still write text; what they may write now is then brought up to date."""
+        if not all(request.is_writing for request in self.requests):
+            return False
+        for i, request in enumerate(self.requests):
+            mask = request.allowed
+            if mask is not self.masks[i]:
+                self.forbidden[i].copy_(~mask, non_blocking=True)
+                self.masks[i] = mask
+        return True
 
 
 def _stream(token: Int[Tensor, " r"], position: Int[Tensor, " r"], past: Sequence[Past]) -> TokenStream:

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transfusion_pytorch.display.progress import SampleProgress
-from transfusion_pytorch.evaluating import evaluation_view, watch_weights
+from transfusion_pytorch.evaluating import WeightVersions, evaluation_view, watch_weights
 from transfusion_pytorch.generation.delivery import Request, decode_modalities, sample_of, undecoded
 from transfusion_pytorch.generation.events import EndReason, Sample
 from transfusion_pytorch.generation.options import (
@@ -132,8 +132,7 @@ class Engine:
         self.scheduler = Scheduler(self._view, limits, cache_kv=cache_kv)
         self._lock, self._owner = threading.Lock(), 0
         self._gate = threading.RLock()  # others wait for a cancellation, which may come from any thread, to end
-        self._weights = _places_of(model)
-        self._version = _version(self._weights)
+        self._weights = WeightVersions(model)
         self._is_stale = False
         self._requests: WeakSet[RequestState] = WeakSet()
         self._generators: dict[int, WeakSet[RequestState]] = {}
@@ -314,10 +313,9 @@ class Engine:
 
     def _notice_changed_weights(self) -> None:
         if not self.scheduler.active:  # modules may have been replaced; to look for them takes too long
-            self._weights = _places_of(self.model)
-        version = _version(self._weights)
-        if self._is_stale or version != self._version:
-            self._is_stale, self._version = False, version
+            self._weights.look_again()
+        if self._weights.have_changed() or self._is_stale:
+            self._is_stale = False
             self.scheduler.rewind()
 
     # before and after
@@ -433,19 +431,3 @@ def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
             f"{long[0].options.max_length}{others}: the model writes nothing behind it",
             stacklevel=5,
         )
-
-
-def _places_of(model: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where the parameters of a model are: dicts, and the names in them."""
-    return [(module._parameters, name) for module in model.modules() for name in module._parameters]
-
-
-def _version(places: Sequence[tuple[dict[str, Any], str]]) -> int | None:
-    """Another number when torch counts a change of a parameter, or another one is put in its place. None where there
-    is no such count.
-    """
-    found = [parameters.get(name) for parameters, name in places]
-    try:
-        return sum(id(it) + it._version for it in found if it is not None)
-    except RuntimeError:  # inference tensors have no version
-        return None

@@ -22,7 +22,7 @@ from transfusion_pytorch.generation.events import (
     TextToken,
 )
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.resolve import axes_of, initial_noise, most_latents, shape_of, times_of
+from transfusion_pytorch.generation.resolve import allowed_axes, initial_noise, most_latents, shape_of, times_of
 from transfusion_pytorch.generation.runner import Model
 from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
 from transfusion_pytorch.sequence.plan import ModalityPart, Plan, TextPart
@@ -435,8 +435,5 @@ class RequestState:
 
 
 def _grammar(options: SamplingOptions, model: Model) -> Grammar:
-    axes = [axes_of(io, options.fixed_modality_shape) for io in model.modalities]
-    if options.allowed_modalities is not None:
-        axes = [counts if i in options.allowed_modalities else set() for i, counts in enumerate(axes)]
-    counts = tuple(map(frozenset, axes))
+    counts = tuple(map(frozenset, allowed_axes(options, model)))
     return shared_grammar(model.vocabulary, counts, most_latents(options, model), options.fixed_modality_shape)

@@ -59,6 +59,16 @@ def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
 # shapes
 
 
+def allowed_axes(options: SamplingOptions, model: Any) -> list[set[int]]:
+    """The numbers of axes that each modality may have that the model opens by itself; none for one that it may not
+    open. Of those that are only read none is opened, unless `allowed_modalities` names it.
+    """
+    named = options.allowed_modalities
+    allowed = [i in named if named is not None else not io.is_read_only for i, io in enumerate(model.modalities)]
+    axes = [axes_of(io, options.fixed_modality_shape) for io in model.modalities]
+    return [counts if may_open else set() for counts, may_open in zip(axes, allowed, strict=True)]
+
+
 def axes_of(io: Any, fixed: Shape | None = None) -> set[int]:
     """The numbers of axes that a modality can have; none where it cannot have the `fixed` shape."""
     if fixed is not None:

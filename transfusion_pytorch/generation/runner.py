@@ -18,6 +18,7 @@ from transfusion_pytorch.flow.times import CLEAN
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded, Share
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.cpu.reordered import ReorderedWeights
+from transfusion_pytorch.network.precision import precision_of
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.hashing import content_key
 from transfusion_pytorch.sequence.joined import JoinedSpans
@@ -108,8 +109,8 @@ class CachedRunner:
     def restart(self) -> None:
         """Begins with an empty cache, in the type of the forward pass. No branch may keep its row."""
         model = self.model
-        self.precision = precision_of(model)
-        dtype = self.precision.autocast or self.precision.model
+        self.precision = precision_of(model.device, model.dtype)
+        dtype = self.precision.autocast or self.precision.own
         self.cache = model.transformer.create_cache(device=model.device, dtype=dtype)
         self._prefixes: dict[Hashable, Prefix] = {}
         self.forget_weights()
@@ -341,7 +342,7 @@ class UncachedRunner:
         self.restart()
 
     def restart(self) -> None:
-        self.precision = precision_of(self.model)
+        self.precision = precision_of(self.model.device, self.model.dtype)
 
     def forget_weights(self) -> None: ...
 
@@ -445,16 +446,3 @@ def _evaluate(
     t, latents = _as_times(model, laid.times_of_spans(times)), laid.joined.latents(x)
     output = model.forward_stream(laid.stream, latents, t, laid.view, **made)
     return laid.joined.join(model.velocities(output, laid.stream, latents, t), x.shape[1])
-
-
-class Precision(NamedTuple):
-    """The types that a model computes in: its own, and that of products under autocast (None without)."""
-
-    model: torch.dtype
-    autocast: torch.dtype | None
-
-
-def precision_of(model: Model) -> Precision:
-    kind = model.device.type
-    is_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return Precision(model.dtype, torch.get_autocast_dtype(kind) if is_autocast else None)

@@ -19,8 +19,9 @@ from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decod
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.generation.request import Phase, RequestState
-from transfusion_pytorch.generation.runner import Model, create_runner, precision_of
+from transfusion_pytorch.generation.runner import Model, create_runner
 from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, to_host
+from transfusion_pytorch.network.precision import precision_of
 
 
 class Limits(NamedTuple):
@@ -103,7 +104,7 @@ class Scheduler:
     def step(self) -> None:
         """Takes every request one step further."""
         self.steps += 1
-        if self.runner.precision != precision_of(self.model):
+        if self.runner.precision != precision_of(self.model.device, self.model.dtype):
             self.rewind()
         self._end_overdue()
         self._retire()
@@ -229,7 +230,7 @@ class Scheduler:
                 self.runner.commit(request.branch)
             except Exception as error:
                 request.end(EndReason.ERROR, released(error))
-        return state.holds()
+        return state.follow()
 
     def _processed(self, logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
         """Logits after the processors of each row. One that raises an error ends its own request."""

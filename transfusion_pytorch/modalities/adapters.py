@@ -68,6 +68,13 @@ class PairAdapter(nn.Module):
         super().__init__()
         if isinstance(down, UNetDown) != isinstance(up, UNetUp):
             raise ValueError("UNetDown and UNetUp go together: what one remembers the other needs")
+        for half in (down, up):
+            if isinstance(half, UNetDown | UNetUp) and (half.dim_latent, half.dim) != (dim_latent, dim):
+                raise ValueError(
+                    f"{type(half).__name__} was built with dim_latent={half.dim_latent} and dim={half.dim}, and here "
+                    f"latents have dim_latent={dim_latent} channels and the transformer has dim={dim}: build it with "
+                    "these"
+                )
         self.down, self.up = down, up
         self.dim_latent, self.dim = dim_latent, dim
         self.is_unet = isinstance(down, UNetDown)

@@ -5,6 +5,7 @@ g instances.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import lcm
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,13 @@ class DataLayout(NamedTuple):
     - `channels`: of the data
     - `factors`: how many positions of the data make one of a latent, along each axis
     - `has_first`: along the first axis, one position comes before all others, and makes a latent by itself (video)
+    - `chunk`: along the first axis, so many positions are encoded together, and what fills no chunk is dropped
     """
 
     channels: int
     factors: tuple[int, ...]
     has_first: bool = False
+    chunk: int = 1
 
     def latent_shape(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The axes of the latents of data with these axes: `modality_default_shape` of a `Transfusion`."""
@@ -41,10 +44,11 @@ class DataLayout(NamedTuple):
     def problem_of(self, shape: Sequence[int]) -> str | None:
         """What is wrong with an instance of this shape, if anything."""
         channels, *axes = shape or (0,)
-        fits = channels == self.channels and len(axes) == len(self.factors)
-        if fits and min(axes) > 0 and self.data_shape(self.latent_shape(axes)) == tuple(axes):
+        multiples = (lcm(self.factors[0], self.chunk), *self.factors[1:])
+        fits = channels == self.channels and len(axes) == len(self.factors) and min(axes) > 0
+        if fits and not any((n - first) % m for n, first, m in zip(axes, self._firsts, multiples, strict=True)):
             return None
-        sides = (f"{factor} k{' + 1' * first}" for factor, first in zip(self.factors, self._firsts, strict=True))
+        sides = (f"{multiple} k{' + 1' * first}" for multiple, first in zip(multiples, self._firsts, strict=True))
         return (
             f"expected data of shape ({', '.join([str(self.channels), *sides])}) with whole numbers k, channels first, "
             f"got {tuple(shape)}; crop or pad the data"
@@ -53,6 +57,12 @@ class DataLayout(NamedTuple):
     @property
     def _firsts(self) -> tuple[int, ...]:
         return (int(self.has_first), *[0] * (len(self.factors) - 1))
+
+
+def as_input(data: Float[Tensor, "..."], module: nn.Module) -> Float[Tensor, "..."]:
+    """The data in the dtype and on the device of a module's parameters; as they are for a module without any."""
+    parameter = next((each for each in module.parameters() if each.is_floating_point()), None)
+    return data if parameter is None else data.to(parameter.device, parameter.dtype)
 
 
 def run_half(

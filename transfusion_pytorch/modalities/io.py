@@ -71,6 +71,13 @@ class ModalityIO(nn.Module):
         return [module for module in (self.encoder, self.decoder) if module is not None]
 
     @property
+    def is_read_only(self) -> bool:
+        """Whether latents are read and never generated: the encoder says so (`is_read_only`), and no decoder could show
+        them. Such a modality is not opened in sampling unless the caller asks for it.
+        """
+        return self.decoder is None and bool(getattr(self.encoder, "is_read_only", False))
+
+    @property
     def trained(self) -> list[nn.Module]:
         """Adapter, positions, and how tokens are told the time."""
         return [module for module in (self.adapter, self.positions, self.timing) if module is not None]

@@ -67,15 +67,33 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.conv_out(F.silu(hidden))
 
 
+def check_sizes(dim_latent: int, dim: int, dim_hidden: int, num_downsamples: int) -> None:
+    for name, value in (("dim_latent", dim_latent), ("dim", dim), ("dim_hidden", dim_hidden)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if num_downsamples < 0:
+        raise ValueError(f"num_downsamples must not be negative, got {num_downsamples}")
+
+
 @register_component
 class UNetDown(nn.Module):
     """From latents `(g, dim_latent, *axes)` to tokens `(g, dim, *axes / 2**num_downsamples)`, rounded up.
 
-    Give it and `UNetUp` the same arguments. `dim` is the transformer's.
+    Give it and `UNetUp` the same arguments:
+
+    - `dim_latent`: channels of a latent
+    - `dim`: the transformer's; of a language model, `language_model_dim(name)`
+    - `dim_hidden`: hidden channels at the size of the latents, twice as many after each downsample
+    - `num_dim`: axes of the latents, 1 to 3
+    - `num_downsamples`: how often every axis is halved; 0 for none
+
+    Raises `ValueError` for sizes below 1, a negative `num_downsamples`, and another number of axes.
     """
 
     def __init__(self, dim_latent: int, dim: int, *, dim_hidden: int = 64, num_dim: int = 2, num_downsamples: int = 1):
         super().__init__()
+        check_sizes(dim_latent, dim, dim_hidden, num_downsamples)
+        self.dim_latent, self.dim = dim_latent, dim
         widths = [dim_hidden * 2**level for level in range(num_downsamples)]
         block = dict(dim_condition=dim, num_dim=num_dim)
         self.conv_in = convolution(num_dim, dim_latent, dim_hidden, 3, padding=1)
@@ -98,10 +116,14 @@ class UNetDown(nn.Module):
 
 @register_component
 class UNetUp(nn.Module):
-    """From tokens back to latents, reading what `UNetDown` kept; the output starts at zero."""
+    """From tokens `(g, dim, *token axes)` back to latents `(g, dim_latent, *axes)`, reading what `UNetDown` kept; the
+    output starts at zero. Arguments and errors are those of `UNetDown`.
+    """
 
     def __init__(self, dim_latent: int, dim: int, *, dim_hidden: int = 64, num_dim: int = 2, num_downsamples: int = 1):
         super().__init__()
+        check_sizes(dim_latent, dim, dim_hidden, num_downsamples)
+        self.dim_latent, self.dim = dim_latent, dim
         widths = [dim_hidden * 2**level for level in reversed(range(num_downsamples))]
         block = dict(dim_condition=dim, num_dim=num_dim)
         self.first_block = ResidualBlock(dim, dim_hidden * 2**num_downsamples, **block)

@@ -1,6 +1,7 @@
 """Which type numbers are made in: one rule for sums and losses, one for matrix products."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,3 +27,16 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Products inside of this are made in the types of their factors."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+class Precision(NamedTuple):
+    """The types that a model computes in: its own, and that of products under autocast (None without)."""
+
+    own: torch.dtype
+    autocast: torch.dtype | None
+
+
+def precision_of(device: torch.device, dtype: torch.dtype) -> Precision:
+    """For a model of this dtype, here and now."""
+    is_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return Precision(dtype, torch.get_autocast_dtype(device.type) if is_autocast else None)

@@ -21,6 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transfusion_pytorch.autoencoder.halves import AutoencoderHalves, DecoderHalf, EncoderHalf, measure_scale
 from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.modalities.autoencoder import DataLayout, as_tensor
+from transfusion_pytorch.pretrained.files import local_folder
 from transfusion_pytorch.saving.components import register_component
 
 Config = Mapping[str, Any]
@@ -29,7 +30,7 @@ PosteriorUse = Literal["sample", "mode"]
 ENCODER_PARTS, DECODER_PARTS = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
 CONFIG_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 WAN_FRAMES = 4  # AutoencoderKLWan encodes the first frame by itself, and all others in chunks of so many
-
+WHAT = "an autoencoder of diffusers"  # in errors
 TINY_TILE_FACTOR = 8  # what AutoencoderTiny assumes when it places tiles
 
 
@@ -53,8 +54,15 @@ def _image_layout(config: Config) -> DataLayout:
 
 def _wan_layout(config: Config) -> DataLayout:
     patch = config.get("patch_size") or 1
-    factor = 2 ** (len(config["dim_mult"]) - 1) * patch
-    return DataLayout(config["in_channels"] // patch**2, (WAN_FRAMES, factor, factor), has_first=True)
+    halvings = len(config["dim_mult"]) - 1
+    factor, frames = 2**halvings * patch, 2 ** sum(config["temperal_downsample"][:halvings])
+    if WAN_FRAMES % frames:
+        raise ValueError(
+            f"AutoencoderKLWan encodes chunks of {WAN_FRAMES} frames, and temperal_downsample="
+            f"{config['temperal_downsample']} would make one latent of {frames}"
+        )
+    channels = config["in_channels"] // patch**2
+    return DataLayout(channels, (frames, factor, factor), has_first=True, chunk=WAN_FRAMES)
 
 
 def _oobleck_layout(config: Config) -> DataLayout:
@@ -103,14 +111,18 @@ def pretrained_autoencoder(
       "sample" where there is a posterior
     - `slicing`: one instance at a time, which takes less memory and changes nothing else
     - `tiling`: large instances in overlapping tiles, which takes less memory and changes results at the seams
-    - `measured_on`: batches of data, on which mean and standard deviation of the latents are measured. Otherwise they
-      are those of the configuration (scaling and shift factor, or means and standard deviations). `AutoencoderOobleck`
-      has none
+    - `measured_on`: batches of data `(b, x, ...)`, on which mean and standard deviation of the latents are measured.
+      Otherwise they are those of the configuration (scaling and shift factor, or means and standard deviations).
+      `AutoencoderOobleck` has none
     - `dtype`: of the weights; `loading`: options of diffusers' `from_pretrained` (`subfolder`, `revision`, ...)
 
     A `Transfusion` that has the halves saves them with itself. Raises `ImportError` without diffusers (the extra
-    `pretrained`), `ValueError` for another class, other channels, and options that the class does not offer.
+    `pretrained`), `TypeError` for what is neither module nor name, and for one tensor as `measured_on`,
+    `FileNotFoundError` for a folder or repository that is not there, and `ValueError` for another class, other
+    channels, and options that the class does not offer.
     """
+    if isinstance(measured_on, Tensor):
+        raise TypeError("measured_on are batches, got one tensor; give a list: measured_on=[tensor]")
     if isinstance(name_or_model, nn.Module):
         if given := [*loading, *(["dtype"] if dtype is not None else [])]:
             raise ValueError(f"{', '.join(given)} go with a name or a folder, got a {type(name_or_model).__name__}")
@@ -287,7 +299,12 @@ def _class_of(class_name: str) -> Any:
 def _read_config(name: str | Path, loading: Mapping[str, Any]) -> tuple[str, Config]:
     """The class and the configuration of an autoencoder by its name; nothing else is loaded."""
     wanted = {key: value for key, value in loading.items() if key in CONFIG_OPTIONS}
-    config = _diffusers().AutoencoderKL.load_config(str(name), **wanted)
+    loader = _diffusers().AutoencoderKL
+    local_folder(name, WHAT)
+    try:
+        config = loader.load_config(str(name), **wanted)
+    except OSError as error:
+        raise FileNotFoundError(f"{str(name)!r} has no configuration of {WHAT}: {error}") from error
     if "_class_name" not in config:
         raise ValueError(f"{name} is no autoencoder of diffusers: its configuration has no _class_name")
     return str(config["_class_name"]), config

@@ -3,23 +3,24 @@
 d model, v vocabulary.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import torch
 from torch import Tensor, nn
 
 from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.pretrained.families import family_of, transformer_arguments, trunk_weights
-from transfusion_pytorch.saving.files import open_tensors
+from transfusion_pytorch.pretrained.files import fetch, local_folder
+from transfusion_pytorch.saving.files import load_json, open_tensors
 
+WHAT = "a language model"  # in errors
 EMBEDDING, LOGITS = "model.embed_tokens.weight", "lm_head.weight"
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+# of a repository, before its architecture is known: configurations and tokenizers, but no weights
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
 
 
 class LanguageModel(NamedTuple):
@@ -84,26 +85,45 @@ def opened(source: Any, *, gguf_file: str | None = None, **hub: Any) -> Iterator
             raise ValueError("gguf_file names a file in a folder, and the language model is a module already")
         yield _in_memory(source)
         return
-    if not isinstance(source, (str, Path)):
-        raise TypeError(
-            "a language model is a module of transformers, a folder, or the id of a repository, got "
-            f"{type(source).__name__}"
-        )
-    folder = _folder_of(source, gguf_file, **hub)
     if gguf_file is not None:
         import_optional("gguf", extra="pretrained")  # transformers reads the file with it
+        folder = fetch(source, ["*.json", "*.jinja", gguf_file], WHAT, **hub)
+        if not (folder / gguf_file).is_file():
+            raise FileNotFoundError(f"{folder} has no file {gguf_file}, which gguf_file names")
         family_of(transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf_file))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
         model.config.quantization_config = None  # its weights are plain numbers now
         yield _in_memory(model)._replace(folder=folder)
         return
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is no language model of transformers")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    folder = fetch(source, SMALL_FILES, WHAT, **hub)
+    config = _config_in(folder)
     family_of(config)
+    if local_folder(source, WHAT) is None:  # all that is large, and nothing that the index does not name
+        folder = fetch(source, [*SMALL_FILES, *_names_of_weights(folder)], WHAT, **hub)
     with _opened_files(folder) as tensors:
         dtype = tensors.read("model.norm.weight").dtype if "model.norm.weight" in tensors else torch.float32
         yield LanguageModel(config, tensors, dtype, folder)
+
+
+def language_model_dim(name_or_model: str | Path | nn.Module, **hub: Any) -> int:
+    """The width of the layers of a language model: the `dim` of `UNetDown` and `UNetUp`. Of a folder or a repository on
+    the hub only the configuration is read; `hub` are options of `huggingface_hub.snapshot_download`.
+
+    Raises `ImportError` without `transformers`, `TypeError` or `FileNotFoundError` for what is no model, and
+    `ValueError` for an architecture that is not supported.
+    """
+    if isinstance(name_or_model, nn.Module):
+        config: Any = getattr(name_or_model, "config", None)
+    else:
+        config = _config_in(fetch(name_or_model, [CONFIG], WHAT, **hub))
+    family_of(config)
+    return config.hidden_size
+
+
+def _config_in(folder: Path) -> Any:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is no language model of transformers")
+    return import_optional("transformers", extra="pretrained").AutoConfig.from_pretrained(folder)
 
 
 def _in_memory(module: nn.Module) -> LanguageModel:
@@ -119,33 +139,25 @@ def _in_memory(module: nn.Module) -> LanguageModel:
     return LanguageModel(config, Tensors(weights), weights[EMBEDDING].dtype, None)
 
 
-def _folder_of(source: str | Path, gguf_file: str | None, **hub: Any) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(source).count("/") > 1:
-        raise FileNotFoundError(f"there is no folder {folder} with a language model")
-    try:
-        files = DOWNLOADED if gguf_file is None else ["*.json", "*.jinja", gguf_file]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, **hub))
-    except Exception as error:  # of the hub, of the network, of names
-        raise FileNotFoundError(
-            f"{str(source)!r} is no folder here, and no language model could be had from the Hugging Face hub under "
-            f"that name: {error}"
-        ) from error
+def _names_of_weights(folder: Path) -> list[str]:
+    """The files that the index names, or the one file of a model without an index."""
+    if not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    index = load_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError(f"{folder / INDEX} is malformed: it has no weight_map")
+    return sorted(set(names.values()))
 
 
 @contextmanager
 def _opened_files(folder: Path) -> Iterator[Tensors]:
     """The safetensors of a folder, one or several. Raises `FileNotFoundError` where there are none."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    else:
+    names = _names_of_weights(folder)
+    if names == [WEIGHTS] and not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(
             f"{folder} has neither {WEIGHTS} nor {INDEX}. Weights are read from safetensors only; load the model with "
-            "transformers and hand it over, or save it again from there"
+            "transformers and hand it over, with its tokenizer (tokenizer=...), or save it again from there"
         )
     sources: dict[str, Any] = {}
     for name in names:

@@ -1,5 +1,6 @@
 """What a model offers to those who begin with a language model."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,11 @@ from transfusion_pytorch.pretrained.language_model import (
 )
 from transfusion_pytorch.saving.methods import checked_device_and_dtype
 
+OF_THE_LANGUAGE_MODEL = ("transformer", "num_text_tokens", "tie_embeddings")  # arguments of `Transfusion`
+TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt")  # besides tokenizer.json
+# the linear layers that LoRA adapts, by the name that `untied` has for them
+ADAPTED = {"attention": "attn", "feedforward": "ff"}
+
 Model = TypeVar("Model", bound="LanguageModelMethods")
 
 
@@ -37,6 +43,8 @@ class LanguageModelMethods:
     modalities: Any
     vocabulary: Any
     tie_embeddings: bool
+
+    is_text_frozen = False  # by `freeze_text`; saved with the model
 
     @classmethod
     def from_pretrained_lm(
@@ -69,22 +77,34 @@ class LanguageModelMethods:
         are those of its tokenizer; markers and the characters of shapes get new rows, the mean of all others. Tied
         embeddings stay tied. `arguments` are those of `Transfusion`, such as `modality_default_shape`.
 
+        - `dim_latent`: channels of each modality; its length is the number of modalities
         - `time_conditioning`: how spans are told their time; `"norms"` makes the norms adaptive, from where they stand
-        - `untied`: modalities get copies of the layers (LMFusion, arXiv 2412.15188); see `Transformer`. With
-          `freeze_text` what reads text is not trained (see `freeze_text()`).
-        - `tokenizer`: by default that of the folder or repository, if it has one
+        - `untied`: modalities get copies of the layers (LMFusion, arXiv 2412.15188), all or `"attention"`,
+          `"feedforward"`, `"norms"`; `num_experts` of them, text included, by default one more than modalities (2: all
+          modalities share theirs). With `freeze_text` what reads text is not trained (see `freeze_text()`)
+        - `tokenizer`: a `ChatTokenizer` or what one is made of; by default that of the folder or repository, if it has
+          one. A module has none, so hand it over
         - `eos_id`: the id that ends text; by default that of the tokenizer or the configuration
         - `dtype` of all parameters, by default that of the weights; `device` they come to
         - `gguf_file`: the name of a GGUF file in the folder, read by `transformers` as a whole
-        - `revision` to `local_files_only`: those of `huggingface_hub.snapshot_download`
+        - `revision` to `local_files_only`: those of `huggingface_hub.snapshot_download`. Of a repository only the
+          configuration and the tokenizer are downloaded before its architecture is known to be supported, and then
+          only the safetensors that are read
+        - `dropout` (a probability), `use_checkpoint` (recompute layers in the backward pass) and `use_flex_attn` (True:
+          flex attention everywhere, False: nowhere, None: where it is fast): those of `Transformer`
 
-        The model is in training mode. Raises `ImportError` without `transformers`, and `ValueError` or `TypeError` that
-        says what to do for an architecture that is not supported, incomplete weights, or a tokenizer that does not fit,
-        before anything large is made.
+        The model is in training mode. Raises `ImportError` without `transformers`, `FileNotFoundError` for a folder,
+        repository or `gguf_file` that is not there and for a model without safetensors, and `ValueError` or `TypeError`
+        that says what to do for an architecture that is not supported, incomplete weights, or a tokenizer that does not
+        fit, before anything large is made. Warns where there is a tokenizer that cannot be read.
         """
         target = checked_device_and_dtype(device, dtype)
         if num_experts is not None and not untied:
             raise ValueError(f"num_experts={num_experts} are of untied weights; set untied=True")
+        if num_experts is not None and num_experts < 2:
+            raise ValueError(f"num_experts is at least 2, text and one for modalities, got {num_experts}")
+        if given := [name for name in OF_THE_LANGUAGE_MODEL if name in arguments]:
+            raise ValueError(f"{', '.join(given)}: the language model says that; leave it out")
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         with opened(name_or_model, gguf_file=gguf_file, **hub) as source, torch.inference_mode(False):
             check_weights(source)
@@ -96,7 +116,7 @@ class LanguageModelMethods:
                 )
             trunk: dict[str, Any] = source.transformer_arguments() | dict(
                 untied=untied,
-                num_experts=num_experts or count_modalities(dim_latent) + 1,
+                num_experts=count_modalities(dim_latent) + 1 if num_experts is None else num_experts,
                 norm="adaptive_rms" if time_conditioning == "norms" else "rms",
                 dropout=dropout,
                 use_checkpoint=use_checkpoint,
@@ -112,6 +132,7 @@ class LanguageModelMethods:
                 time_conditioning=time_conditioning,
                 eos_id=eos_of(source, tokenizer) if eos_id is None else eos_id,
                 tie_embeddings=source.is_tied,
+                freeze_text=freeze_text,  # what is wrong with it is found before weights are loaded
                 **arguments,
             )
             dtype = source.dtype if dtype is None else dtype
@@ -126,38 +147,62 @@ class LanguageModelMethods:
             module.to(dtype)
         model.tokenizer = tokenizer
         if freeze_text:
-            model.freeze_text()
+            model.freeze_text()  # again: the weights are other parameters
         return model.to(target)
 
     def freeze_text(self) -> None:
         """Leaves what reads text as it is: its layers, embedding and logits. What reads modalities is trained, and so
-        are the markers. Logits of text behind text alone stay the same to the bit.
+        are the markers. Logits of text behind text alone stay the same to the bit. A saved model is loaded frozen.
 
         Raises `ValueError` unless text has layers of its own (`untied=True`).
         """
-        trunk = self.transformer
         if not self.vocabulary.num_text:
             raise ValueError("the model has no text (num_text_tokens is 0), so none can be frozen")
-        if getattr(trunk, "untied", ()) != PARTS:
+        if getattr(self.transformer, "untied", ()) != PARTS:
             raise ValueError(
                 "text can be frozen where modalities have layers of their own: build the transformer with untied=True. "
                 "To train a language model whose layers are shared, with its weights as they are, use LoRA"
             )
-        frozen = [*trunk.layers_of(TEXT), trunk.final_norm[TEXT], self.text_embedding.text]
-        frozen += [self.to_logits.text] if isinstance(self.to_logits, TextLogits) else []
-        for module in frozen:
-            module.requires_grad_(False)
+        self._train_text(False)
+
+    def unfreeze_text(self) -> None:
+        """The inverse of `freeze_text`; does nothing where text is not frozen. `from_pretrained(folder,
+        freeze_text=False)` loads a model that was saved frozen in that state.
+        """
+        if self.is_text_frozen:
+            self._train_text(True)
+
+    def _train_text(self, is_trained: bool) -> None:
+        self.is_text_frozen = not is_trained
+        trunk = self.transformer
+        readers = [*trunk.layers_of(TEXT), trunk.final_norm[TEXT], self.text_embedding.text]
+        readers += [self.to_logits.text] if isinstance(self.to_logits, TextLogits) else []
+        for module in readers:
+            module.requires_grad_(is_trained)
 
     def lora_config(self, rank: int = 16, *, alpha: float | None = None, dropout: float = 0.0, **options: Any) -> Any:
         """A `peft.LoraConfig` for the linear layers of the transformer, by default with `alpha = 2 rank`.
 
         `peft.get_peft_model(model, model.lora_config())` trains these, and all that the language model did not have:
         rows of markers, adapters of modalities, times. The saved adapter has nothing else. Where weights are untied,
-        the layers of text are left alone, and logits of text behind text stay the same to the bit. `options` are those
-        of `LoraConfig`. Raises `ImportError` without `peft`.
+        those of modalities are adapted and the layers of text are left alone, so logits of text behind text stay the
+        same to the bit. Where only norms are untied (`["norms"]`), text and modalities share what is adapted. `options`
+        are those of `LoraConfig`; `dropout` is of what goes through the adapter.
+
+        PEFT compares an adapter with its base by names and shapes only: load it onto a model that was built with the
+        same arguments. Raises `ImportError` without `peft`, and `ValueError` for a rank below 1 or a dropout outside of
+        [0, 1).
         """
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be an int of at least 1, got {rank!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is a probability below 1, got {dropout}")
         peft = import_optional("peft", extra="adapters")
-        experts = r"\.experts\.[1-9]\d*" if self.transformer.untied else ""
+        untied = self.transformer.untied
+        own = [name for part, name in ADAPTED.items() if part in untied]
+        adapted = "|".join(own or ADAPTED.values())
+        # modules that experts share have one name, that of the first
+        experts = r"\.experts\.[1-9]\d*" if own else r"\.experts\.0" if untied else ""
         modalities = [
             f"modalities.{i}.{name}"
             for i, io in enumerate(self.modalities)
@@ -174,21 +219,38 @@ class LanguageModelMethods:
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             lora_dropout=dropout,
-            target_modules=rf"(.*\.)?transformer\.layers\.\d+{experts}\.(attn|ff)\.to_(qkv|out|hidden)",
+            target_modules=rf"(.*\.)?transformer\.layers\.\d+{experts}\.({adapted})\.to_(qkv|out|hidden)",
             modules_to_save=["time_embedding", "type_embedding", *markers, *modalities, *norms],
         )
         return peft.LoraConfig(**(arguments | options))
 
 
 def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> ChatTokenizer | None:
-    """That of the folder of a language model, None where there is none."""
-    if source.folder is None:
+    """That of the folder of a language model, None where there is none. Without a `tokenizer.json`, `transformers`
+    makes one of what there is (`tokenizer.model`); where it cannot, a warning says what to do.
+    """
+    if (folder := source.folder) is None:
         return None
-    if gguf_file is not None:
-        from transformers import AutoTokenizer
+    if gguf_file is None and (folder / "tokenizer.json").is_file():
+        return ChatTokenizer.load(folder)
+    from transformers import AutoTokenizer
 
-        return ChatTokenizer(AutoTokenizer.from_pretrained(source.folder, gguf_file=gguf_file))
-    return ChatTokenizer.load(source.folder) if (source.folder / "tokenizer.json").is_file() else None
+    if gguf_file is not None:
+        return ChatTokenizer(AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file))
+    found = [name for name in TOKENIZER_SOURCES if (folder / name).is_file()]
+    if not found:
+        return None
+    try:
+        return ChatTokenizer(AutoTokenizer.from_pretrained(folder))
+    except Exception as error:  # of transformers, of packages that it asks for, of files
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"{folder} has no tokenizer.json, and transformers makes no fast tokenizer of {', '.join(found)} "
+            f"({reason}), so the model has no tokenizer: install sentencepiece and protobuf, or hand one over with "
+            "tokenizer=...",
+            stacklevel=3,
+        )
+        return None
 
 
 def eos_of(source: LanguageModel, tokenizer: ChatTokenizer | None) -> int:

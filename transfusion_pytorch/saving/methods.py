@@ -223,6 +223,7 @@ class SavingMethods(PretrainedMethods):
     ignore_index: int
     time_conditioning: str
     tie_embeddings: bool
+    is_text_frozen: bool
 
     example_call = "sample = model.sample(max_length=512)  # [text, (type, modality), text, ...]"
 
@@ -250,6 +251,7 @@ class SavingMethods(PretrainedMethods):
             time_conditioning=self.time_conditioning,
             eos_id=self.vocabulary.eos_id,
             tie_embeddings=self.tie_embeddings,
+            freeze_text=self.is_text_frozen,
         )
 
     @property
