@@ -33,6 +33,7 @@ from transfusion_pytorch.examples.pusht import (
     save_gif,
 )
 from transfusion_pytorch.policy import ChunkExecutor, FlowPolicy, PolicyTrainer, TransfusionPolicy
+from transfusion_pytorch.policy.executor import check_steps
 from transfusion_pytorch.policy.trainer import NOT_FOR_POLICIES
 from transfusion_pytorch.training.config import config_from_arguments
 
@@ -65,6 +66,14 @@ def policy_from(args: argparse.Namespace) -> Any:
     return POLICIES[args.policy](**options)
 
 
+def check_policy(policy: Any, args: argparse.Namespace) -> None:
+    """Raises `ValueError` for what would end the run only after the demonstrations or the training."""
+    check_steps(args.executed_steps, args.delay, policy.chunk_length)
+    shapes = policy.observation_spec.shapes
+    if shapes != SHAPES[args.observations]:
+        raise ValueError(f"the policy in {args.dagger} observes {', '.join(shapes)}: give other --observations")
+
+
 def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainConfig, policy: Any) -> Demonstrations:
     """Those of files, and new ones if there are no files or the expert is to correct a policy. A run that has new ones
     keeps all of them in its folder, and goes on with these when it is resumed.
@@ -73,6 +82,9 @@ def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainCon
     if path.is_file():
         return Demonstrations.load(path)
     found = [Demonstrations.load(path) for path in args.demonstrations or ()]
+    for file, part in zip(args.demonstrations or (), found, strict=True):
+        if set(part.observations) != set(SHAPES[args.observations]):
+            raise ValueError(f"{file} has {', '.join(part.observations)}: give other --observations")
     if found and args.dagger is None:
         return Demonstrations.joined(found)
     wanted = MOST_EPISODES if config.steps is None else config.steps // 4
@@ -138,10 +150,12 @@ def main() -> None:
     args = parser.parse_args()
 
     config = config_from_arguments(args, DEFAULTS)
-    run.optional("gym_pusht", extra="policy")
+    for module in ("gym_pusht", "matplotlib", "PIL"):  # the last two are wanted at the end of the run
+        run.optional(module, extra="policy")
     run.seed_everything(config.seed)
     kind = POLICIES[args.policy]
     policy = policy_from(args) if args.dagger is None else kind.from_pretrained(args.dagger)
+    check_policy(policy, args)
     place = run.open_run(args, f"policy-{args.policy}-{args.observations}", device=config.device)
     started = time.monotonic()
     demonstrations = demonstrations_from(args, place.folder, config, policy)

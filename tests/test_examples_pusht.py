@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,19 @@ def test_demonstrations_are_joined_split_and_saved(tmp_path):
     assert torch.equal(loaded.observations["state"], joined.observations["state"])
 
 
+def test_demonstrations_of_others_are_not_joined():
+    with pytest.raises(ValueError, match="demonstrations of state cannot be joined with some of pixels"):
+        Demonstrations.joined([numbered(), numbered()._replace(observations={"pixels": torch.zeros(5, 1)})])
+
+
+def test_a_policy_that_needs_no_corrections_is_said_to(monkeypatch):
+    env = SimpleNamespace(reset=lambda seed: ({}, {}))
+    monkeypatch.setattr(pusht, "make_environment", lambda observations: env)
+    monkeypatch.setattr(pusht, "led_astray", lambda *args: ({}, True))
+    with pytest.raises(ValueError, match="the policy succeeded by itself in all 2 episodes: nothing to correct"):
+        pusht.demonstrate(2, policy=untrained())
+
+
 def test_wilson_interval():
     low, high = pusht.wilson(0.5, 100)
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
@@ -174,6 +188,30 @@ def test_without_the_environment_the_script_says_what_to_install(monkeypatch, tm
         'error: you need gym_pusht here, which is not installed: pip install "transfusion-pytorch[policy]"\n'
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_environment
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--executed-steps", "20"], "got executed_steps 20 and delay 0"),
+        (["--delay", "-1"], "got executed_steps 4 and delay -1"),
+        (["--dagger", "MODEL", "--observations", "pixels"], "observes environment_state, agent_pos: give other"),
+        (["--demonstrations", "FILE"], "has state: give other --observations"),
+    ],
+)
+def test_the_script_refuses_before_anything_long(options, message, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    script = load()
+    untrained().save_pretrained(tmp_path / "model")
+    numbered().save(tmp_path / "file.safetensors")
+    places = {"MODEL": str(tmp_path / "model"), "FILE": str(tmp_path / "file.safetensors")}
+    arguments = [places.get(option, option) for option in options]
+    monkeypatch.setattr(script, "demonstrate", lambda *args, **more: pytest.fail("demonstrated"))
+    monkeypatch.setattr(sys, "argv", ["train_policy.py", "--results", str(tmp_path / "results"), *arguments])
+    with pytest.raises(SystemExit):
+        script.run_command(script.main)
+    assert message in capsys.readouterr().err
 
 
 @needs_environment

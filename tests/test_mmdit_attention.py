@@ -7,9 +7,11 @@ import pytest
 import torch
 from mmdit_models import awake, influence, refused, tokens
 from torch import randn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from transfusion_pytorch import plain_formulas
 from transfusion_pytorch.mmdit import JointAttention
+from transfusion_pytorch.mmdit.masks import evaluated
 from transfusion_pytorch.mmdit.positions import joint_phases
 
 DIMS = (12, 8, 16)
@@ -46,7 +48,7 @@ def by_hand(attn, inputs, mask=None, positions=None):
     q, k, v = (torch.cat(part, dim=-3).movedim(-2, -3) for part in zip(*parts, strict=True))
     logits = q @ k.mT / math.sqrt(e)
     if mask is not None:
-        logits = logits.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -math.inf)
+        logits = logits.masked_fill(~(mask[:, None] if mask.ndim == 3 else mask), -math.inf)
     out = (logits.softmax(dim=-1) @ v).movedim(-3, -2).flatten(-2)
     pieces = out.split([x.shape[-2] for x in inputs], dim=-2)
     return tuple(
@@ -113,6 +115,32 @@ def test_masks_of_samples_are_those_of_samples_alone():
     together = attn(inputs, mask)
     for i in range(2):
         close(tuple(x[i] for x in together), attn(tuple(x[i] for x in inputs), mask[i]))
+
+
+CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril()
+FUNCTIONS = {
+    "one for all heads": (lambda b, h, query, key: query >= key, CAUSAL),
+    "by head": (
+        lambda b, h, query, key: (query >= key) | (h > 0),
+        torch.stack((CAUSAL, torch.ones_like(CAUSAL)))[None],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:use_flex_attn")
+@pytest.mark.parametrize("as_block_mask", [False, True])
+@pytest.mark.parametrize(("function", "mask"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_are_the_masks_that_they_make(function, mask, as_block_mask):
+    """Also those of a `BlockMask` in training on a CPU, where SDPA stands in for flex attention."""
+    attn, inputs = make(), tokens()
+    assert evaluated(function, 2, 2, 7, 7, torch.device("cpu")).shape == (
+        2,
+        mask.shape[-3] if mask.ndim > 2 else 1,
+        7,
+        7,
+    )
+    given = create_block_mask(function, None, 2, 7, 7, device="cpu") if as_block_mask else function
+    close(attn(inputs, given), by_hand(attn, inputs, mask))
 
 
 def test_a_token_that_sees_nothing_gets_nothing():
@@ -217,6 +245,8 @@ def test_coordinates_may_differ_between_samples():
         (dict(dim_head=0), "dim_head must be positive, got 0"),
         (dict(dim_head=7), "dim_head must be a multiple of 2, so that each of 1 rotary axes"),
         (dict(dim_head=6, rope_axes=2), "dim_head must be a multiple of 4, so that each of 2 rotary axes"),
+        (dict(pre_only=(-1,)), "pre_only: expected numbers from 0 to 2, got -1"),
+        (dict(pre_only=(3,)), "pre_only: expected numbers from 0 to 2, got 3"),
         (dict(rope_axes=-1), r"rope_axes must be 0 \(no rotary positions\) or the number of axes, got -1"),
     ],
 )
@@ -255,9 +285,11 @@ def test_tokens_of_wrong_kinds_are_refused_by_name():
     with pytest.raises(TypeError, match=r"modality 1: expected a floating point tensor .* got torch\.int64"):
         make().float()((IMAGE, torch.zeros(2, 3, 8, dtype=torch.long)))
     with refused(
-        TypeError, "modality_tokens must be a tuple with a tensor for each modality, got Tensor", is_type=True
+        TypeError, "modality_tokens must be a tuple with an entry for each modality, got Tensor", is_type=True
     ):
         make().float()(IMAGE)
+    with pytest.raises(TypeError, match=r"modality 1: expected tokens of torch\.float32, as the weights are, got .*64"):
+        make().float()((IMAGE, TEXT.double()))
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (6, 6), (3, 7, 7), (1, 1, 7, 7), (7,)])

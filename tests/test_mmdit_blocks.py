@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from mmdit_models import awake, influence, tokens
 from torch import randn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from transfusion_pytorch.mmdit import InContextMMDiTBlock, MMDiTBlock
 
@@ -71,6 +72,26 @@ def test_dual_attention_keeps_to_the_mask():
     block, inputs, cond = awake(adaptive(dual_attention=(0, 1))), tokens(), condition(2)
     mask = (torch.rand(7, 7) < 0.4) | torch.eye(7, dtype=torch.bool)
     assert torch.equal(influence(lambda given: block(given, cond, mask), inputs), mask)
+
+
+def test_dual_attention_keeps_to_a_mask_without_the_rows_of_a_modality_without_output():
+    block, inputs, cond = awake(adaptive(pre_only=(0,), dual_attention=(1,))), tokens(), condition(2)
+    mask = (torch.rand(3, 7) < 0.4) | torch.eye(7, dtype=torch.bool)[4:]
+    assert torch.equal(influence(lambda given: block(given, cond, mask), inputs), mask)
+
+
+@pytest.mark.filterwarnings("ignore:use_flex_attn")
+@pytest.mark.parametrize("make", [adaptive, in_context])
+def test_masks_of_a_block_may_be_functions_or_block_masks(make):
+    block, inputs = awake(make(**(dict(dual_attention=(0,)) if make is adaptive else {}))), tokens()
+    cond = (condition(2),) if make is adaptive else ()
+    expected = block(inputs, *cond, torch.ones(7, 7, dtype=torch.bool).tril())
+    close(block(inputs, *cond, causal), expected)
+    close(block(inputs, *cond, create_block_mask(causal, None, None, 7, 7, device="cpu")), expected)
+
+
+def causal(b, h, query, key):
+    return query >= key
 
 
 def test_a_block_in_context_is_its_formula():
@@ -164,3 +185,36 @@ def test_wrong_inputs_are_refused_by_name(make):
         block((image, image), *cond)
     with pytest.raises(ValueError, match=r"attention_mask: expected the shape \(7, 7\) or \(2, 7, 7\)"):
         block((image, text), *cond, torch.ones(7, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("cond", "kind", "message"),
+    [
+        (randn(2, 5), ValueError, r"cond: expected the shape \(2, 6\) or \(2, 7, 6\), got \(2, 5\)"),
+        (randn(3, 6), ValueError, r"cond: expected the shape .* got \(3, 6\)"),
+        (randn(2, 4, 6), ValueError, r"cond: expected the shape .* got \(2, 4, 6\)"),
+        ([randn(2, 6)], ValueError, "cond: expected one entry for each of 2 modalities in the call, got 1"),
+        ([randn(2, 6), randn(2, 4, 6)], ValueError, r"cond of modality 1: expected the shape \(2, 6\) or \(2, 3, 6\)"),
+        (
+            [randn(2, 6), None],
+            TypeError,
+            "cond of modality 1: expected a floating point tensor of 6 channels, got None",
+        ),
+    ],
+)
+def test_wrong_conditions_are_refused_by_name(cond, kind, message):
+    with pytest.raises(kind, match=message):
+        adaptive()(tokens(), cond)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dual_attention=(5,)), "dual_attention: expected numbers from 0 to 1, got 5"),
+        (dict(pre_only=(-1,)), "pre_only: expected numbers from 0 to 1, got -1"),
+        (dict(dim_cond=0), "dim_cond must be positive, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MMDiTBlock(DIMS[:2], **(SIZES | options))

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from mmdit_models import in_context, influence, mmdit, reachable, tokens
-from torch import randn
+from mmdit_models import in_context, influence, mmdit, reachable, refused, tokens
 from torch.nn.attention.flex_attention import create_block_mask
 
 from transfusion_pytorch import plain_formulas
 from transfusion_pytorch.mmdit import imitation_mask
 from transfusion_pytorch.mmdit import masks as of_masks
-from transfusion_pytorch.mmdit.masks import Layout, with_registers
+from transfusion_pytorch.mmdit.masks import Layout, plan_masks, with_registers
 from transfusion_pytorch.network import attend
 
 T = torch.tensor([0.2, 0.7]).double()
@@ -26,6 +25,10 @@ def causal(b, h, query, key):
     return query >= key
 
 
+def by_head(b, h, query, key):
+    return (query >= key) | (h > 0)
+
+
 CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril()
 
 
@@ -36,7 +39,7 @@ CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril()
 @pytest.mark.parametrize("registers", [0, REGISTERS])
 def test_padding_changes_nothing_for_tokens(make, time, registers):
     model, inputs = make(num_registers=registers), tokens()
-    padded = tuple(torch.cat((x, 9 * randn(2, 2, x.shape[-1]).double()), dim=1) for x in inputs)
+    padded = tuple(torch.cat((x, torch.full((2, 2, x.shape[-1]), torch.nan).double()), dim=1) for x in inputs)
     masks = [torch.tensor([[True] * x.shape[1] + [False] * 2] * 2) for x in inputs]
     expected = model(inputs, *time)
     close(tuple(out[:, :-2] for out in model(padded, *time, padding_masks=masks)), expected)
@@ -63,7 +66,8 @@ def test_padding_and_a_mask_are_both_kept(make, time):
     seen = influence(
         lambda given: model(given, *time, mask, padding_masks=[each.expand(2, -1) for each in padding]), inputs
     )
-    assert torch.equal(seen, reachable(mask & torch.cat(padding), 2))
+    is_token = torch.cat(padding)  # padding comes in as zeros, and does not even see itself
+    assert torch.equal(seen, reachable(mask & is_token, 2) & is_token)
 
 
 @both
@@ -77,17 +81,19 @@ def test_samples_that_are_all_padding_are_finite(make, time):
 @pytest.mark.parametrize(
     ("masks", "kind", "message"),
     [
-        ((None,), ValueError, "padding_masks: expected one entry for each of 2 modalities, got 1"),
+        ((None,), ValueError, "padding_masks: expected one entry for each of 2 modalities in the call, got 1"),
         (
             (None, torch.ones(2, 4, dtype=torch.bool)),
             ValueError,
             r"padding mask of modality 1: .* \(2, 3\), got \(2, 4\)",
         ),
         ((torch.ones(2, 4), None), TypeError, "padding mask of modality 0 must be bool, True for tokens"),
+        (([[True] * 4] * 2, None), TypeError, "padding mask of modality 0 must be bool, True for tokens, got list"),
+        (torch.ones(2, 4), TypeError, "padding_masks must be a tuple with an entry for each modality, got Tensor"),
     ],
 )
 def test_wrong_padding_is_refused_by_name(masks, kind, message):
-    with pytest.raises(kind, match=message):
+    with refused(kind, message, is_type=kind is TypeError):
         in_context()(tokens(), padding_masks=masks)
 
 
@@ -124,9 +130,9 @@ def test_flex_attention_is_sdpa(make, time, registers, kind, monkeypatch):
         "none": ((), {}),
         "mask": ((mask[0],), {}),
         "masks": ((mask,), {}),
-        "function": ((causal,), {}),
+        "function": ((by_head,), {}),
         "padding": ((), dict(padding_masks=padding)),
-        "all": ((causal,), dict(padding_masks=padding)),
+        "all": ((by_head,), dict(padding_masks=padding)),
     }[kind]
     expected = model(inputs, *time, *given, **options)[0]
     made, real = [], of_masks.create_block_mask
@@ -134,6 +140,14 @@ def test_flex_attention_is_sdpa(make, time, registers, kind, monkeypatch):
     model.attention = "flex"
     close(model(inputs, *time, *given, **options)[0], expected, atol=1e-5)
     assert len(made) == (0 if kind == "none" else 2)  # the last block has fewer queries
+
+
+@pytest.mark.parametrize(("function", "heads"), [(causal, 1), (by_head, 2)])
+def test_block_tables_are_made_for_each_head_only_where_heads_differ(function, heads):
+    """A table of the first head alone would hide from the second the blocks that the first does not see."""
+    plan = plan_masks(function, None, layout((256,), (0,))._replace(has_output=(True,)), use_flex=True)
+    assert plan.every.shape == (2, heads, 256, 256)
+    assert (plan.every.to_dense().sum(dim=(2, 3))[0] == torch.tensor([3, 4][:heads])).all()
 
 
 @torch.no_grad()
@@ -147,6 +161,8 @@ def test_a_block_mask_is_taken_as_it_is():
         model(inputs, create_block_mask(causal, None, None, 8, 8, device="cpu"))
     with pytest.raises(ValueError, match="a BlockMask covers all tokens, and knows neither registers nor padding"):
         in_context(num_registers=1).float()(inputs, block_mask)
+    with pytest.raises(ValueError, match="a BlockMask of 1 or 2 samples and 1 or 2 heads, got 1 and 3"):
+        model(inputs, create_block_mask(causal, None, 3, 7, 7, device="cpu"))
 
 
 def test_flex_trains_through_sdpa_on_a_cpu_and_says_so_once():
@@ -166,7 +182,7 @@ def test_flex_trains_through_sdpa_on_a_cpu_and_says_so_once():
 
 
 def layout(lengths=(2, 3), registers=REGISTERS):
-    return Layout(2, lengths, registers, (), (), (True, True), torch.device("cpu"))
+    return Layout(2, 2, lengths, registers, (), (), (True, True), torch.device("cpu"))
 
 
 def test_registers_are_seen_with_their_modality_and_see_what_all_of_it_sees():
@@ -287,6 +303,19 @@ def test_the_rest_is_all_that_is_computed():
     assert calls == [1, 1]
 
 
+@both
+def test_a_context_is_checkpointed_and_reaches_hooks(make, time):
+    model, inputs, calls = make(), tokens(), []
+    model.blocks[0].register_forward_pre_hook(lambda *args: calls.append(1))
+    gradients = []
+    for _ in range(2):
+        loss = model(inputs[1:], *time, context=model.encode_context(inputs[:1], *time))[0].square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+        model.gradient_checkpointing_enable()
+    assert len(calls) == 2 + 4  # encoded and attended to; then each again in the backward pass
+    close(*([grad for grad in each if grad is not None] for each in gradients), atol=0)
+
+
 @torch.no_grad()
 def test_flex_attention_sees_a_context_as_sdpa_does():
     model = in_context(dim_head=16, num_registers=REGISTERS).float()
@@ -305,6 +334,11 @@ def test_wrong_contexts_are_refused():
         model((image, text), context=context)
     with pytest.raises(ValueError, match=r"modality 1: expected .* \(\*batch, tokens, 8\), got \(2, 4, 12\)"):
         model((image,), context=context)
+    with refused(TypeError, "modality_tokens must be a tuple with an entry for each modality", is_type=True):
+        model.encode_context(image)
+    both_positions = (None, torch.rand(3, 1).double())
+    with pytest.raises(ValueError, match="positions: expected one entry for each of 1 modalities in the call, got 2"):
+        model((text,), context=context, positions=both_positions)
     for wrong in ((), (image, text)):
         with pytest.raises(ValueError, match=f"a context has the first 1 to 1 modalities, got {len(wrong)}"):
             model.encode_context(wrong)

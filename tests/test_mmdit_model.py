@@ -10,7 +10,8 @@ from mmdit_models import DIMS, OUTS, SIZES, awake, in_context, influence, mmdit,
 from torch import randn
 
 from transfusion_pytorch import InContextMMDiT, MMDiT, plain_formulas
-from transfusion_pytorch.mmdit import TimestepEmbedding, imitation_mask
+from transfusion_pytorch.mmdit import AdaptiveLayerNorm, TimestepEmbedding, imitation_mask
+from transfusion_pytorch.mmdit.blocks import AdaptiveModality
 
 T = torch.tensor([0.2, 0.7]).double()
 KINDS = {
@@ -199,6 +200,12 @@ def test_several_conditioning_variables_are_summed():
     assert not torch.allclose(model(inputs, (T, 0.1))[0], model(inputs, (T, 0.9))[0], atol=1e-3)
 
 
+def test_a_number_of_numpy_is_a_time():
+    np = pytest.importorskip("numpy")
+    model, inputs = mmdit(), tokens()
+    close(model(inputs, np.float32(0.5)), model(inputs, 0.5), atol=0)
+
+
 def test_a_pooled_vector_joins_the_condition():
     model, inputs = mmdit(dim_pooled=6), tokens()
     pooled = [randn(2, 6).double() for _ in range(2)]
@@ -208,6 +215,8 @@ def test_a_pooled_vector_joins_the_condition():
         model(inputs, T)
     with pytest.raises(ValueError, match=r"pooled: expected .* of shape \(2, 6\), got \(2, 5\)"):
         model(inputs, T, pooled=randn(2, 5))
+    with refused(TypeError, r"pooled must be a tensor of shape \(2, 6\), got list", is_type=True):
+        model(inputs, T, pooled=pooled[0].tolist())
     with pytest.raises(ValueError, match="pooled: this model was built without dim_pooled"):
         mmdit()(inputs, T, pooled=pooled[0])
 
@@ -231,6 +240,54 @@ def test_wrong_times_are_refused(embed, time, message):
 def test_times_of_wrong_kinds_are_refused():
     with pytest.raises(TypeError, match=r"timestep must be a number or a tensor of numbers, got torch\.bool"):
         mmdit()(tokens(), torch.tensor([True, False]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch does itself
+def test_forward_mode_gives_the_derivative_by_the_time():
+    """Mean flow needs it (arXiv 2505.13447)."""
+    model, inputs, step = mmdit(), tokens(), 1e-5
+    with plain_formulas():
+        _, slope = torch.func.jvp(lambda t: model(inputs, t)[0], (T,), (torch.ones_like(T),))
+    close(slope, (model(inputs, T + step)[0] - model(inputs, T - step)[0]) / (2 * step), atol=1e-6)
+
+
+# options and positions
+
+
+@pytest.mark.parametrize(
+    ("make", "time", "options"),
+    [
+        (mmdit, (T,), dict(timestep_scale=1000.0)),
+        (mmdit, (T,), dict(norm_eps=0.1)),
+        (mmdit, (T,), dict(rotary_theta=10.0)),
+        (in_context, (), dict(rotary_theta=10.0)),
+    ],
+)
+def test_no_option_is_ignored(make, time, options):
+    model, other, inputs = make(), make(**options), tokens()
+    other.load_state_dict(model.state_dict())
+    for out, changed in zip(model(inputs, *time), other(inputs, *time), strict=True):
+        assert not torch.allclose(out, changed, atol=1e-4)
+
+
+def test_the_epsilon_of_norms_reaches_blocks_and_last_layers():
+    norms = [
+        module for module in mmdit(norm_eps=0.1).modules() if isinstance(module, AdaptiveModality | AdaptiveLayerNorm)
+    ]
+    assert [norm.eps for norm in norms] == [0.1] * (2 * 2 + 2)
+
+
+@both
+def test_positions_reach_the_blocks(make, time):
+    model, inputs = make(), tokens()
+    counted = [torch.arange(x.shape[1])[:, None] for x in inputs]
+    close(model(inputs, *time, positions=counted), model(inputs, *time))
+    spread = model(inputs, *time, positions=[9 * each for each in counted])
+    assert not torch.allclose(spread[0], model(inputs, *time)[0], atol=1e-4)
+    with refused(
+        TypeError, r"positions of modality 0: expected None, a tuple of sizes such as .* got int", is_type=True
+    ):
+        model(inputs, *time, positions=(2, 2))
 
 
 # precision, memory, graphs
@@ -295,9 +352,11 @@ def test_a_model_compiles_whole(make, time, has_mask):
     torch._dynamo.reset()
     model, inputs = make(depth=1), tokens()
     given = (torch.ones(7, 7, dtype=torch.bool).tril(),) if has_mask else ()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     leaves = list(model.parameters())
-    outs = compiled(inputs, *time, *given), model(inputs, *time, *given)
+    expected = model(inputs, *time, *given)
+    if has_mask:
+        model.attention = "flex"  # which trains through SDPA on a CPU, in a graph too
+    outs = torch.compile(model, fullgraph=True, backend="aot_eager")(inputs, *time, *given), expected
     close(*outs)
     close(*(torch.autograd.grad(total(each), leaves) for each in outs))
 
@@ -330,6 +389,8 @@ def test_models_can_be_copied_and_pickled(make, time):
         (dict(dim_modalities=()), "dim_modalities is empty: there must be at least one modality"),
         (dict(dim_outs=(1, 2, 3)), "dim_outs: expected one for each of 2 modalities, or one for all, got 3"),
         (dict(dim_outs=(None, None)), "dim_outs: at least one modality must have an output, all are None"),
+        (dict(dim_outs=(3, 0)), "dim_outs must be positive, got 0"),
+        (dict(dim_cond=0), "dim_cond must be positive, got 0"),
         (dict(depth=0), "depth must be positive, got 0"),
         (dict(num_registers=(1,)), "num_registers: expected one for each of 2 modalities, or one for all, got 1"),
         (dict(num_registers=-1), r"num_registers must not be negative, got \(-1, -1\)"),
@@ -349,6 +410,8 @@ def test_wrong_arguments_are_refused(options, message):
 def test_an_unknown_backend_is_refused():
     with refused(ValueError, "attention must be 'sdpa' or 'flex', got 'xformers'", is_type=True):
         in_context(attention="xformers")
+    with refused(ValueError, "attention must be 'sdpa' or 'flex', got 'flexx'", is_type=True):
+        in_context().attention = "flexx"
 
 
 @both

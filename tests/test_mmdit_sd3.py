@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from mmdit_models import refused
 from torch import randn
 
 from transfusion_pytorch import MMDiT, SD3MMDiT
@@ -31,6 +32,7 @@ CONFIGURATIONS = {
     "sd3.5 medium": dict(dual_attention_layers=(0, 1), qk_norm="rms_norm"),
     "sd3.5 large": dict(qk_norm="rms_norm"),
     "dual alone": dict(dual_attention_layers=(1,)),
+    "layer norm": dict(num_layers=2, qk_norm="layer_norm"),
     "other sizes": dict(num_layers=1, patch_size=1, in_channels=3, out_channels=5, attention_head_dim=12),
 }
 CONFIGURATIONS["other sizes"]["caption_projection_dim"] = 48
@@ -78,7 +80,7 @@ def check_gradients(model, reference):
     grads |= {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     ours = converted(grads, sizes_of(state, reference.config.attention_head_dim))
     for name, parameter in model.named_parameters():
-        is_gain = name.endswith("_norm.weight")
+        is_gain = name.endswith("_norm.weight") and reference.config.qk_norm == "rms_norm"
         expected = ours[name] + 1 if is_gain else ours[name]  # what a weight is less 1, is not so for its gradient
         close(parameter.grad, expected, atol=1e-5)
 
@@ -108,6 +110,20 @@ def test_a_state_without_norms_needs_the_width_of_heads():
     close(model(*inputs), reference(*inputs, return_dict=False)[0], atol=1e-5)
     with pytest.raises(ValueError, match="heads of 64 channels do not divide the width 32; give dim_head"):
         MMDiT.from_sd3(reference.state_dict())
+
+
+def test_norms_without_weights_are_there():
+    reference = theirs(num_layers=2, qk_norm="fp32_layer_norm", dual_attention_layers=(0,))
+    inputs = call()
+    expected = reference(*inputs, return_dict=False)[0]
+    state = reference.state_dict()
+    for model in (MMDiT.from_sd3(reference), MMDiT.from_sd3(state, dim_head=8, qk_norm="fp32_layer_norm")):
+        close(model(*inputs), expected, atol=1e-4)  # diffusers makes this norm in single precision
+    assert not torch.allclose(MMDiT.from_sd3(state, dim_head=8)(*inputs), expected, atol=1e-2)
+    with pytest.raises(ValueError, match=r"qk_norm must be rms_norm, layer_norm or fp32_layer_norm, .* got 'l2'"):
+        MMDiT.from_sd3(state, qk_norm="l2")
+    with pytest.raises(ValueError, match=r"fp32_layer_norm has no weights, and the state has transformer_blocks\.0"):
+        MMDiT.from_sd3(theirs(num_layers=1, qk_norm="rms_norm").state_dict(), qk_norm="fp32_layer_norm")
 
 
 def test_weights_are_copies_of_their_type():
@@ -140,6 +156,21 @@ def test_images_must_fit():
         model(randn(2, 4, 34, 8, dtype=torch.float64), *rest)
 
 
+@pytest.mark.parametrize(
+    ("index", "wrong", "message"),
+    [
+        (0, randn(2, 3, 12, 8), r"hidden_states: expected latents \(b, 4, y, x\), got \(2, 3, 12, 8\)"),
+        (0, randn(4, 12, 8), r"hidden_states: expected latents \(b, 4, y, x\), got \(4, 12, 8\)"),
+        (1, randn(2, 7, 23), r"encoder_hidden_states: expected text \(2, tokens, 24\), got \(2, 7, 23\)"),
+        (2, randn(2, 19), r"pooled_projections: expected the shape \(2, 20\), got \(2, 19\)"),
+    ],
+)
+def test_wrong_inputs_are_refused_by_name(index, wrong, message):
+    inputs = [wrong if i == index else x for i, x in enumerate(call())]
+    with refused(ValueError, message, is_type=index == 0 and wrong.ndim == 3):
+        tiny()(*inputs)
+
+
 def test_padding_of_text_is_left_out():
     model, (latents, text, *rest) = MMDiT.from_sd3(theirs()), call()
     mask = torch.tensor([[True] * 5 + [False] * 2] * 2)
@@ -155,18 +186,13 @@ def test_it_can_be_saved_and_checkpointed(tmp_path):
     close(torch.autograd.grad(model(*inputs).square().sum(), inputs[0]), expected, atol=0)
 
 
+def tiny():
+    sizes = dict(channels=4, out_channels=4, patch_size=2, dim_text=24, dim_pooled=20, table_size=8)
+    return SD3MMDiT(depth=1, dim_head=8, heads=2, **sizes)
+
+
 def test_it_can_be_built_without_weights():
-    model = SD3MMDiT(
-        depth=1,
-        dim_head=8,
-        heads=2,
-        channels=4,
-        out_channels=4,
-        patch_size=2,
-        dim_text=24,
-        dim_pooled=20,
-        table_size=8,
-    )
+    model = tiny()
     out = model(*(x.float() for x in call()))
     assert torch.equal(out, torch.zeros(2, 4, 12, 8))
     rows = model.position_table.flatten(0, 1)

@@ -57,6 +57,21 @@ def test_items_without_actions_are_named(tmp_path):
         PolicyTrainer(policy(), broken, config(2), folder=tmp_path).fit()
 
 
+@pytest.mark.parametrize("padded_first", [True, False])
+def test_items_with_and_without_padding_are_mixed(padded_first, tmp_path):
+    one, other = items(2)
+    mixed = [one | {"action_is_pad": torch.tensor([False, True, True])}, other]
+    trainer = PolicyTrainer(policy(), mixed if padded_first else mixed[::-1], config(1), folder=tmp_path)
+    (batch,) = trainer.in_order(mixed if padded_first else mixed[::-1])
+    assert batch.is_pad.sum(dim=1).tolist() == [2, 0][:: 1 if padded_first else -1]
+
+
+def test_a_policy_without_statistics_is_trained_with_a_warning(tmp_path):
+    plain = FlowPolicy(observations=dict(state=(2,)), dim_action=2, chunk_length=LENGTH, dim=16, depth=1)
+    with pytest.warns(UserWarning, match="the policy has no statistics of the data: call policy.fit_statistics"):
+        PolicyTrainer(plain, items(2), config(1), folder=tmp_path)
+
+
 def test_options_without_meaning(tmp_path):
     with pytest.raises(ValueError, match="accumulation cannot be set for a policy"):
         PolicyTrainer(policy(), items(), config(2, accumulation=2), folder=tmp_path)

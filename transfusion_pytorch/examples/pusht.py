@@ -51,7 +51,15 @@ class Demonstrations(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence["Demonstrations"]) -> "Demonstrations":
+        """All of them, one behind the other. Raises `ValueError` for none, and for others than the first observes."""
+        if not parts:
+            raise ValueError("there are no demonstrations to join")
         names = parts[0].observations
+        for part in parts:
+            if set(part.observations) != set(names):
+                raise ValueError(
+                    f"demonstrations of {', '.join(names)} cannot be joined with some of {', '.join(part.observations)}"
+                )
         before = np.cumsum([0, *(len(part.actions) for part in parts)])
         return cls(
             {name: torch.cat([part.observations[name] for part in parts]) for name in names},
@@ -138,7 +146,10 @@ def demonstrate(
 
     Now and then the agent is disturbed while the expert's choice is what is written down, so that the data show how to
     recover. With a `policy`, it acts for a random number of steps at first and the expert goes on from there (as in
-    DAgger, arXiv 1011.0686): then the data have the states that the policy gets into.
+    DAgger, arXiv 1011.0686): then the data have the states that the policy gets into. An episode in which it succeeds
+    in that time is left out.
+
+    Raises `ValueError` where the policy succeeds in all of them: there is nothing to correct.
     """
     generator = np.random.default_rng(seed)
     episodes = []
@@ -150,6 +161,10 @@ def demonstrate(
             if is_done:
                 continue
         episodes.append(one_demonstration(env, observation, generator))
+    if not episodes:
+        raise ValueError(
+            f"the policy succeeded by itself in all {count} episodes: nothing to correct, try more episodes"
+        )
     return Demonstrations.joined(episodes)
 
 
@@ -163,10 +178,15 @@ def led_astray(env: Any, observation: Any, policy: Any, steps: int) -> tuple[Any
     return observation, False
 
 
+def as_action(action: Tensor) -> np.ndarray:
+    """What the environment takes, from the action of a policy on any device."""
+    return action.cpu().double().numpy()
+
+
 def step_by(executor: ChunkExecutor, env: Any, observation: Any) -> tuple[Any, bool]:
     """A step of one environment by a policy: the next observation, and whether the episode is over."""
     batch = {name: value[None] for name, value in as_tensors(observation).items()}
-    observation, _, is_done, _, _ = env.step(executor.act(batch)[0].double().numpy())
+    observation, _, is_done, _, _ = env.step(as_action(executor.act(batch)[0]))
     return observation, is_done
 
 
@@ -268,7 +288,7 @@ def run_together(executor: ChunkExecutor, seeds: Sequence[int], observations: Ob
         actions = executor.act({name: torch.stack([each[name] for each in tensors]) for name in tensors[0]})
         for i, env in enumerate(environments):
             if not is_done[i]:
-                seen[i], _, is_done[i], _, info = env.step(actions[i].double().numpy())
+                seen[i], _, is_done[i], _, info = env.step(as_action(actions[i]))
                 highest[i], lengths[i] = max(highest[i], float(info["coverage"])), lengths[i] + 1
         if all(is_done):
             break

@@ -10,7 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from transfusion_pytorch.mmdit.attention import Heads, JointAttention
-from transfusion_pytorch.mmdit.checks import check_tokens
+from transfusion_pytorch.mmdit.checks import (
+    check_condition,
+    check_numbers,
+    check_one_each,
+    check_positive,
+)
 from transfusion_pytorch.mmdit.layers import (
     NORM_EPS,
     Activation,
@@ -18,8 +23,7 @@ from transfusion_pytorch.mmdit.layers import (
     Modulation,
     with_token_axis,
 )
-from transfusion_pytorch.mmdit.masks import Mask, check_mask, rows_and_columns
-from transfusion_pytorch.mmdit.positions import joint_phases
+from transfusion_pytorch.mmdit.masks import Mask, MaskFunction, mask_of_call, rows_and_columns
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import RMSNorm
 
@@ -48,7 +52,7 @@ class InContextMMDiTBlock(nn.Module):
     """A block without conditions: RMS norms, and plain residuals. What tokens are to know comes as tokens.
 
     `dim_modalities` are the widths; `attention` are options of `JointAttention`, where modalities that are `pre_only`
-    have no output (None).
+    have no output (None). Errors are those of `JointAttention`.
     """
 
     def __init__(
@@ -70,24 +74,32 @@ class InContextMMDiTBlock(nn.Module):
     def forward(
         self,
         modality_tokens: Tokens,
-        attention_mask: Mask | None = None,
+        attention_mask: Mask | MaskFunction | None = None,
         *,
         phases: Phases | None = None,
         context: Heads | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """`(*batch, s_i, d_i)` of every modality to the same; mask and phases as in `JointAttention`."""
-        phases = phases_of_call(self.attn, modality_tokens, attention_mask, phases)
-        return self.advance(modality_tokens, attention_mask, phases=phases, context=context)[0]
+        checks: bool = True,
+        returns_heads: bool = False,
+    ) -> tuple[Any, ...]:
+        """`(*batch, s_i, d_i)` of every modality to the same; mask and phases as in `JointAttention`.
 
-    def advance(
-        self, tokens: Tokens, mask: Mask | None, *, phases: Phases, context: Heads | None = None
-    ) -> tuple[tuple[Tensor | None, ...], Heads]:
-        """As `forward`, without checks. Also returns what the modalities brought into attention."""
-        each = zip(self.modalities, tokens, strict=True)
+        - `context`: keys and values `(b, m, h, e)` of other tokens, which stand before those of the call; the mask has
+          columns for them too
+        - `checks`: False in a model, which has checked its inputs: mask and phases are those of `attend`
+        - `returns_heads`: returns `(tokens, heads)`, also the queries, keys and values of the call
+
+        Raises `TypeError` or `ValueError` that names the modality or the argument for what does not fit.
+        """
+        planned: Any = attention_mask, phases
+        if checks:
+            planned = self.attn.checked(modality_tokens, attention_mask, phases, length_of(context))
+        each = zip(self.modalities, modality_tokens, strict=True)
         normed = [None if x is None else part.attn_norm(x) for part, x in each]  # type: ignore[operator]
-        outs, own = self.attn.attend(normed, mask, phases, context)
-        each = zip(self.modalities, tokens, outs, strict=True)
-        return tuple(None if x is None else part.finish(x, out) for part, x, out in each), own  # type: ignore[operator]
+        joint_mask, all_phases = planned
+        outs, own = self.attn.attend(normed, joint_mask, all_phases, context)
+        each = zip(self.modalities, modality_tokens, outs, strict=True)
+        tokens = tuple(None if x is None else part.finish(x, out) for part, x, out in each)  # type: ignore[operator]
+        return (tokens, own) if returns_heads else tokens
 
 
 class AdaptiveModality(nn.Module):
@@ -146,6 +158,7 @@ class MMDiTBlock(nn.Module):
 
     `dim_modalities` are the widths, `dim_cond` is that of the condition; `attention` are options of `JointAttention`,
     where modalities that are `pre_only` have no output (None). Those in `dual_attention` also attend among themselves.
+    Errors are those of `JointAttention`.
     """
 
     def __init__(
@@ -161,8 +174,10 @@ class MMDiTBlock(nn.Module):
         **attention: Any,
     ):
         super().__init__()
+        check_positive(dim_cond=dim_cond)
         self.attn = JointAttention(dim_modalities, pre_only=pre_only, **attention)
-        self.dual_attention = tuple(dual_attention)
+        check_numbers("dual_attention", dual_attention, len(self.attn.dim_modalities))
+        self.dim_cond, self.dual_attention = dim_cond, tuple(dual_attention)
         self.modalities = nn.ModuleList(
             AdaptiveModality(
                 dim,
@@ -180,60 +195,68 @@ class MMDiTBlock(nn.Module):
         self,
         modality_tokens: Tokens,
         cond: Tensor | Sequence[Tensor | None],
-        attention_mask: Mask | None = None,
+        attention_mask: Mask | MaskFunction | None = None,
         *,
         phases: Phases | None = None,
-        own_masks: Sequence[Mask | None] | None = None,
+        own_masks: Sequence[Mask | MaskFunction | None] | None = None,
         context: Heads | None = None,
-    ) -> tuple[Tensor | None, ...]:
+        checks: bool = True,
+        returns_heads: bool = False,
+    ) -> tuple[Any, ...]:
         """`(*batch, s_i, d_i)` of every modality to the same.
 
         `cond` is `(*batch, c)`, or `(*batch, n, c)` for each of all tokens, or a sequence with one of these for each
-        modality. Mask and phases as in `JointAttention`; `own_masks` are those of the dual attention of each modality,
-        by default cut out of the mask.
+        modality. It goes into linear layers as it is: an embedding of a time comes through a SiLU before (`MMDiT` does
+        so). `own_masks` are those of the dual attention of each modality, by default cut out of the mask. Everything
+        else, and errors, as in `InContextMMDiTBlock`.
         """
-        if own_masks is None:
-            own_masks = own_masks_of(attention_mask, modality_tokens, self.dual_attention)
-        phases = phases_of_call(self.attn, modality_tokens, attention_mask, phases)
+        planned: Any = attention_mask, phases, own_masks
+        if checks:
+            num_context = length_of(context)
+            mask, phases = self.attn.checked(modality_tokens, attention_mask, phases, num_context)
+            self._check_conditions(cond, modality_tokens)
+            planned = mask, phases, self._own_masks(mask, own_masks, modality_tokens, num_context)
+        joint_mask, all_phases, masks = planned
         conditions = conditions_of(cond, modality_tokens)
-        return self.advance(
-            modality_tokens, conditions, attention_mask, phases=phases, own_masks=own_masks, context=context
-        )[0]
-
-    def advance(
-        self,
-        tokens: Tokens,
-        conditions: Sequence[Tensor | None],
-        mask: Mask | None,
-        *,
-        phases: Phases,
-        own_masks: Sequence[Mask | None],
-        context: Heads | None = None,
-    ) -> tuple[tuple[Tensor | None, ...], Heads]:
-        """As `forward`, without checks, and with a condition of each modality that has an axis of tokens, or a 1 in its
-        place. Also returns what the modalities brought into attention.
-        """
-        there = [i for i, x in enumerate(tokens) if x is not None]
+        there = [i for i, x in enumerate(modality_tokens) if x is not None]
         modulations = {i: self.modalities[i].modulations(conditions[i]) for i in there}  # type: ignore[operator]
-        normed = [None if x is None else modulations[i][0].normed(x) for i, x in enumerate(tokens)]
-        outs, own = self.attn.attend(normed, mask, phases, context)
-        advanced: list[Tensor | None] = [None] * len(tokens)
+        normed = [None if x is None else modulations[i][0].normed(x) for i, x in enumerate(modality_tokens)]
+        outs, own = self.attn.attend(normed, joint_mask, all_phases, context)
+        advanced: list[Tensor | None] = [None] * len(modality_tokens)
         for i in there:
-            inputs = tokens[i], outs[i], modulations[i], own_masks[i], phases[i]
+            inputs = modality_tokens[i], outs[i], modulations[i], masks[i], all_phases[i]
             advanced[i] = self.modalities[i].finish(*inputs)  # type: ignore[operator]
-        return tuple(advanced), own
+        return (tuple(advanced), own) if returns_heads else tuple(advanced)
+
+    def _check_conditions(self, cond: Any, tokens: Any) -> None:
+        batch, lengths = tokens[0].shape[:-2], [x.shape[-2] for x in tokens]
+        if isinstance(cond, Tensor):
+            check_condition("cond", cond, batch, sum(lengths), self.dim_cond)
+            return
+        check_one_each("cond", cond, len(lengths))
+        for i, (part, length) in enumerate(zip(cond, lengths, strict=True)):
+            check_condition(f"cond of modality {i}", part, batch, length, self.dim_cond)
+
+    def _own_masks(
+        self, mask: Mask | None, given: Sequence[Mask | MaskFunction | None] | None, tokens: Any, num_context: int
+    ) -> list[Mask | None]:
+        """For each modality the mask of its dual attention, given or cut out of the joint one; None for others."""
+        check_one_each("own_masks", given, len(tokens))
+        masks: list[Mask | None] = [None] * len(tokens)
+        row, column = 0, num_context
+        for i, (x, part) in enumerate(zip(tokens, self.attn.modalities, strict=True)):
+            length = x.shape[-2]
+            if i in self.dual_attention and given is not None:
+                masks[i] = mask_of_call(given[i], x, length, length, self.attn.heads, f"own mask of modality {i}")
+            elif i in self.dual_attention and mask is not None and not part.is_pre_only:
+                masks[i] = rows_and_columns(mask, slice(row, row + length), slice(column, column + length))
+            row, column = row + (0 if part.is_pre_only else length), column + length
+        return masks
 
 
-def phases_of_call(attn: JointAttention, tokens: Tokens, mask: Mask | None, phases: Phases | None) -> Phases:
-    """The phases of a block's tokens. A call without any is not from a model, which has checked its inputs: raises what
-    is wrong with tokens and mask.
-    """
-    if phases is not None:
-        return phases
-    lengths = check_tokens(tokens, attn.dim_modalities)  # type: ignore[arg-type]
-    queries = sum(n for n, part in zip(lengths, attn.modalities, strict=True) if not part.is_pre_only)
-    check_mask(mask, tokens[0].shape[:-2], queries, sum(lengths))  # type: ignore[union-attr]
-    return joint_phases(None, tokens, axes=attn.rope_axes, dim_head=attn.dim_head, theta=attn.rotary_theta)
+def length_of(context: Heads | None) -> int:
+    """How many keys there are before those of the call."""
+    return 0 if context is None else context.k.shape[1]
 
 
 def conditions_of(cond: Tensor | Sequence[Tensor | None], tokens: Tokens) -> list[Tensor | None]:
@@ -244,19 +267,7 @@ def conditions_of(cond: Tensor | Sequence[Tensor | None], tokens: Tokens) -> lis
     first = next(x for x in tokens if x is not None)
     if cond.ndim < first.ndim:
         return [cond.unsqueeze(-2)] * len(tokens)
+    if cond.shape[-2] == 1:
+        return [cond] * len(tokens)
     parts = iter(cond.split([x.shape[-2] for x in tokens if x is not None], dim=-2))
     return [None if x is None else next(parts) for x in tokens]
-
-
-def own_masks_of(mask: Mask | None, tokens: Tokens, modalities: Sequence[int]) -> list[Mask | None]:
-    """The part of a joint mask, whose rows and columns are these tokens, that is about one modality alone, for these
-    modalities; None for others.
-    """
-    masks: list[Mask | None] = [None] * len(tokens)
-    start = 0
-    for i, x in enumerate(tokens):
-        stop = start + (0 if x is None else x.shape[-2])
-        if mask is not None and i in modalities:
-            masks[i] = rows_and_columns(mask, slice(start, stop), slice(start, stop))
-        start = stop
-    return masks

@@ -1,9 +1,13 @@
-"""What is wrong with the tokens and times of a call, by the name of the input."""
+"""What is wrong with arguments, tokens, times and conditions, by the name of the input."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from transfusion_pytorch.network.linear import is_plain_linear
+from transfusion_pytorch.network.shortcuts import is_plain
 
 
 def check_modalities(dims: Sequence[int]) -> tuple[int, ...]:
@@ -18,6 +22,19 @@ def check_modalities(dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(dims)
 
 
+def check_positive(**sizes: float | None) -> None:
+    """Raises `ValueError` that names the argument for a size below 1. None is one that is left out."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+
+
+def check_numbers(name: str, numbers: Sequence[int], count: int) -> None:
+    """Raises `ValueError` unless all `numbers` of modalities or blocks are among the `count` that there are."""
+    if wrong := [number for number in numbers if not 0 <= number < count]:
+        raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {wrong[0]}")
+
+
 def per_modality(name: str, value: object, count: int) -> tuple:
     """A value for each modality: one that is given for all, or a sequence with one for each."""
     if not isinstance(value, Sequence):
@@ -27,13 +44,27 @@ def per_modality(name: str, value: object, count: int) -> tuple:
     return tuple(value)
 
 
+def check_is_sequence(name: str, values: object) -> None:
+    """Raises `TypeError` for what has no entry for each modality, such as the tensor of one modality alone."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a tuple with an entry for each modality, got {type(values).__name__}")
+
+
+def check_one_each(name: str, values: Sequence | None, count: int) -> None:
+    """Raises `TypeError` or `ValueError` unless there is an entry for each modality of the call, or None for all."""
+    if values is None:
+        return
+    check_is_sequence(name, values)
+    if len(values) != count:
+        raise ValueError(f"{name}: expected one entry for each of {count} modalities in the call, got {len(values)}")
+
+
 def check_tokens(tokens: Sequence[Tensor], dims: Sequence[int], first: int = 0) -> tuple[int, ...]:
     """The length of each modality. `first` is the number of the first one, for errors.
 
     Raises `TypeError` or `ValueError` that names the modality for anything but floating point `(*batch, s_i, d_i)`.
     """
-    if isinstance(tokens, Tensor) or not isinstance(tokens, Sequence):
-        raise TypeError(f"modality_tokens must be a tuple with a tensor for each modality, got {type(tokens).__name__}")
+    check_is_sequence("modality_tokens", tokens)
     if len(tokens) != len(dims):
         raise ValueError(f"modality_tokens: expected {len(dims)} modalities of widths {tuple(dims)}, got {len(tokens)}")
     for i, (x, dim) in enumerate(zip(tokens, dims, strict=True), start=first):
@@ -50,6 +81,30 @@ def check_tokens(tokens: Sequence[Tensor], dims: Sequence[int], first: int = 0) 
                 f"{tuple(x.shape[:-2])}"
             )
     return tuple(x.shape[-2] for x in tokens)
+
+
+def check_dtype(i: int, x: Tensor, layer: nn.Module) -> None:
+    """Raises `TypeError` for tokens of another type than the weights of the layer that takes them, unless something
+    casts them: autocast, a quantised weight, or a hook.
+    """
+    if not isinstance(layer, nn.Linear) or not is_plain(layer.weight) or x.dtype == layer.weight.dtype:
+        return
+    if not torch.is_autocast_enabled(x.device.type) and is_plain_linear(layer):
+        raise TypeError(f"modality {i}: expected tokens of {layer.weight.dtype}, as the weights are, got {x.dtype}")
+
+
+def check_condition(name: str, cond: object, batch: torch.Size, length: int, dim_cond: int) -> None:
+    """Raises `TypeError` or `ValueError` unless a condition is `(*batch, c)` or `(*batch, length, c)`. Dimensions of 1
+    are for all, and leading ones may be left out.
+    """
+    if not isinstance(cond, Tensor) or not cond.is_floating_point():
+        kind = cond.dtype if isinstance(cond, Tensor) else type(cond).__name__
+        raise TypeError(f"{name}: expected a floating point tensor of {dim_cond} channels, got {kind}")
+    wanted = (*batch, length, dim_cond)
+    shape = cond.shape if cond.ndim == len(wanted) else (*cond.shape[:-1], 1, *cond.shape[-1:])
+    fits = 2 <= len(shape) <= len(wanted) and shape[-1] == dim_cond
+    if not fits or any(size not in (1, most) for size, most in zip(shape[-2::-1], wanted[-2::-1], strict=False)):
+        raise ValueError(f"{name}: expected the shape {(*batch, dim_cond)} or {wanted}, got {tuple(cond.shape)}")
 
 
 def check_times(timestep: object, batch: torch.Size, total: int, num_times: int, like: Tensor) -> list[Tensor]:
@@ -76,11 +131,12 @@ def check_times(timestep: object, batch: torch.Size, total: int, num_times: int,
 
 def _one_time(time: object, batch: torch.Size, total: int, name: str, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if isinstance(time, (int, float)) and not isinstance(time, bool):
+    if not isinstance(time, Tensor):
+        if isinstance(time, bool) or not isinstance(time, (int, float, Real)):
+            raise TypeError(f"{name} must be a number or a tensor of numbers, got {type(time).__name__}")
         return torch.tensor(float(time), dtype=dtype, device=like.device)
-    if not isinstance(time, Tensor) or time.dtype == torch.bool or time.is_complex():
-        kind = time.dtype if isinstance(time, Tensor) else type(time).__name__
-        raise TypeError(f"{name} must be a number or a tensor of numbers, got {kind}")
+    if time.dtype == torch.bool or time.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of numbers, got {time.dtype}")
     time = time.to(device=like.device, dtype=dtype)
     flat = batch.numel()
     if time.ndim == 0:

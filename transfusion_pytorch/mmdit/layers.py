@@ -44,6 +44,7 @@ class FeedForward(nn.Module):
         self.to_out = Linear(hidden, dim, bias=not self.is_gated)
 
     def forward(self, x: Shaped[Tensor, "*batch s d"]) -> Shaped[Tensor, "*batch s d"]:
+        """Each token by itself; the batch dimensions are free."""
         hidden = self.to_hidden(x)
         if not self.is_gated:
             return self.to_out(F.gelu(hidden, approximate=self.approximate))
@@ -97,7 +98,9 @@ class AdaptiveLayerNorm(nn.Module):
         return Modulation(1 + scale, shift, gates[0] if gates else None, self.eps)
 
     def forward(self, x: Shaped[Tensor, "*batch s d"], cond: Shaped[Tensor, "*rows c"]) -> Shaped[Tensor, "*batch s d"]:
-        """`cond` is `(*batch, c)`, one for all tokens of a sample, or `(*batch, s, c)`."""
+        """`cond` is `(*batch, c)`, one for all tokens of a sample, or `(*batch, s, c)`. It goes into a linear layer as
+        it is: an embedding of a time comes through a SiLU before, as in DiT (`MMDiT` does so).
+        """
         return self.modulation(with_token_axis(cond, x)).normed(x)
 
 
@@ -122,6 +125,7 @@ class TimestepEmbedding(nn.Module):
         self.layers = nn.Sequential(Linear(timestep_embed_dim, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, timestep: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch d"]:
+        """One vector for each number, in the type of the weights; angles are made in single precision at least."""
         angles = timestep.reshape(-1, 1) * self.timestep_scale
         features = sinusoids(angles, count=self.timestep_embed_dim // 2, highest=1.0, ratio=10_000.0)
         embedded = self.layers(features.to(next(self.parameters()).dtype))
@@ -158,6 +162,7 @@ class SimpleFinalLayer(nn.Module):
         _zero(self.to_out)
 
     def forward(self, x: Shaped[Tensor, "*batch s d"]) -> Shaped[Tensor, "*batch s o"]:
+        """The outputs of each token; zero before training."""
         return self.to_out(self.norm(x))
 
 

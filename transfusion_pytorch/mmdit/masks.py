@@ -1,6 +1,14 @@
 """Who may attend to whom: one mask over the tokens of all modalities, in their order.
 
-n queries and m keys, which include registers where that is said; s tokens of one modality; b samples.
+n queries and m keys, which include registers where that is said; s tokens of one modality; b samples; h heads, or 1
+where a mask is the same for all.
+
+| a mask | from a caller | inside |
+|---|---|---|
+| the same for all samples | bool `(n, m)` | as it is |
+| of each sample | bool `(*batch, n, m)` | `(b, 1, n, m)` |
+| a function of `(b, h, query, key)` | | `(b, h, n, m)`, or a `BlockMask` where flex attention is used |
+| `BlockMask` | | as it is, or its function where there is no flex attention |
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +20,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from transfusion_pytorch.mmdit.checks import check_one_each
+from transfusion_pytorch.network.attend import choose_attention
+
 Mask = Tensor | BlockMask
 MaskFunction = Callable[..., Tensor]  # (b, h, query, key) -> whether the query sees the key, as flex attention has it
 
@@ -20,6 +31,7 @@ class Layout(NamedTuple):
     """The tokens of one call: how many each modality has, and what stands before them."""
 
     batch: int
+    heads: int
     lengths: tuple[int, ...]  # of every modality, 0 for one that is not there; without registers
     registers: tuple[int, ...]  # of every modality, 0 for one that is not there
     context_lengths: tuple[int, ...]  # of the modalities whose keys and values are known already
@@ -61,9 +73,8 @@ def plan_masks(
 ) -> MaskPlan:
     """What the blocks attend by.
 
-    `attention_mask` is without registers: bool `(n, m)` or `(b, n, m)`, a function of `(b, h, query, key)`, or a
-    `BlockMask`, which is taken as it is. `padding` is True where a key is a token, registers included. `dual` are the
-    modalities with dual attention.
+    `attention_mask` is without registers, and a function is not evaluated yet. `padding` is True where a key is a
+    token, registers included. `dual` are the modalities with dual attention.
     """
     if isinstance(attention_mask, BlockMask):
         if padding is not None or any(layout.registers) or any(layout.context_registers):
@@ -71,7 +82,6 @@ def plan_masks(
                 "attention_mask: a BlockMask covers all tokens, and knows neither registers nor padding masks; give a "
                 "bool mask or a function of (b, h, query, key)"
             )
-        _check_block_mask(attention_mask, layout.num_queries, layout.num_keys)
         mask = attention_mask
     elif use_flex:
         mask = _flex_mask(attention_mask, padding, layout)
@@ -83,16 +93,24 @@ def plan_masks(
 
 def _dense_mask(
     attention_mask: Tensor | MaskFunction | None, padding: Tensor | None, layout: Layout
-) -> Bool[Tensor, "n m"] | Bool[Tensor, "b n m"] | None:
+) -> Bool[Tensor, "n m"] | Bool[Tensor, "b h n m"] | None:
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
-        sizes = (layout.batch, None, layout.num_queries, layout.num_keys)
-        attention_mask = create_mask(attention_mask, *sizes, device=str(layout.device))[:, 0]
+        sizes = (layout.batch, layout.heads, layout.num_queries, layout.num_keys)
+        attention_mask = evaluated(attention_mask, *sizes, layout.device)
     mask = None if attention_mask is None else with_registers(attention_mask.to(layout.device), layout)
     if padding is None:
         return mask
     queries = layout.num_queries + sum(layout.registers)
-    keys = padding[:, None].expand(-1, queries, -1)
+    keys = padding[:, None, None].expand(-1, -1, queries, -1)
     return keys if mask is None else mask & keys
+
+
+def evaluated(
+    function: MaskFunction, batch: int, heads: int, queries: int, keys: int, device: torch.device
+) -> Bool[Tensor, "b h n m"]:
+    """The mask that a function makes, with one head for all if the function does not look at the head."""
+    mask = create_mask(function, batch, heads, queries, keys, device=str(device))
+    return mask[:, :1] if mask.stride(1) == 0 else mask  # what vmap has found not to depend on the head, it expands
 
 
 def _flex_mask(
@@ -104,19 +122,24 @@ def _flex_mask(
     if attention_mask is None or isinstance(attention_mask, Tensor) or has_registers:
         dense = _dense_mask(attention_mask, padding, layout)
         assert dense is not None
-        function = _looked_up(dense.expand(layout.batch, -1, -1))
+        dense = dense.expand(layout.batch, 1, -1, -1) if dense.ndim == 2 else dense
+        function, heads = _looked_up(dense), dense.shape[1]
     else:
         function = attention_mask if padding is None else _unpadded(attention_mask, padding)
+        heads = evaluated(function, 1, layout.heads, 1, 1, layout.device).shape[1]
     queries = layout.num_queries + sum(layout.registers)
     keys = layout.num_keys + sum(layout.registers) + sum(layout.context_registers)
-    return create_block_mask(function, layout.batch, None, queries, keys, device=str(layout.device))
+    return create_block_mask(function, layout.batch, heads, queries, keys, device=str(layout.device))
 
 
 # lambdas, because flex attention traces them, and nothing else must be around them then (`TYPECHECK=1`)
 
 
-def _looked_up(dense: Tensor) -> MaskFunction:
-    return lambda b, h, query, key: dense[b, query, key]
+def _looked_up(dense: Bool[Tensor, "b h n m"]) -> MaskFunction:
+    if dense.shape[1] > 1:
+        return lambda b, h, query, key: dense[b, h, query, key]
+    of_all = dense[:, 0]
+    return lambda b, h, query, key: of_all[b, query, key]
 
 
 def _unpadded(function: MaskFunction, padding: Tensor) -> MaskFunction:
@@ -201,7 +224,8 @@ def joint_padding(
 def imitation_mask(
     num_observations: int, num_actions: int, *, device: torch.device | str | None = None
 ) -> Bool[Tensor, "n n"]:
-    """Observations attend to each other, actions to all observations and causally to actions.
+    """Observations attend to each other, actions to all observations and causally to actions: True where a query (row)
+    may attend to a key (column).
 
     `num_actions` counts all tokens behind the observations, time tokens included.
     """
@@ -214,44 +238,79 @@ def imitation_mask(
 # what a caller gives
 
 
-def check_mask(mask: Mask | MaskFunction | None, batch: torch.Size, queries: int, keys: int) -> None:
-    """Raises `TypeError` or `ValueError` for a mask that does not fit to this many queries and keys."""
+def can_use_flex(device: torch.device) -> bool:
+    """Whether flex attention can be used for a call: not for training on a CPU, where torch has no backward of it."""
+    if torch.compiler.is_compiling():  # without the warning, which does not fit into a graph
+        return device.type == "cuda" or (device.type == "cpu" and not torch.is_grad_enabled())
+    return choose_attention("flex", device.type, torch.is_grad_enabled()) == "flex"
+
+
+def mask_of_call(
+    mask: Mask | MaskFunction | None, x: Tensor, queries: int, keys: int, heads: int, name: str = "attention_mask"
+) -> Mask | None:
+    """The mask of a call of one attention or block, as it is inside; `x` are some of its tokens, `(*batch, s, d)`."""
+    batch = x.shape[:-2]
+    check_mask(mask, batch, queries, keys, heads, name)
+    if isinstance(mask, BlockMask) and not can_use_flex(x.device):
+        mask = mask.mask_mod
     if mask is None or isinstance(mask, BlockMask):
-        if mask is not None:
-            _check_block_mask(mask, queries, keys)
+        return mask
+    if isinstance(mask, Tensor):
+        return of_samples(mask.to(x.device), batch)
+    return evaluated(mask, batch.numel(), heads, queries, keys, x.device)
+
+
+def of_samples(mask: Bool[Tensor, "*batch n m"], batch: torch.Size) -> Bool[Tensor, "n m"] | Bool[Tensor, "b 1 n m"]:
+    """A mask of each sample with its batch dimensions as one."""
+    return mask if mask.ndim == 2 else mask.reshape(batch.numel(), 1, *mask.shape[-2:])
+
+
+def check_mask(
+    mask: Mask | MaskFunction | None,
+    batch: torch.Size,
+    queries: int,
+    keys: int,
+    heads: int,
+    name: str = "attention_mask",
+) -> None:
+    """Raises `TypeError` or `ValueError` for a mask that does not fit to this many queries, keys and heads."""
+    if isinstance(mask, BlockMask):
+        _check_block_mask(mask, batch.numel(), queries, keys, heads, name)
         return
     if not isinstance(mask, Tensor):
-        if not callable(mask):
-            raise TypeError(
-                f"attention_mask must be a bool tensor, a function or a BlockMask, got {type(mask).__name__}"
-            )
+        if mask is not None and not callable(mask):
+            raise TypeError(f"{name} must be a bool tensor, a function or a BlockMask, got {type(mask).__name__}")
         return
     if mask.dtype != torch.bool:
-        raise TypeError(f"attention_mask must be bool, True where a query may attend to a key, got {mask.dtype}")
+        raise TypeError(f"{name} must be bool, True where a query may attend to a key, got {mask.dtype}")
     shapes = dict.fromkeys([(queries, keys), (*batch, queries, keys)])
     if tuple(mask.shape) not in shapes:
         wanted = " or ".join(map(str, shapes))
         raise ValueError(
-            f"attention_mask: expected the shape {wanted} (queries and keys, the tokens of all modalities in their "
-            f"order), got {tuple(mask.shape)}"
+            f"{name}: expected the shape {wanted} (queries and keys, the tokens of all modalities in their order), got "
+            f"{tuple(mask.shape)}"
         )
 
 
-def _check_block_mask(mask: BlockMask, queries: int, keys: int) -> None:
+def _check_block_mask(mask: BlockMask, batch: int, queries: int, keys: int, heads: int, name: str) -> None:
     if tuple(mask.shape[-2:]) != (queries, keys):
-        raise ValueError(f"attention_mask: expected a BlockMask of {(queries, keys)}, got {tuple(mask.shape[-2:])}")
+        raise ValueError(f"{name}: expected a BlockMask of {(queries, keys)}, got {tuple(mask.shape[-2:])}")
+    if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
+        expected = f"a BlockMask of 1 or {batch} samples and 1 or {heads} heads"
+        raise ValueError(f"{name}: expected {expected}, got {mask.shape[0]} and {mask.shape[1]}")
 
 
-def check_padding(masks: Sequence[Tensor | None] | None, tokens: Sequence[Tensor | None]) -> None:
-    if masks is None:
-        return
-    if len(masks) != len(tokens):
-        raise ValueError(f"padding_masks: expected one entry for each of {len(tokens)} modalities, got {len(masks)}")
-    for i, (mask, x) in enumerate(zip(masks, tokens, strict=True)):
-        if mask is None or x is None:
+def check_padding(masks: Sequence[Tensor | None] | None, tokens: Sequence[Tensor], first: int = 0) -> None:
+    """Raises `TypeError` or `ValueError` that names the modality for anything but bool `(*batch, s_i)` or None.
+    `first` is the number of the first modality.
+    """
+    check_one_each("padding_masks", masks, len(tokens))
+    for i, (mask, x) in enumerate(zip(masks or (), tokens, strict=False), start=first):
+        if mask is None:
             continue
-        if mask.dtype != torch.bool:
-            raise TypeError(f"padding mask of modality {i} must be bool, True for tokens, got {mask.dtype}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"padding mask of modality {i} must be bool, True for tokens, got {kind}")
         if mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"padding mask of modality {i}: expected the shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}"

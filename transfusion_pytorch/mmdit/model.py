@@ -6,6 +6,7 @@ dimensions are free.
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.mmdit.attention import QKNorm
 from transfusion_pytorch.mmdit.blocks import InContextMMDiTBlock, MMDiTBlock
-from transfusion_pytorch.mmdit.checks import check_times
+from transfusion_pytorch.mmdit.checks import check_numbers, check_positive, check_times
 from transfusion_pytorch.mmdit.layers import (
     NORM_EPS,
     Activation,
@@ -31,7 +32,7 @@ from transfusion_pytorch.saving.components import register_component
 if TYPE_CHECKING:
     from transfusion_pytorch.mmdit.sd3 import SD3MMDiT
 
-Times = float | Tensor | Sequence[float | Tensor] | None
+Times = float | Real | Tensor | Sequence[float | Real | Tensor] | None
 
 
 @register_component
@@ -56,6 +57,8 @@ class MMDiT(JointTransformer):
     - `attention`: "sdpa" or "flex"; can be changed later. Flex attention trains on a GPU only; on a CPU it is there for
       inference, and SDPA trains in its place
     - `use_checkpoint`: blocks are computed again in the backward pass instead of being remembered
+
+    Raises `TypeError` or `ValueError` that names the argument.
     """
 
     example_call = "outputs = model(modality_tokens, timestep)  # a tensor for each modality"
@@ -90,6 +93,7 @@ class MMDiT(JointTransformer):
             dim_modalities=dim_modalities,
             dim_outs=dim_outs,
             dim_head=dim_head,
+            heads=heads,
             rope_axes=rope_axes,
             rotary_theta=rotary_theta,
             num_registers=num_registers,
@@ -97,7 +101,9 @@ class MMDiT(JointTransformer):
             use_checkpoint=use_checkpoint,
             dual_modalities=dual_attention_modalities if dual_attention_layers else (),
         )
-        _check_dual(dual_attention_layers, depth, dual_attention_modalities, len(self.dim_modalities))
+        check_positive(dim_cond=dim_cond, dim_pooled=dim_pooled)
+        check_numbers("dual_attention_layers", dual_attention_layers, depth)
+        check_numbers("dual_attention_modalities", dual_attention_modalities, len(self.dim_modalities))
         embed_dims = (timestep_embed_dim,) if isinstance(timestep_embed_dim, int) else tuple(timestep_embed_dim)
         if not embed_dims:
             raise ValueError("timestep_embed_dim is empty: there must be at least one conditioning variable")
@@ -179,6 +185,8 @@ class MMDiT(JointTransformer):
 
         Arguments are those of `forward`, about these modalities. Equal to one call with all modalities in which none of
         these attends to the others, and has this `timestep`.
+
+        Raises `TypeError` or `ValueError` as `forward` does, and for all modalities at once: one at least must be left.
         """
         stream = self._begin(modality_tokens, attention_mask, padding_masks, positions, is_context=True)
         return self._remember(stream, self._conditions(timestep, pooled, stream))
@@ -216,6 +224,8 @@ class MMDiT(JointTransformer):
 
     def _checked_pooled(self, pooled: Tensor | None, stream: JointStream, like: Tensor) -> Tensor:
         shape = (*stream.batch, self.dim_pooled)
+        if pooled is not None and not isinstance(pooled, Tensor):
+            raise TypeError(f"pooled must be a tensor of shape {shape}, got {type(pooled).__name__}")
         if pooled is None or tuple(pooled.shape) != shape:
             got = "nothing" if pooled is None else tuple(pooled.shape)
             raise ValueError(f"pooled: expected a vector for each sample, of shape {shape}, got {got}")
@@ -225,15 +235,6 @@ class MMDiT(JointTransformer):
 def _with_first(cond: Tensor, count: int) -> Tensor:
     """Conditions of tokens, with as many copies of the first before them."""
     return cond if not count else torch.cat((cond[:, :1].expand(-1, count, -1), cond), dim=1)
-
-
-def _check_dual(layers: Sequence[int], depth: int, modalities: Sequence[int], count: int) -> None:
-    for name, values, limit in (
-        ("dual_attention_layers", layers, depth),
-        ("dual_attention_modalities", modalities, count),
-    ):
-        if wrong := [value for value in values if not 0 <= value < limit]:
-            raise ValueError(f"{name}: expected numbers from 0 to {limit - 1}, got {wrong[0]}")
 
 
 @register_component
@@ -272,6 +273,7 @@ class InContextMMDiT(JointTransformer):
             dim_modalities=dim_modalities,
             dim_outs=dim_outs,
             dim_head=dim_head,
+            heads=heads,
             rope_axes=rope_axes,
             rotary_theta=rotary_theta,
             num_registers=num_registers,
@@ -322,6 +324,9 @@ class InContextMMDiT(JointTransformer):
         padding_masks: Sequence[Tensor | None] | None = None,
         positions: Positions | None = None,
     ) -> Context:
-        """Keys and values of the first modalities, for calls that compute the others alone: see `MMDiT`."""
+        """Keys and values of the first modalities, for calls that compute the others alone.
+
+        Arguments and errors are those of `MMDiT.encode_context`.
+        """
         stream = self._begin(modality_tokens, attention_mask, padding_masks, positions, is_context=True)
         return self._remember(stream)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from transfusion_pytorch.mmdit.checks import check_one_each
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.positions import axial_coordinates, rotary_phases
 
@@ -47,8 +48,7 @@ def joint_phases(
     As many `registers` stand before the tokens, at the origin.
     """
     count = len(tokens)
-    if positions is not None and len(positions) != count:
-        raise ValueError(f"positions: expected one entry for each of {count} modalities, got {len(positions)}")
+    check_one_each("positions", positions, count)
     if axes == 0:
         if positions is not None and any(each is not None for each in positions):
             raise ValueError("positions are of no use to a model with rope_axes=0; leave them out")
@@ -70,6 +70,9 @@ def _coordinates(given: Tensor | tuple[int, ...] | None, x: Tensor, axes: int, n
     length = x.shape[-2]
     if given is None:
         return torch.arange(length, device=x.device)[:, None]
+    if not isinstance(given, (Tensor, tuple, list)):
+        kinds = "None, a tuple of sizes such as (2, 2), or a tensor of coordinates"
+        raise TypeError(f"{name}: expected {kinds}, got {type(given).__name__}")
     if not isinstance(given, Tensor):
         given = axial_coordinates(tuple(given), device=x.device, dtype=precise(x.dtype))
     shapes = [(length,), (*x.shape[:-2], length)]

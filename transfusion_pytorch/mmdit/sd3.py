@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transfusion_pytorch.mmdit.attention import QKNorm
 from transfusion_pytorch.mmdit.model import MMDiT
-from transfusion_pytorch.mmdit.sd3_weights import converted, sizes_of
+from transfusion_pytorch.mmdit.sd3_weights import converted, sizes_of, with_norm_weights
 from transfusion_pytorch.network.linear import Conv2d, Linear
 from transfusion_pytorch.network.norms import sinusoids
 from transfusion_pytorch.saving.components import register_component
@@ -82,17 +82,29 @@ class SD3MMDiT(PretrainedMethods, nn.Module):
 
     @classmethod
     def from_weights(
-        cls, model_or_state_dict: nn.Module | Mapping[str, Tensor], *, dim_head: int | None = None
+        cls,
+        model_or_state_dict: nn.Module | Mapping[str, Tensor],
+        *,
+        dim_head: int | None = None,
+        qk_norm: str | None = None,
     ) -> "SD3MMDiT":
         """A model with copies of the weights of a `diffusers.SD3Transformer2DModel`, or of its `state_dict`.
 
-        `dim_head` is needed for a state without norms of queries and keys that has not 64 channels in a head: nothing
-        else in it says so. Raises `ValueError` that lists what is missing or left over.
+        A model has a configuration. For a state alone, two options say what is not in it:
+
+        - `dim_head`: channels of a head, if they are not 64 and queries and keys have no norms with weights
+        - `qk_norm`: "fp32_layer_norm" if queries and keys are normalised so, which has no weights. Other norms are
+          found by their weights
+
+        Raises `ValueError` that lists what is missing or left over, and for a `qk_norm` that SD3 does not have.
         """
         state = model_or_state_dict
         if isinstance(state, nn.Module):
-            dim_head = getattr(getattr(state, "config", None), "attention_head_dim", dim_head)
+            config = getattr(state, "config", None)
+            dim_head = getattr(config, "attention_head_dim", dim_head)
+            qk_norm = getattr(config, "qk_norm", qk_norm)
             state = state.state_dict()
+        state = with_norm_weights(state, dim_head, qk_norm)
         sizes = sizes_of(state, dim_head)
         with torch.device("meta"):
             model = cls(**sizes)
@@ -118,12 +130,10 @@ class SD3MMDiT(PretrainedMethods, nn.Module):
         is noise, as in SD3): a number or `(b,)`.
 
         `padding_mask` `(b, s)` is True for text and False for padding, which nobody attends to.
+
+        Raises `ValueError` that names the input for shapes that do not fit, and the errors of `MMDiT.forward`.
         """
-        height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
-        if tuple(hidden_states.shape[-2:]) != (height * self.patch_size, width * self.patch_size):
-            raise ValueError(
-                f"hidden_states: expected sides that are multiples of {self.patch_size}, got {hidden_states.shape[-2:]}"
-            )
+        height, width = self._checked_patches(hidden_states, encoder_hidden_states, pooled_projections)
         patches = rearrange(self.to_patches(hidden_states), "b d y x -> b (y x) d")
         patches = patches + self._positions(height, width).to(patches.dtype)
         tokens, masks = (patches, self.to_text(encoder_hidden_states)), (None, padding_mask)
@@ -131,6 +141,25 @@ class SD3MMDiT(PretrainedMethods, nn.Module):
         assert velocity is not None
         size = dict(y=height, x=width, py=self.patch_size, px=self.patch_size)
         return rearrange(velocity, "b (y x) (py px c) -> b c (y py) (x px)", **size)
+
+    def _checked_patches(self, latents: Tensor, text: Tensor, pooled: Tensor) -> tuple[int, int]:
+        """Patches along the sides of latents, `(height, width)`."""
+        batch, channels, dim_text = len(latents), self.to_patches.in_channels, self.to_text.in_features
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"hidden_states: expected latents (b, {channels}, y, x), got {tuple(latents.shape)}")
+        if text.ndim != 3 or len(text) != batch or text.shape[2] != dim_text:
+            raise ValueError(
+                f"encoder_hidden_states: expected text ({batch}, tokens, {dim_text}), got {tuple(text.shape)}"
+            )
+        if tuple(pooled.shape) != (batch, self.mmdit.dim_pooled):
+            wanted = (batch, self.mmdit.dim_pooled)
+            raise ValueError(f"pooled_projections: expected the shape {wanted}, got {tuple(pooled.shape)}")
+        height, width = (size // self.patch_size for size in latents.shape[-2:])
+        if tuple(latents.shape[-2:]) != (height * self.patch_size, width * self.patch_size):
+            raise ValueError(
+                f"hidden_states: expected sides that are multiples of {self.patch_size}, got {latents.shape[-2:]}"
+            )
+        return height, width
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Of `(height, width)` patches in the middle of the table, `(height * width, d)`."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 IMAGE, TEXT = "modalities.0", "modalities.1"
+DIM_HEAD = 64  # of all SD3 models so far
+NORM_OF = {"to_q": "norm_q", "to_k": "norm_k", "add_q_proj": "norm_added_q", "add_k_proj": "norm_added_k"}
 
 
 class Weights:
@@ -40,6 +42,25 @@ class Weights:
     def check_all_taken(self) -> None:
         if left := [name for name in self.state if name not in self.taken]:
             raise ValueError(f"the state has weights that an SD3 transformer has not: {_some(left)}")
+
+
+def with_norm_weights(state: Mapping[str, Tensor], dim_head: int | None, qk_norm: str | None) -> Mapping[str, Tensor]:
+    """The state with weights for norms of queries and keys that have none: with ones and zeros a layer norm is the
+    same as without. `qk_norm` is that of diffusers. Raises `ValueError` for a norm that SD3 does not have.
+    """
+    if qk_norm not in (None, "rms_norm", "layer_norm", "fp32_layer_norm"):
+        raise ValueError(f"qk_norm must be rms_norm, layer_norm or fp32_layer_norm, or left out, got {qk_norm!r}")
+    if qk_norm != "fp32_layer_norm":
+        return state
+    norms = {}
+    for name, weight in state.items():
+        parent, _, layer = name.removesuffix(".weight").rpartition(".")
+        if norm := NORM_OF.get(layer):
+            norms[f"{parent}.{norm}.weight"] = weight.new_ones(dim_head or DIM_HEAD)
+            norms[f"{parent}.{norm}.bias"] = weight.new_zeros(dim_head or DIM_HEAD)
+    if known := [name for name in norms if name in state]:
+        raise ValueError(f"qk_norm: fp32_layer_norm has no weights, and the state has {known[0]}; leave qk_norm out")
+    return {**state, **norms}
 
 
 def _some(names: Any) -> str:
@@ -65,7 +86,7 @@ def sizes_of(state: Mapping[str, Tensor], dim_head: int | None) -> dict[str, Any
     norm = "transformer_blocks.0.attn.norm_q"
     qk_norm = "none" if f"{norm}.weight" not in state else "layer" if f"{norm}.bias" in state else "rms"
     if dim_head is None:
-        dim_head = 64 if qk_norm == "none" else len(state[f"{norm}.weight"])
+        dim_head = DIM_HEAD if qk_norm == "none" else len(state[f"{norm}.weight"])
     if dim % dim_head:
         raise ValueError(f"dim_head: heads of {dim_head} channels do not divide the width {dim}; give dim_head")
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))

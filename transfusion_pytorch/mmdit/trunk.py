@@ -14,19 +14,27 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from transfusion_pytorch.mmdit.attention import Heads
-from transfusion_pytorch.mmdit.checks import check_modalities, check_tokens, per_modality
+from transfusion_pytorch.mmdit.checks import (
+    check_is_sequence,
+    check_modalities,
+    check_one_each,
+    check_positive,
+    check_tokens,
+    per_modality,
+)
 from transfusion_pytorch.mmdit.masks import (
     Layout,
     Mask,
     MaskFunction,
     MaskPlan,
+    can_use_flex,
     check_mask,
     check_padding,
     joint_padding,
+    of_samples,
     plan_masks,
 )
 from transfusion_pytorch.mmdit.positions import Positions, joint_phases
-from transfusion_pytorch.network.attend import choose_attention
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas
 from transfusion_pytorch.saving.methods import PretrainedMethods
 
@@ -35,13 +43,16 @@ REGISTER_STD = 0.02
 
 
 class Context(NamedTuple):
-    """Keys and values of a model's first modalities, which later calls attend to without computing them again."""
+    """Keys and values of a model's first modalities, which later calls attend to without computing them again.
 
-    layers: tuple[Heads, ...]  # of every block, without queries
+    b samples (batch dimensions as one), m tokens of these modalities with their registers, h heads, e channels.
+    """
+
+    layers: tuple[Heads, ...]  # of every block, k and v (b, m, h, e) each, without queries
     lengths: tuple[int, ...]  # of each of the first modalities, without registers
-    registers: tuple[int, ...]
+    registers: tuple[int, ...]  # of each of the first modalities
     padding: Bool[Tensor, "b m"] | None  # which keys are tokens, registers included; None if all are
-    batch: torch.Size
+    batch: torch.Size  # the batch dimensions of the caller
 
 
 class JointStream(NamedTuple):
@@ -69,6 +80,7 @@ class JointTransformer(PretrainedMethods, nn.Module):
         dim_modalities: Sequence[int],
         dim_outs: int | Sequence[int | None],
         dim_head: int,
+        heads: int,
         rope_axes: int,
         rotary_theta: float,
         num_registers: int | Sequence[int],
@@ -79,15 +91,14 @@ class JointTransformer(PretrainedMethods, nn.Module):
         super().__init__()
         self.dim_modalities = check_modalities(dim_modalities)
         count = len(self.dim_modalities)
-        if depth < 1:
-            raise ValueError(f"depth must be positive, got {depth}")
+        check_positive(depth=depth)
         self.dim_outs: tuple[int | None, ...] = per_modality("dim_outs", dim_outs, count)
+        for dim in self.dim_outs:
+            check_positive(dim_outs=dim)
         if all(dim is None for dim in self.dim_outs):
             raise ValueError("dim_outs: at least one modality must have an output, all are None")
-        if attention not in get_args(Backend):
-            raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
-        self.attention: Backend = attention
-        self.use_checkpoint = use_checkpoint
+        self.attention = attention
+        self.use_checkpoint, self.heads = use_checkpoint, heads
         self.rope: dict[str, Any] = dict(axes=rope_axes, dim_head=dim_head, theta=rotary_theta)
         self.dual_modalities = tuple(dual_modalities)
         self.num_registers: tuple[int, ...] = per_modality("num_registers", num_registers, count)
@@ -97,6 +108,17 @@ class JointTransformer(PretrainedMethods, nn.Module):
         self.registers = nn.ParameterDict(  # by the number of their modality
             {str(i): nn.Parameter(torch.randn(r, dim) * REGISTER_STD) for i, (r, dim) in sizes if r}
         )
+
+    @property
+    def attention(self) -> Backend:
+        """What attends, "sdpa" or "flex". Setting it to anything else raises `ValueError`."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, attention: Backend) -> None:
+        if attention not in get_args(Backend):
+            raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
+        self._attention: Backend = attention
 
     @property
     def _pre_only(self) -> tuple[int, ...]:
@@ -131,6 +153,7 @@ class JointTransformer(PretrainedMethods, nn.Module):
         """Checks the inputs and lays them out: all modalities, those behind a `context`, or the first ones, which
         become one.
         """
+        check_is_sequence("modality_tokens", modality_tokens)
         first, count = (0 if context is None else len(context.lengths)), len(self.dim_modalities)
         last = first + len(modality_tokens) if is_context else count
         if is_context and not 0 < last < count:
@@ -141,10 +164,12 @@ class JointTransformer(PretrainedMethods, nn.Module):
         batch, device = modality_tokens[0].shape[:-2], modality_tokens[0].device
         if context is not None and context.batch != batch:
             raise ValueError(f"context: expected the batch dimensions {tuple(batch)}, got {tuple(context.batch)}")
-        check_padding(padding_masks, modality_tokens)
+        check_padding(padding_masks, modality_tokens, first)
+        check_one_each("positions", positions, len(modality_tokens))
         registers = tuple(each if first <= i < last else 0 for i, each in enumerate(self.num_registers))
         layout = Layout(
             batch=batch.numel(),
+            heads=self.heads,
             lengths=(*[0] * first, *lengths, *[0] * (count - last)),
             registers=registers,
             context_lengths=() if context is None else context.lengths,
@@ -152,10 +177,12 @@ class JointTransformer(PretrainedMethods, nn.Module):
             has_output=tuple(dim is not None for dim in self.dim_outs),
             device=device,
         )
-        check_mask(attention_mask, batch, layout.num_queries, layout.num_keys)
+        check_mask(attention_mask, batch, layout.num_queries, layout.num_keys, layout.heads)
         masks = None if padding_masks is None else [*before, *padding_masks, *behind]
         padding = joint_padding(masks, layout, None if context is None else context.padding)
         all_positions = None if positions is None else [*before, *positions, *behind]
+        if padding_masks is not None:  # nobody attends to padding, but 0 times a NaN in its values would be NaN
+            modality_tokens = [without_padding(*each) for each in zip(modality_tokens, padding_masks, strict=True)]
         tokens = [*before, *modality_tokens, *behind]
         return JointStream(
             tokens=[None if x is None else self._with_registers(i, x) for i, x in enumerate(tokens)],
@@ -182,12 +209,11 @@ class JointTransformer(PretrainedMethods, nn.Module):
         batch: torch.Size,
     ) -> MaskPlan:
         use_flex = self.attention == "flex" or isinstance(mask, BlockMask)
-        if use_flex and not torch.compiler.is_compiling():
-            use_flex = choose_attention("flex", layout.device.type, torch.is_grad_enabled()) == "flex"
+        use_flex = use_flex and can_use_flex(layout.device)
         if isinstance(mask, BlockMask) and not use_flex:
             mask = mask.mask_mod
-        if isinstance(mask, Tensor) and mask.ndim > 2:
-            mask = mask.reshape(layout.batch, *mask.shape[-2:])
+        if isinstance(mask, Tensor):
+            mask = of_samples(mask, batch)
         return plan_masks(mask, padding, layout, use_flex=use_flex, dual=self.dual_modalities)
 
     def _through_blocks(self, stream: JointStream, *conditions: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -199,7 +225,7 @@ class JointTransformer(PretrainedMethods, nn.Module):
             tokens = self._call(block, tokens, *conditions, self._mask_of(stream, index), **options)
         return tokens
 
-    def _call(self, block: nn.Module, *inputs: Any, **options: Any) -> Sequence[Tensor | None]:
+    def _call(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
         if not (self.use_checkpoint and torch.is_grad_enabled()):
             return block(*inputs, **options)
         if not torch.compiler.is_compiling() and forces_plain_formulas():
@@ -210,16 +236,16 @@ class JointTransformer(PretrainedMethods, nn.Module):
         return stream.masks.last if index == len(self.blocks) - 1 else stream.masks.every
 
     def _block_options(self, stream: JointStream, is_conditioned: bool) -> dict[str, Any]:
-        options: dict[str, Any] = dict(phases=stream.phases)
+        options: dict[str, Any] = dict(phases=stream.phases, checks=False)
         return options | dict(own_masks=stream.masks.own) if is_conditioned else options
 
     def _remember(self, stream: JointStream, *conditions: Sequence[Tensor | None]) -> Context:
         """The keys and values of a stream of the first modalities, in every block."""
         tokens: Sequence[Tensor | None] = stream.tokens
         layers = []
-        options = self._block_options(stream, bool(conditions))
+        options = self._block_options(stream, bool(conditions)) | dict(returns_heads=True)
         for index, block in enumerate(self.blocks):
-            tokens, heads = block.advance(tokens, *conditions, self._mask_of(stream, index), **options)  # type: ignore
+            tokens, heads = self._call(block, tokens, *conditions, self._mask_of(stream, index), **options)
             layers.append(heads._replace(q=None))
         count = sum(length > 0 for length in stream.layout.lengths)
         registers = stream.layout.registers[:count]
@@ -240,3 +266,8 @@ class JointTransformer(PretrainedMethods, nn.Module):
             out = out[:, stream.layout.registers[i] :]
             outs.append(out.reshape(*stream.batch, *out.shape[1:]))
         return tuple(outs)
+
+
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens `(*batch, s, d)` with zeros where the mask `(*batch, s)` has padding."""
+    return x if mask is None else x.masked_fill(~mask.to(x.device)[..., None], 0.0)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from transfusion_pytorch.flow.solver import integrate
 from transfusion_pytorch.flow.times import TimePolicy
 from transfusion_pytorch.mmdit import Context, InContextMMDiT, TimestepEmbedding, imitation_mask
+from transfusion_pytorch.mmdit.trunk import Backend
 from transfusion_pytorch.policy.base import ActionPolicy
 from transfusion_pytorch.policy.observations import Observation, ObservationEncoder
 from transfusion_pytorch.saving.components import register_component
@@ -26,7 +27,7 @@ class FlowPolicy(ActionPolicy):
 
     - `observations`, `observation_steps`, `relative_to`: see `ActionPolicy`
     - `dim_action`, `chunk_length`: channels of an action, and actions that are predicted at once
-    - `dim`, `depth`, `heads`, `dim_head`, `ff_mult`: of the `InContextMMDiT`
+    - `dim`, `depth`, `heads`, `dim_head`, `ff_mult`, `attention`, `use_checkpoint`: of the `InContextMMDiT`
     - `time_policy`: how training draws times: `TimePolicy("beta")` is that of pi0
     - `solver_steps`: Euler steps from noise to actions, each one evaluation
 
@@ -51,6 +52,8 @@ class FlowPolicy(ActionPolicy):
         ff_mult: float = 4,
         time_policy: TimePolicy | None = None,
         solver_steps: int = 4,
+        attention: Backend = "sdpa",
+        use_checkpoint: bool = False,
     ):
         super().__init__(
             observations=observations,
@@ -71,12 +74,14 @@ class FlowPolicy(ActionPolicy):
             heads=heads,
             dim_head=dim_head,
             ff_mult=ff_mult,
+            attention=attention,
+            use_checkpoint=use_checkpoint,
         )
 
     def encode(self, observation: Observation) -> Context:
         """The keys and values of an observation `(b, o, *shape)`, for any number of calls of `velocity`."""
         self.observation_spec.batch_size(observation)
-        return self._encode(self.observation_spec.normalized(observation, self.dtype))
+        return self._encode(self.observation_spec.normalized(observation, self.device, self.dtype))
 
     def velocity(
         self,
@@ -84,9 +89,12 @@ class FlowPolicy(ActionPolicy):
         times: Float[Tensor, " b"],
         context: Context,
         *,
-        is_pad: Tensor | None = None,
+        is_pad: Bool[Tensor, "b k"] | None = None,
     ) -> Float[Tensor, "b k a"]:
-        """The velocity of normalised actions at these times, which attend to all but the padded ones."""
+        """The velocity of normalised actions at these times, 0 for noise and 1 for data, one for each sample.
+
+        Nobody attends to actions that are padded (`is_pad` is True); what comes out for them means nothing.
+        """
         tokens = torch.cat((self.embed_time(times[:, None]), self.embed_action(noised)), dim=1)
         num_observations = sum(context.lengths)
         mask = imitation_mask(num_observations, tokens.shape[1], device=noised.device)[num_observations:]

@@ -5,6 +5,7 @@ b samples, o observation steps, d channels of a vector; c channels, h and w side
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from transfusion_pytorch.policy.normalization import Normalization
 
 Observation = Mapping[str, Tensor]
+IMAGE_RANGE = (-0.5, 1.5)  # of floats: resizing overshoots [0, 1] by less, and 0 to 255 or -1 to 1 do not fit
+LEAST_SIDE = 16  # of an image, of which the encoder makes a token for each 16 x 16 pixels
 
 
 class ObservationSpec(nn.Module):
@@ -40,25 +43,35 @@ class ObservationSpec(nn.Module):
         )
 
     def fit(self, observation: Observation) -> None:
-        """Takes the statistics of all vectors, `(..., d)` each."""
-        for (name, shape), statistics in zip(self.shapes.items(), self.statistics, strict=True):
+        """Takes the statistics of all vectors, `(..., d)` each; images may be left out. Raises `ValueError` or
+        `TypeError` that names the observation.
+        """
+        for name, statistics in zip(self.shapes, self.statistics, strict=True):
             if isinstance(statistics, Normalization):
-                if name not in observation:
-                    raise ValueError(f"observation {name!r} is missing: its statistics cannot be taken")
-                if observation[name].shape[-1] != shape[0]:
-                    found = tuple(observation[name].shape)
-                    raise ValueError(f"observation {name!r}: expected {shape[0]} channels, got the shape {found}")
-                statistics.fit(observation[name])
+                statistics.fit(named(observation, name), name=f"observation {name!r}")
+
+    def check_values(self, observation: Observation, *, waits: bool) -> None:
+        """Raises `ValueError` that names the observation for NaN and infinity, and for images of floats that are not in
+        [0, 1]. Looks at what is on other devices than the CPU only if it `waits` for them.
+        """
+        for name, shape in self.shapes.items():
+            value = observation[name]
+            if not value.is_floating_point() or not value.numel() or not (waits or value.device.type == "cpu"):
+                continue
+            low, high = map(float, value.detach().aminmax())
+            if not (-inf < low and high < inf):
+                raise ValueError(f"observation {name!r} contains NaN or infinity")
+            if len(shape) == 3 and not (IMAGE_RANGE[0] <= low and high <= IMAGE_RANGE[1]):
+                raise ValueError(
+                    f"observation {name!r} is an image of floats in [0, 1], got {low:g} to {high:g}; divide it by 255, "
+                    "or give bytes"
+                )
 
     def batch_size(self, observation: Observation) -> int:
         """Checks an observation. Raises `ValueError` or `TypeError` that names what does not fit."""
         sizes = {}
         for name, shape in self.shapes.items():
-            if name not in observation:
-                raise ValueError(f"observation {name!r} is missing, there are {', '.join(observation) or 'none'}")
-            value = observation[name]
-            if not isinstance(value, Tensor):
-                raise TypeError(f"observation {name!r} must be a tensor, got {type(value).__name__}")
+            value = named(observation, name)
             wanted = (self.steps, *shape)
             if value.ndim != len(wanted) + 1 or tuple(value.shape[1:]) != wanted:
                 raise ValueError(
@@ -72,18 +85,27 @@ class ObservationSpec(nn.Module):
             raise ValueError(f"observations have different batch sizes: {sizes}")
         return next(iter(sizes.values()))
 
-    def normalized(self, observation: Observation, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Those that the policy has, as numbers around 1."""
+    def normalized(self, observation: Observation, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Those that the policy has, as numbers around 1 on its device."""
         values = {}
-        for (name, shape), statistics in zip(self.shapes.items(), self.statistics, strict=True):
-            value = observation[name]
-            if len(shape) == 1:
-                assert isinstance(statistics, Normalization)
-                values[name] = statistics.normalize(value.float()).to(dtype)
+        for name, statistics in zip(self.shapes, self.statistics, strict=True):
+            value = observation[name].to(device)
+            if isinstance(statistics, Normalization):
+                values[name] = statistics.normalize(value).to(dtype)
             else:
                 value = value.to(dtype) / 255 if value.dtype == torch.uint8 else value.to(dtype)
                 values[name] = value * 2 - 1
         return values
+
+
+def named(observation: Observation, name: str) -> Tensor:
+    """Raises `ValueError` for an observation that is missing, and `TypeError` for what is no tensor."""
+    if name not in observation:
+        raise ValueError(f"observation {name!r} is missing, there are {', '.join(observation) or 'none'}")
+    value = observation[name]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"observation {name!r} must be a tensor, got {type(value).__name__}")
+    return value
 
 
 class ObservationEncoder(nn.Module):
@@ -95,6 +117,12 @@ class ObservationEncoder(nn.Module):
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], dim: int):
         super().__init__()
+        for name, shape in shapes.items():
+            if len(shape) == 3 and (min(shape[1:]) < LEAST_SIDE or dim < 4):
+                raise ValueError(
+                    f"observation {name!r}: images need sides of at least {LEAST_SIDE} pixels and dim of at least 4, "
+                    f"got sides {tuple(shape[1:])} and dim {dim}"
+                )
         self.encoders = nn.ModuleList(
             VectorEncoder(shape[0], dim) if len(shape) == 1 else ImageEncoder(shape[0], dim)
             for shape in shapes.values()
@@ -123,8 +151,8 @@ class VectorEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """`(n, c, h, w)` to tokens `(n, h/16 * w/16, dim)`, rows rounded up; where they are is learned from the padding of
-    the convolutions and from the rotary positions.
+    """`(n, c, h, w)` to tokens `(n, h/16 * w/16, dim)`, both rounded down; where they are is learned from the padding
+    of the convolutions and from the rotary positions.
     """
 
     def __init__(self, channels: int, dim: int):

@@ -1,5 +1,6 @@
 """`PolicyTrainer`: a run that trains an `ActionPolicy`, from the parts of which `Trainer` is made."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,9 @@ class StackItems:
     def __call__(self, samples: Sequence[Sample], references: Sequence[SampleReference]) -> Demonstrated:
         items = [self._item(sample, reference) for sample, reference in zip(samples, references, strict=True)]
         stacked = {name: torch.stack([item[name] for item in items]) for name in (*self.names, ACTION)}
-        is_pad = torch.stack([item[ACTION_IS_PAD] for item in items]) if ACTION_IS_PAD in items[0] else None
+        is_pad = None
+        if any(ACTION_IS_PAD in item for item in items):  # in a mixture, data without it has no padding
+            is_pad = torch.stack([padding_of(item) for item in items])
         return Demonstrated({name: stacked[name] for name in self.names}, stacked[ACTION], is_pad)
 
     def _item(self, sample: Sample, reference: SampleReference) -> Mapping[str, Tensor]:
@@ -62,13 +65,22 @@ class StackItems:
         return item
 
 
+def padding_of(item: Mapping[str, Tensor]) -> Tensor:
+    """Which actions of an item are padding, `(k,)`."""
+    return item[ACTION_IS_PAD] if ACTION_IS_PAD in item else torch.zeros(len(item[ACTION]), dtype=torch.bool)
+
+
 class PolicyTrainer(OneProcessRun):
     """Trains a policy in one process.
 
-    `data` and `validation` are datasets with a length whose items are dicts, as those of LeRobot: observations `(o,
-    *shape)` by name, `action` `(k, a)` and, if chunks are padded, `action_is_pad` `(k,)`. Fit the statistics of the
-    policy before. Files and options are those of `Trainer` (`config.json`, `metrics.csv`, `checkpoints/`), but for the
-    options in `NOT_FOR_POLICIES`. Best is the checkpoint of the lowest validation loss.
+    - `data`, `validation`: datasets with a length whose items are dicts, as those of LeRobot: observations by name,
+      `(o, *shape)`, `action` `(k, a)` and, if chunks are padded, `action_is_pad` `(k,)`
+    - `folder`: that of the run, with the files of `Trainer` (`config.json`, `metrics.csv`, `checkpoints/`), in which
+      `fit(resume=True)` goes on. Best is the checkpoint of the lowest validation loss
+    - `callbacks`: see `Callback`; `on_sample` is called every `sample_every` steps and after the last
+    - `config`: all options but those in `NOT_FOR_POLICIES`
+
+    Fit the statistics of the policy before; without, there is a warning.
 
         trainer = PolicyTrainer(policy, dataset, TrainConfig(steps=5000, batch_size=128), folder="run")
         trainer.fit(resume=True)
@@ -89,6 +101,12 @@ class PolicyTrainer(OneProcessRun):
         validation: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if not policy.action_statistics.is_fitted:
+            warnings.warn(
+                "the policy has no statistics of the data: call policy.fit_statistics(observation, actions) first, "
+                "unless the data are normalised already",
+                stacklevel=2,
+            )
         self._open(policy, config, folder, callbacks)
         self.validation = validation
         size = config.batch_size or BATCH_SIZE

@@ -22,7 +22,7 @@ class TransfusionPolicy(ActionPolicy):
     """A `Transfusion` without text: each observation is a modality that is read, and actions are the last modality.
 
     Actions of a chunk see each other in both directions. A padded chunk is a shorter modality, so padding must be at
-    its end. The keys and values of observations are in the cache of the engine.
+    its end (`ValueError`). The keys and values of observations are in the cache of the engine.
 
     - `observations`, `observation_steps`, `relative_to`: see `ActionPolicy`
     - `dim_action`, `chunk_length`: channels of an action, and actions that are predicted at once
@@ -97,27 +97,30 @@ class TransfusionPolicy(ActionPolicy):
         generator: torch.Generator | None,
         reduction: str,
     ) -> Tensor:
-        if bool((is_pad[:, :-1] & ~is_pad[:, 1:]).any()) or bool(is_pad[:, 0].any()):
-            raise ValueError("action_is_pad: a chunk may be padded at its end only, and must have at least one action")
+        if bool((is_pad[:, :-1] & ~is_pad[:, 1:]).any()):
+            raise ValueError("action_is_pad: a chunk may be padded at its end only")
         lengths = (~is_pad).sum(dim=1).tolist()
+        kept = ~is_pad
+        kept[:, 0] = True  # a modality has at least one latent; that of a chunk of padding alone is zero, and weighs 0
         samples = [
-            [*self._conditions(values, i), (self.action_modality, actions[i, :length])]
+            [*self._conditions(values, i), (self.action_modality, actions[i, : max(length, 1)])]
             for i, length in enumerate(lengths)
         ]
         all_times = None
         if times is not None:  # observations are clean, and are read whatever their time is
+            times = times.to(actions.device)
             ones = torch.ones(len(samples), self.action_modality, device=times.device)
             all_times = torch.cat((ones, times[:, None]), dim=1)
         all_noise = None
         if noise is not None:
             flat = {modality: self._no_noise(samples, modality) for modality in range(self.action_modality)}
-            all_noise = flat | {self.action_modality: noise.to(actions)[~is_pad]}
+            all_noise = flat | {self.action_modality: noise.to(actions)[kept]}
         losses = self.model(samples, times=all_times, noise=all_noise, generator=generator, reduction="none")
-        per_sample = losses.flow[:, self.action_modality]
+        per_sample = losses.flow[:, self.action_modality].masked_fill(is_pad[:, 0], 0.0)
         if reduction == "none":
             return per_sample
         weights = torch.tensor(lengths, device=per_sample.device, dtype=per_sample.dtype)
-        return (per_sample * weights).sum() / weights.sum()
+        return (per_sample * weights).sum() / weights.sum().clamp(min=1)
 
     def _no_noise(self, samples: Sequence[Sequence], modality: int) -> Tensor:
         """Of observations, which are clean."""
