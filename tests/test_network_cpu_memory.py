@@ -38,4 +38,4 @@ def test_a_step_finds_the_memory_that_the_last_one_has_freed():
     """Page faults of a step: some 2,500 (10 MiB) without."""
     command = [sys.executable, "-c", STEPS.format(first="import transfusion_pytorch.network.cpu")]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert float(made) < 100
+    assert float(made) < 1000
