@@ -487,3 +487,8 @@ def test_executed_steps_fit_into_a_chunk():
         ChunkExecutor(counting(), executed_steps=5, delay=2)
     with pytest.raises(ValueError, match="got n_action_steps 7 and delay 0"):
         LeRobotPolicy(counting(), LeRobotConfig(n_action_steps=7))
+
+
+def test_the_card_of_a_policy_says_from_where_it_is_imported(tmp_path):
+    build("flow").save_pretrained(tmp_path)
+    assert "from transfusion_pytorch.policy import FlowPolicy\n" in (tmp_path / "README.md").read_text()

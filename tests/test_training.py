@@ -286,6 +286,27 @@ def test_matrices_decay_and_the_rest_does_not():
     torch.optim.AdamW(model.parameter_groups(weight_decay=0.1))
 
 
+@pytest.mark.parametrize("untied", [True, ["attention"], ["norms"]])
+def test_experts_have_parameter_groups_of_their_own(untied):
+    """Every parameter is in one group; those of an expert are what moves if all others have a learning rate of 0."""
+    model = tiny(trunk=dict(untied=untied))
+    groups = model.parameter_groups(weight_decay=0.0, by_expert=True)
+    every = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(every) == sorted(map(id, model.parameters()))
+    assert {group["expert"] for group in groups} == {None, *range(model.transformer.num_experts)}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([group | dict(lr=float(group["expert"] == 1)) for group in groups]).step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "experts.1." in name or "final_norm.1." in name}
+
+
+def test_parameter_groups_by_expert_need_experts():
+    with pytest.raises(ValueError, match="by_expert=True: this transformer has one set of weights for all"):
+        tiny().parameter_groups(weight_decay=0.1, by_expert=True)
+
+
 def test_initial_values_can_be_had_again_after_meta():
     options = dict(modality_default_shape=((4, 4), ()), modality_num_dim=(2, 0), trunk=dict(use_value_residual=True))
     pair = lambda: (UNetDown(3, 16, dim_hidden=8), UNetUp(3, 16, dim_hidden=8))  # noqa: E731

@@ -4,6 +4,7 @@ n tokens, d model, c condition.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -254,6 +255,14 @@ class Transformer(nn.Module):
     def layers_of(self, expert: int) -> Any:
         """The layers that read the tokens of one expert."""
         return [layer.experts[expert] for layer in self.layers] if self.untied else self.layers  # type: ignore[union-attr]
+
+    def expert_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters that each expert has for itself alone."""
+        norms = self.final_norm if isinstance(self.final_norm, nn.ModuleList) else [None] * self.num_experts
+        parts = [nn.ModuleList([*self.layers_of(i), *([] if norm is None else [norm])]) for i, norm in enumerate(norms)]
+        every = [list(part.parameters()) for part in parts]
+        count = Counter(parameter for own in every for parameter in own)
+        return [[parameter for parameter in own if count[parameter] == 1] for own in every]
 
     def _normed(self, x: Tensor, expert: int, conditioning: Conditioning | None) -> Tensor:
         """Through the last norm."""

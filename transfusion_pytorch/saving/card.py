@@ -1,5 +1,6 @@
 """`README.md` beside a saved model: what it is, how it was trained, how to use it."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -126,6 +127,8 @@ def _usage(config: Mapping[str, Any], source: str, example_call: str) -> str:
     hint = f"# hand over, built as it was for training:\n{hint}" if needed else ""
     class_name = config["class"].rpartition(".")[2]
     lines = f"model = {class_name}.from_pretrained({source!r}{given})\n{example_call}"
-    is_ours = config["class"].startswith(f"{LIBRARY}.")
-    module = LIBRARY if is_ours else config["class"].rpartition(".")[0]
+    module = config["class"].rpartition(".")[0]
+    if module.partition(".")[0] == LIBRARY:  # from where users import it
+        is_at_top = hasattr(sys.modules[LIBRARY], class_name)
+        module = LIBRARY if is_at_top else ".".join(module.split(".")[:2])
     return f"```python\nfrom {module} import {class_name}\n\n{hint}{lines}\n```"

@@ -49,9 +49,20 @@ class TrainingMethods(nn.Module):
         """The hidden matrices, for the Muon optimizer; the rest goes to AdamW."""
         return hidden_matrices(self.transformer)
 
-    def parameter_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Trained parameters for AdamW: what decays, and what does not (biases, gains)."""
-        return parameter_groups(self, weight_decay=weight_decay)
+    def parameter_groups(self, *, weight_decay: float, by_expert: bool = False) -> list[dict[str, Any]]:
+        """Trained parameters for AdamW: what decays, and what does not (biases, gains).
+
+        With `by_expert`, for an untied transformer, each group also has an `expert`, so that it can get a learning rate
+        of its own: 0 for the layers that read text, i + 1 for those of modality i, None for what all share and for
+        everything around the transformer. Raises `ValueError` without untied weights.
+        """
+        if not by_expert:
+            return parameter_groups(self, weight_decay=weight_decay)
+        if not getattr(self.transformer, "untied", ()):
+            raise ValueError(
+                "by_expert=True: this transformer has one set of weights for all; build it with untied=True"
+            )
+        return parameter_groups(self, weight_decay=weight_decay, experts=self.transformer.expert_parameters())
 
     def gradient_checkpointing_enable(self, kind: Any = True) -> None:
         """Activations are computed again in the backward pass instead of being kept (see `Transformer`).
