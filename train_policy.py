@@ -3,6 +3,7 @@
 python train_policy.py                         # InContextMMDiT on the positions of the T and the agent
 python train_policy.py --policy transfusion    # Transfusion itself
 python train_policy.py --observations pixels   # images of 96 x 96 pixels and the position of the agent
+python train_policy.py --rounds 3               # three times the expert corrects the policy (DAgger), and it learns on
 python train_policy.py --dagger results/RUN/model --demonstrations results/RUN/demonstrations.safetensors
 
 Needs gym-pusht: pip install "transfusion-pytorch[policy]"
@@ -24,6 +25,7 @@ from transfusion_pytorch.examples.pusht import (
     SHAPES,
     ChunkDataset,
     Demonstrations,
+    NothingToCorrect,
     Scores,
     as_tensors,
     demonstrate,
@@ -74,25 +76,32 @@ def check_policy(policy: Any, args: argparse.Namespace) -> None:
         raise ValueError(f"the policy in {args.dagger} observes {', '.join(shapes)}: give other --observations")
 
 
-def demonstrations_from(args: argparse.Namespace, folder: Path, config: TrainConfig, policy: Any) -> Demonstrations:
-    """Those of files, and new ones if there are no files or the expert is to correct a policy. A run that has new ones
-    keeps all of them in its folder, and goes on with these when it is resumed.
-    """
-    path = folder / "demonstrations.safetensors"
-    if path.is_file():
-        return Demonstrations.load(path)
+def read_demonstrations(args: argparse.Namespace) -> list[Demonstrations]:
+    """Those of the files that were given."""
     found = [Demonstrations.load(path) for path in args.demonstrations or ()]
     for file, part in zip(args.demonstrations or (), found, strict=True):
         if set(part.observations) != set(SHAPES[args.observations]):
             raise ValueError(f"{file} has {', '.join(part.observations)}: give other --observations")
-    if found and args.dagger is None:
-        return Demonstrations.joined(found)
+    return found
+
+
+def more_demonstrations(
+    args: argparse.Namespace, folder: Path, config: TrainConfig, known: list[Demonstrations], leader: Any, number: int
+) -> Demonstrations:
+    """All that are `known`, and new ones if there are none yet or the expert is to correct the policy `leader` in round
+    `number`. The folder keeps all of them, and a run goes on with these when it is resumed.
+    """
+    path = folder / "demonstrations.safetensors"
+    if path.is_file():
+        return Demonstrations.load(path)
+    if known and leader is None:
+        return Demonstrations.joined(known)
     wanted = MOST_EPISODES if config.steps is None else config.steps // 4
     episodes = args.episodes or min(max(wanted, FEWEST), MOST_EPISODES)
-    leader = None if args.dagger is None else policy
-    seed = config.seed + (0 if leader is None else CORRECTION_SEED)
+    seed = config.seed + (0 if leader is None else CORRECTION_SEED + MOST_EPISODES * number)
     made = demonstrate(episodes, observations=args.observations, seed=seed, policy=leader)
-    joined = Demonstrations.joined([made, *found])
+    joined = Demonstrations.joined([made, *known])
+    folder.mkdir(exist_ok=True)
     joined.save(path)
     return joined
 
@@ -133,6 +142,9 @@ def main() -> None:
     parser.add_argument(
         "--dagger", type=run.existing_path, help="a saved policy that is trained further: the expert corrects it"
     )
+    parser.add_argument(
+        "--rounds", type=run.natural, default=0, help="after the first: the expert corrects the policy, it learns on"
+    )
     parser.add_argument("--chunk-length", type=run.positive_int, default=16, help="actions that are predicted at once")
     parser.add_argument("--executed-steps", type=run.positive_int, default=4, help="of these, before the next decision")
     parser.add_argument("--delay", type=int, default=0, help="real-time chunking: actions that are held fixed")
@@ -156,31 +168,44 @@ def main() -> None:
     kind = POLICIES[args.policy]
     policy = policy_from(args) if args.dagger is None else kind.from_pretrained(args.dagger)
     check_policy(policy, args)
+    known = read_demonstrations(args)
     place = run.open_run(args, f"policy-{args.policy}-{args.observations}", device=config.device)
     started = time.monotonic()
-    demonstrations = demonstrations_from(args, place.folder, config, policy)
-    lengths = dict(chunk_length=policy.chunk_length, observation_steps=policy.observation_steps)
-    train, held_out = (ChunkDataset(part, **lengths) for part in demonstrations.split(HELD_OUT))
-    if args.dagger is None:
-        chunks = train.everything()
-        policy.fit_statistics(chunks.observation, chunks.actions, action_is_pad=chunks.is_pad)
     loop: dict[str, Any] = dict(observations=args.observations, executed_steps=args.executed_steps, delay=args.delay)
     callbacks = [InClosedLoop(50, loop)] if config.sample_every else []
-    trainer = PolicyTrainer(policy, train, config, folder=place.folder, validation=held_out, callbacks=callbacks)
-    trainer.say(f"{len(demonstrations.ends)} demonstrations with {len(demonstrations.actions):,} steps")
-    if trainer.fit(resume=place.resume).was_stopped:
-        return
-    trainer.say(f"trained after {time.monotonic() - started:.0f} s")
+    trainer: Any = None
+    for number in range(args.rounds + 1):
+        folder = place.folder / f"round-{number}" if number else place.folder
+        leader = policy if number or args.dagger else None
+        try:
+            demonstrations = more_demonstrations(args, folder, config, known, leader, number)
+        except NothingToCorrect as good:
+            if trainer is None:
+                raise
+            trainer.say(f"round {number}: {good}")
+            break
+        lengths = dict(chunk_length=policy.chunk_length, observation_steps=policy.observation_steps)
+        train, held_out = (ChunkDataset(part, **lengths) for part in demonstrations.split(HELD_OUT))
+        if leader is None:
+            chunks = train.everything()
+            policy.fit_statistics(chunks.observation, chunks.actions, action_is_pad=chunks.is_pad)
+        trainer = PolicyTrainer(policy, train, config, folder=folder, validation=held_out, callbacks=callbacks)
+        trainer.say(f"round {number}: {len(demonstrations.ends)} demonstrations, {len(demonstrations.actions):,} steps")
+        if trainer.fit(resume=True if number else place.resume).was_stopped:
+            return
+        trainer.say(f"trained after {time.monotonic() - started:.0f} s")
+        trainer.average.save_pretrained(folder / "model")
+        policy, known = kind.from_pretrained(folder / "model"), [demonstrations]
 
-    policy = trainer.average.eval().cpu()
+    policy.eval()
     episodes = args.test_episodes or min(max(trainer.step // 10, FEWEST), MOST_TEST_EPISODES)
     scores = Scores.of(evaluate(policy, episodes=episodes, seed=EVALUATION_SEED, **loop))
     latency = milliseconds_per_decision(policy, args.observations)
     figures = {"success": scores.success, "highest_coverage": scores.coverage, "ms_per_decision": latency}
-    source = f"{len(train.demonstrations.ends)} episodes of a scripted expert on PushT"
+    source = f"{len(known[0].ends)} episodes of a scripted expert on PushT"
     card = ModelCard(title="PushT policy", training_data=source, steps=trainer.step, figures=figures)
     policy.save_pretrained(place.folder / "model", card=card)
-    save_curves(place.folder / "loss.png", {"loss": run.read_metrics(place.folder)["loss"]}, log=True)
+    save_curves(place.folder / "loss.png", {"loss": run.read_metrics(trainer.folder)["loss"]}, log=True)
     executor = ChunkExecutor(policy, executed_steps=args.executed_steps, delay=args.delay)
     save_gif(place.folder / "episode.gif", list(frames(executor, seed=EVALUATION_SEED, observations=args.observations)))
     trainer.say(f"{scores}")

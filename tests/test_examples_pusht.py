@@ -1,5 +1,6 @@
 """PushT: the geometry of the expert, chunks of demonstrations, intervals; and, with gym-pusht, episodes."""
 
+import copy
 import importlib.util
 import sys
 from itertools import pairwise
@@ -243,3 +244,40 @@ def test_script_trains_and_scores(policy, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["train_policy.py", "--results", str(tmp_path / "again"), *options, *again])
     script.main()
     assert "6 demonstrations" in capsys.readouterr().out
+
+
+@needs_environment
+@pytest.mark.slow
+def test_rounds_are_corrections_of_the_policy_so_far(monkeypatch, tmp_path, capsys):
+    """All in one run, which can be gone on with; none is needed by a policy that always succeeds."""
+    pytest.importorskip("matplotlib")
+    script = load()
+    options = ["--steps", "3", "--batch-size", "4", "--dim", "32", "--depth", "1", "--episodes", "3"]
+    monkeypatch.setattr(sys, "argv", ["train_policy.py", "--results", str(tmp_path), *options, "--rounds", "2"])
+    leaders, demonstrate = [], script.demonstrate
+
+    def corrected(*args, policy, **more):
+        leaders.append(copy.deepcopy(policy))
+        return demonstrate(*args, policy=policy, **more)
+
+    monkeypatch.setattr(script, "demonstrate", corrected)
+    script.main()
+    (made,) = tmp_path.iterdir()
+    output = capsys.readouterr().out
+    assert [f"round {i}: {3 + 3 * i} demonstrations" in output for i in range(3)] == [True] * 3
+    assert leaders[0] is None
+    policies = [FlowPolicy.from_pretrained(made / name) for name in ("round-1/model", "round-2/model", "model")]
+    states = [policy.state_dict() for policy in policies]
+    assert all(map(torch.equal, leaders[2].state_dict().values(), states[0].values()))
+    assert any(not torch.equal(one, other) for one, other in zip(states[0].values(), states[1].values(), strict=True))
+    assert all(map(torch.equal, states[1].values(), states[2].values()))
+    resumed = ["train_policy.py", "--results", str(tmp_path), *options, "--rounds", "3", "--resume", str(made)]
+    monkeypatch.setattr(sys, "argv", resumed)
+
+    def nothing(*args, **options):
+        raise pusht.NothingToCorrect("it succeeded")
+
+    monkeypatch.setattr(script, "demonstrate", nothing)
+    script.main()
+    assert "round 3: it succeeded" in capsys.readouterr().out
+    assert all(map(torch.equal, FlowPolicy.from_pretrained(made / "model").state_dict().values(), states[2].values()))

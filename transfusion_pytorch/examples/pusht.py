@@ -139,6 +139,10 @@ def as_tensors(observation: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+class NothingToCorrect(ValueError):
+    """A policy needs none of the corrections that were asked for."""
+
+
 def demonstrate(
     count: int, *, observations: Observations = "state", seed: int = 0, policy: Any = None
 ) -> Demonstrations:
@@ -149,7 +153,7 @@ def demonstrate(
     DAgger, arXiv 1011.0686): then the data have the states that the policy gets into. An episode in which it succeeds
     in that time is left out.
 
-    Raises `ValueError` where the policy succeeds in all of them: there is nothing to correct.
+    Raises `NothingToCorrect` where the policy succeeds in all of them.
     """
     generator = np.random.default_rng(seed)
     episodes = []
@@ -162,7 +166,7 @@ def demonstrate(
                 continue
         episodes.append(one_demonstration(env, observation, generator))
     if not episodes:
-        raise ValueError(
+        raise NothingToCorrect(
             f"the policy succeeded by itself in all {count} episodes: nothing to correct, try more episodes"
         )
     return Demonstrations.joined(episodes)

@@ -21,12 +21,17 @@ def optional(module: str, *, extra: str = "examples") -> ModuleType:
     return import_optional(module, extra=extra)
 
 
-def positive_int(text: str) -> int:
+def positive_int(text: str, least: int = 1) -> int:
     """An argument that must be a whole number of at least 1."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
     return number
+
+
+def natural(text: str) -> int:
+    """An argument that must be a whole number of at least 0."""
+    return positive_int(text, 0)
 
 
 def fraction(text: str) -> float:
