@@ -46,6 +46,7 @@ DEFAULTS = TrainConfig(
 POLICIES: dict[str, Any] = {"flow": FlowPolicy, "transfusion": TransfusionPolicy}
 HELD_OUT = 20  # episodes for the validation loss
 EVALUATION_SEED = 100_000  # of the first episode in closed loop; demonstrations have seeds from that of the run on
+WATCHED_SEED = 90_000  # of the first episode in closed loop while it trains
 CORRECTION_SEED = 50_000  # what is added to the seed of demonstrations that correct a policy
 TIMED_DECISIONS = 50
 MOST_EPISODES, MOST_TEST_EPISODES, FEWEST = 700, 200, 2
@@ -76,6 +77,14 @@ def check_policy(policy: Any, args: argparse.Namespace) -> None:
         raise ValueError(f"the policy in {args.dagger} observes {', '.join(shapes)}: give other --observations")
 
 
+def check_resumed(place: Any) -> None:
+    """Raises `ValueError` for a part of a run that is gone on with: later rounds follow from those before."""
+    is_round = place.folder.name.startswith("round-")
+    if is_round or (isinstance(place.resume, Path) and (place.folder / "round-1").exists()):
+        whole = place.folder.parent if is_round else place.folder
+        raise ValueError(f"a run of several rounds goes on as a whole: --resume {whole}")
+
+
 def read_demonstrations(args: argparse.Namespace) -> list[Demonstrations]:
     """Those of the files that were given."""
     found = [Demonstrations.load(path) for path in args.demonstrations or ()]
@@ -98,7 +107,7 @@ def more_demonstrations(
         return Demonstrations.joined(known)
     wanted = MOST_EPISODES if config.steps is None else config.steps // 4
     episodes = args.episodes or min(max(wanted, FEWEST), MOST_EPISODES)
-    seed = config.seed + (0 if leader is None else CORRECTION_SEED + MOST_EPISODES * number)
+    seed = config.seed + (0 if leader is None else CORRECTION_SEED + max(MOST_EPISODES, episodes) * number)
     made = demonstrate(episodes, observations=args.observations, seed=seed, policy=leader)
     joined = Demonstrations.joined([made, *known])
     folder.mkdir(exist_ok=True)
@@ -113,7 +122,7 @@ class InClosedLoop(Callback):
         self.episodes, self.options = episodes, options
 
     def on_sample(self, trainer: Any) -> dict[str, float]:
-        scores = Scores.of(evaluate(trainer.average, episodes=self.episodes, seed=EVALUATION_SEED // 2, **self.options))
+        scores = Scores.of(evaluate(trainer.average, episodes=self.episodes, seed=WATCHED_SEED, **self.options))
         trainer.say(f"step {trainer.step:,}: {scores}")
         return {"success": scores.success, "coverage": scores.coverage}
 
@@ -143,7 +152,7 @@ def main() -> None:
         "--dagger", type=run.existing_path, help="a saved policy that is trained further: the expert corrects it"
     )
     parser.add_argument(
-        "--rounds", type=run.natural, default=0, help="after the first: the expert corrects the policy, it learns on"
+        "--rounds", type=run.natural, default=0, help="further rounds, in each of which the expert corrects the policy"
     )
     parser.add_argument("--chunk-length", type=run.positive_int, default=16, help="actions that are predicted at once")
     parser.add_argument("--executed-steps", type=run.positive_int, default=4, help="of these, before the next decision")
@@ -170,10 +179,11 @@ def main() -> None:
     check_policy(policy, args)
     known = read_demonstrations(args)
     place = run.open_run(args, f"policy-{args.policy}-{args.observations}", device=config.device)
+    check_resumed(place)
     started = time.monotonic()
     loop: dict[str, Any] = dict(observations=args.observations, executed_steps=args.executed_steps, delay=args.delay)
     callbacks = [InClosedLoop(50, loop)] if config.sample_every else []
-    trainer: Any = None
+    trainer, steps = None, 0
     for number in range(args.rounds + 1):
         folder = place.folder / f"round-{number}" if number else place.folder
         leader = policy if number or args.dagger else None
@@ -194,16 +204,19 @@ def main() -> None:
         if trainer.fit(resume=True if number else place.resume).was_stopped:
             return
         trainer.say(f"trained after {time.monotonic() - started:.0f} s")
-        trainer.average.save_pretrained(folder / "model")
-        policy, known = kind.from_pretrained(folder / "model"), [demonstrations]
+        steps, known, policy = steps + trainer.step, [demonstrations], trainer.average.eval().cpu()
+        if number < args.rounds:
+            made = place.folder / f"round-{number}" / "model"  # the model of the run is that of the last round
+            policy.save_pretrained(made)
+            policy = kind.from_pretrained(made)
 
     policy.eval()
     episodes = args.test_episodes or min(max(trainer.step // 10, FEWEST), MOST_TEST_EPISODES)
     scores = Scores.of(evaluate(policy, episodes=episodes, seed=EVALUATION_SEED, **loop))
     latency = milliseconds_per_decision(policy, args.observations)
     figures = {"success": scores.success, "highest_coverage": scores.coverage, "ms_per_decision": latency}
-    source = f"{len(known[0].ends)} episodes of a scripted expert on PushT"
-    card = ModelCard(title="PushT policy", training_data=source, steps=trainer.step, figures=figures)
+    source = f"{len(train.demonstrations.ends)} episodes of a scripted expert on PushT"
+    card = ModelCard(title="PushT policy", training_data=source, steps=steps, figures=figures)
     policy.save_pretrained(place.folder / "model", card=card)
     save_curves(place.folder / "loss.png", {"loss": run.read_metrics(trainer.folder)["loss"]}, log=True)
     executor = ChunkExecutor(policy, executed_steps=args.executed_steps, delay=args.delay)

@@ -266,18 +266,22 @@ def test_rounds_are_corrections_of_the_policy_so_far(monkeypatch, tmp_path, caps
     output = capsys.readouterr().out
     assert [f"round {i}: {3 + 3 * i} demonstrations" in output for i in range(3)] == [True] * 3
     assert leaders[0] is None
-    policies = [FlowPolicy.from_pretrained(made / name) for name in ("round-1/model", "round-2/model", "model")]
+    policies = [FlowPolicy.from_pretrained(made / name) for name in ("round-0/model", "round-1/model", "model")]
     states = [policy.state_dict() for policy in policies]
-    assert all(map(torch.equal, leaders[2].state_dict().values(), states[0].values()))
+    for leader, state in zip(leaders[1:], states[:2], strict=True):
+        assert all(map(torch.equal, leader.state_dict().values(), state.values()))
     assert any(not torch.equal(one, other) for one, other in zip(states[0].values(), states[1].values(), strict=True))
-    assert all(map(torch.equal, states[1].values(), states[2].values()))
-    resumed = ["train_policy.py", "--results", str(tmp_path), *options, "--rounds", "3", "--resume", str(made)]
-    monkeypatch.setattr(sys, "argv", resumed)
+    resumed = ["train_policy.py", "--results", str(tmp_path), *options, "--rounds", "3", "--resume"]
 
     def nothing(*args, **options):
         raise pusht.NothingToCorrect("it succeeded")
 
     monkeypatch.setattr(script, "demonstrate", nothing)
+    monkeypatch.setattr(sys, "argv", [*resumed, str(made)])
     script.main()
     assert "round 3: it succeeded" in capsys.readouterr().out
     assert all(map(torch.equal, FlowPolicy.from_pretrained(made / "model").state_dict().values(), states[2].values()))
+    for part in (made / "round-1", max((made / "checkpoints").iterdir())):
+        monkeypatch.setattr(sys, "argv", [*resumed, str(part)])
+        with pytest.raises(ValueError, match=f"goes on as a whole: --resume {made}"):
+            script.main()

@@ -26,6 +26,8 @@ from generation_models import (
 )
 from torch import Tensor, nn
 
+from transfusion_pytorch.generation import request as request_module
+from transfusion_pytorch.generation.batch_state import BatchState
 from transfusion_pytorch.generation.events import DrawingProgress, Ended, EndReason, ModalityDone, ModalityStarted
 from transfusion_pytorch.generation.request import MOST_PROGRESS
 
@@ -356,3 +358,45 @@ def test_a_processor_sees_all_ids_without_a_copy_of_them():
     sizes = sorted({size for _, size in pointers})
     assert len(set(pointers)) == len(sizes) <= log2(len(written) / 64) + 2
     assert all(other >= 2 * one for one, other in pairwise(sizes))
+
+
+def test_an_error_of_a_processor_is_not_replaced_by_that_of_the_batch(monkeypatch):
+    """The step that it spoils is run again for each half, one of which then has nobody left."""
+    engine = build(push=WRITES).create_engine()
+
+    def broken(ids, logits):
+        raise ZeroDivisionError("of the processor")
+
+    options = options_with(plan=[("text", 3)])
+    first, second = engine.submit(text(1), **options), engine.submit(text(2), **options, logits_processors=[broken])
+    interrupted = iter([MemoryError("once")])
+
+    def choose(state, logits):
+        for error in interrupted:
+            raise error
+        return real(state, logits)
+
+    real = BatchState.choose
+    monkeypatch.setattr(BatchState, "choose", choose)
+    with pytest.warns(UserWarning, match="memory is short"):
+        engine.run()
+    assert first.reason is EndReason.PLAN
+    with pytest.raises(ZeroDivisionError, match="of the processor"):
+        second.result()
+
+
+def test_a_plan_whose_next_modality_cannot_begin_leaks_no_row(monkeypatch):
+    engine = build(push=WRITES).create_engine()
+    prompt = [text(1), latents(LINE, 2), text(2)]
+    options = options_with(plan=[(LINE, (2,)), (LINE, (3,))], modality_cfg_scale=2.0, cfg_scale=2.0)
+    request = engine.submit(prompt, **options)
+    while request._request.denoising is None or request._request.denoising.step == 0:
+        engine.step()
+
+    def no_memory(*args, **options):
+        raise MemoryError("of the noise")
+
+    monkeypatch.setattr(request_module, "initial_noise", no_memory)
+    engine.run()
+    assert request.reason is EndReason.ERROR
+    assert_no_row_is_lost(engine)

@@ -22,7 +22,8 @@ from generation_models import (
 from tiny import CHANNELS, tiny
 
 from transfusion_pytorch import TrainConfig, Trainer
-from transfusion_pytorch.evaluating import watch_weights, weights_changed
+from transfusion_pytorch.evaluating import WeightVersions, watch_weights, weights_changed
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.events import EndReason
 
@@ -118,6 +119,58 @@ def test_a_fault_while_requests_are_read_again_ends_them_or_changes_nothing(afte
     for request, other in zip(plain, struck, strict=True):
         if other.reason is not EndReason.ERROR:
             assert_same(other.result(), request.result())
+
+
+def interrupted(monkeypatch, owner, name: str, error: BaseException, *, at: int) -> None:
+    """One call of a method raises an error, after so many others."""
+    method, calls = getattr(owner, name), []
+
+    def once(*args, **options):
+        calls.append(name)
+        if len(calls) == at + 1:
+            raise error
+        return method(*args, **options)
+
+    monkeypatch.setattr(owner, name, once)
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize(("part", "error"), [("cache", MemoryError), ("branch", KeyboardInterrupt)])
+def test_a_rewind_that_is_interrupted_is_made_again(monkeypatch, part, error, at):
+    """Whatever comes out of the step, and whoever raises it: the weights that are noticed once stay noticed."""
+    model = build(push=WRITES)
+    engine, options = model.create_engine(), options_with(plan=["text"], cfg_scale=1.0)
+    requests = [engine.submit(text(i, 2), **options) for i in range(3)]
+    for _ in range(4):
+        engine.step()
+    move(model, secretly=False)
+    if part == "cache":
+        interrupted(monkeypatch, model.transformer, "create_cache", error("injected"), at=0)
+    else:
+        interrupted(monkeypatch, Branch, "rewind", error("injected"), at=at)
+    with pytest.raises(error, match="injected"):
+        engine.step()
+    monkeypatch.undo()
+    engine.run()
+    again = build(push=WRITES)
+    other = again.create_engine(cache_kv=False)
+    expected = [other.submit(text(i, 2), **options) for i in range(3)]
+    for _ in range(4):
+        other.step()
+    move(again, secretly=False)
+    other.run()
+    for request, sample in zip(requests, expected, strict=True):
+        assert_same(request.result(), sample.result())
+
+
+def test_parameters_that_change_places_are_noticed():
+    model = build()
+    weights, layers = WeightVersions(model), model.transformer.layers
+    assert not weights.have_changed()
+    first, second = (layer.attn.to_qkv for layer in layers[:2])
+    first.weight, second.weight = second.weight, first.weight
+    assert weights.have_changed()
+    assert not weights.have_changed()
 
 
 def test_parameters_that_are_replaced_under_live_requests_are_noticed():

@@ -139,7 +139,7 @@ class WeightVersions:
     def __init__(self, model: nn.Module):
         self._model = model
         self.look_again()
-        self._version = self._sum()
+        self._versions = self._now()
 
     def look_again(self) -> None:
         """Finds the parameters anew: modules may have been replaced. Takes longer than `have_changed`."""
@@ -147,13 +147,13 @@ class WeightVersions:
 
     def have_changed(self) -> bool:
         """Whether there was a change since the last call."""
-        before, self._version = self._version, self._sum()
-        return before != self._version
+        before, self._versions = self._versions, self._now()
+        return before != self._versions
 
-    def _sum(self) -> int | None:
+    def _now(self) -> list[Any] | None:
         found = [parameters.get(name) for parameters, name in self._places]
         try:
-            return sum(id(it) + it._version for it in found if it is not None)
+            return [(id(it), it._version) for it in found if it is not None]
         except RuntimeError:  # an inference tensor
             return None
 

@@ -35,7 +35,7 @@ class Branch:
     """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
 
     - `pieces`, `ids`: pending, in this order
-    - `is_written`: an id comes next, so the last one that is pending is left to a decode step, which chooses it
+    - `is_written`: the model writes an id next, so the last one that is pending is left to a decode step
     - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
     - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
     """
@@ -112,8 +112,8 @@ class Branch:
 
     def rewind(self) -> None:
         """Makes everything pending again."""
-        self.pieces, self.ids = _with_last_ids([*self.everything(), *self.pending])
-        self.read, self.past, self.prefix_key = [], Past(), None
+        pieces, ids = _with_last_ids([*self.everything(), *self.pending])
+        self.pieces, self.ids, self.read, self.past, self.prefix_key = pieces, ids, [], Past(), None
 
 
 class Share(NamedTuple):
@@ -196,7 +196,7 @@ class BatchState:
         first = torch.tensor([request.num_chosen for request in requests], device="cpu")
         counters = _to(first + torch.arange(STEPS_OF_NUMBERS, device="cpu")[:, None], device)
         seeds = _to(torch.tensor([request.seed for request in requests], device="cpu"), device)
-        token = _to(torch.tensor([it.ids[-1] if it.ids else 0 for it in branches], device="cpu"), device)
+        token = _to(torch.tensor([it.ids[-1] for it in branches], device="cpu"), device)
         return cls(
             requests=list(requests),
             branches=branches,

@@ -202,7 +202,7 @@ class Engine:
                 self._step()
 
     def cancel(self, request: RequestState) -> None:
-        """Ends a request: now, or at the end of the step that is running."""
+        """Ends a request: now, or where the engine is in use at the end of this or the next step."""
         request.is_cancelled = True
         with self._gate:
             if request.is_done or not self._lock.acquire(blocking=False):
@@ -288,18 +288,20 @@ class Engine:
 
         A caller's inference mode ends here: what it makes cannot be changed in a later step outside of it.
         """
-        here = threading.get_ident()
-        with self._gate:
-            is_ours = self._lock.acquire(blocking=False)
-        if not is_ours and self._owner != here:
-            raise RuntimeError(
-                "this engine is in use by another thread; use it from one thread at a time, or serve many clients with "
-                "transfusion_pytorch.serving.AsyncEngine"
-            )
-        if not is_ours and not may_nest:
-            raise RuntimeError("this engine is in a step, from inside of which only submit and cancel may be called")
-        self._owner = here
+        here, is_ours = threading.get_ident(), False
         try:
+            with self._gate:
+                is_ours = self._lock.acquire(blocking=False)
+            if not is_ours and self._owner != here:
+                raise RuntimeError(
+                    "this engine is in use by another thread; use it from one thread at a time, or serve many clients "
+                    "with transfusion_pytorch.serving.AsyncEngine"
+                )
+            if not is_ours and not may_nest:
+                raise RuntimeError(
+                    "this engine is in a step, from inside of which only submit and cancel may be called"
+                )
+            self._owner = here
             with torch.inference_mode(False), torch.no_grad():
                 yield
         finally:

@@ -346,7 +346,9 @@ class UncachedRunner:
 
     def forget_weights(self) -> None: ...
 
-    memory = CacheMemory()
+    @property
+    def memory(self) -> CacheMemory:
+        return CacheMemory()
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         return 0

@@ -57,6 +57,7 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
         self.steps = self.tokens_written = self.modalities = 0
+        self.must_rewind = False
         self._state: BatchState | None = None
         self._unreleased: list[Branch] = []
 
@@ -87,24 +88,29 @@ class Scheduler:
         self._retire()
 
     def rewind(self) -> None:
-        """Makes everything pending again, to be read into an empty cache: weights or precision have changed."""
+        """Makes everything pending again, to be read into an empty cache: weights or precision have changed.
+
+        Where it is interrupted it has to be called again before anything is read.
+        """
+        self.must_rewind = True
+        for request in self.active:
+            try:
+                for branch in () if request.is_done else request.branches:
+                    branch.rewind()
+            except Exception as error:
+                request.end(EndReason.ERROR, released(error))
         for branch in [*self._unreleased, *(branch for request in self.active for branch in request.branches)]:
             branch.row = None
         self._unreleased = []
         self.runner.restart()
         self._state = None  # whose views hold what follows from the weights, as those of the layouts do
         self.denoiser.reset()
-        for request in self.active:
-            try:
-                for branch in () if request.is_done else request.branches:
-                    branch.rewind()
-            except Exception as error:  # half of it would be read twice, or not at all
-                request.end(EndReason.ERROR, released(error))
+        self.must_rewind = False
 
     def step(self) -> None:
         """Takes every request one step further."""
         self.steps += 1
-        if self.runner.precision != precision_of(self.model.device, self.model.dtype):
+        if self.must_rewind or self.runner.precision != precision_of(self.model.device, self.model.dtype):
             self.rewind()
         self._end_overdue()
         self._retire()
@@ -180,11 +186,14 @@ class Scheduler:
         writing = [it for it in self.active if it.is_writing and not it.branch.needs_prefill]
         if writing:
             for request, error in self.halving.run(writing, self._decode):
-                request.end(EndReason.ERROR, error)
+                if not request.is_done:
+                    request.end(EndReason.ERROR, error)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         """A decode step. Nothing is committed before all ids are chosen, so one that fails can be run again."""
-        requests = [request for request in requests if not request.is_done]
+        requests = [request for request in requests if not request.is_done]  # a processor of its own has failed before
+        if not requests:
+            return
         state = self._state_of(requests)
         decoded = self.runner.decode(state)
         chosen, log_p = self._choose(state, decoded)
@@ -213,8 +222,8 @@ class Scheduler:
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
-        """Gives every request its id; what that was chosen from counts as read then, and not where a user's code is
-        interrupted. Returns whether the state is valid for the next step.
+        """Gives every request its id, and commits what it was chosen from: where a user's code is interrupted, the same
+        id is chosen again. Returns whether the state is valid for the next step.
         """
         for i, (request, token) in enumerate(zip(state.requests, chosen, strict=True)):
             if request.is_done:  # a processor of its own failed
@@ -274,10 +283,12 @@ class Scheduler:
                 request.end(EndReason.ERROR, released(error))
 
     def _finish_modality(self, request: RequestState, denoising: Denoising) -> None:
-        request.finish_denoising()
-        self.modalities += 1
-        if denoising.without_all is not None:
-            self._close([denoising.without_all])
+        try:
+            request.finish_denoising()
+            self.modalities += 1
+        finally:
+            if denoising.without_all is not None:
+                self._close([denoising.without_all])
 
 
 def _check_finite(names: Mapping[Denoising, str], done: Sequence[Denoising]) -> None:

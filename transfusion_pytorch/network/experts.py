@@ -54,7 +54,7 @@ class Routing(NamedTuple):
     ) -> "Routing":
         """`slots` are those of the tokens of each modality; all others are text. Modality i has expert i + 1, or the
         last one. With `takes_all`, experts without tokens take part as well, as several processes need it, whose
-        parameters must all have gradients. Nothing is read from the device.
+        parameters must all have gradients. Nothing is read from a device other than the CPU.
         """
         counts = [num_tokens, *[0] * (num_experts - 1)]
         for modality, own in slots.items():

@@ -67,8 +67,9 @@ class AsyncEngine:
         options: SamplingOptions | None = None,
         **keywords: "Unpack[SamplingKeywords]",
     ) -> Sample:
-        """Continues one prompt, and returns its sample, after `timeout` seconds that so far. Raises the error that ends
-        it, if one does, and `EngineClosed` if the engine is closed first.
+        """Continues one prompt, and returns its sample; after `timeout` seconds, as far as it has come.
+
+        Raises the error that ends it, if one does, and `EngineClosed` if the engine is closed first.
         """
         ended = None
         arguments = dict(keywords, timeout=timeout, options=options)

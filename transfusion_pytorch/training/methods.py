@@ -53,8 +53,8 @@ class TrainingMethods(nn.Module):
         """Trained parameters for AdamW: what decays, and what does not (biases, gains).
 
         With `by_expert`, for an untied transformer, each group also has an `expert`, so that it can get a learning rate
-        of its own: 0 for the layers that read text, i + 1 for those of modality i, None for what all share and for
-        everything around the transformer. Raises `ValueError` without untied weights.
+        of its own: 0 for the layers that read text, i + 1 for those of modality i (the last expert has all others),
+        None for what all share and for everything around the transformer. Raises `ValueError` without untied weights.
         """
         if not by_expert:
             return parameter_groups(self, weight_decay=weight_decay)
