@@ -183,7 +183,8 @@ def main() -> None:
     started = time.monotonic()
     loop: dict[str, Any] = dict(observations=args.observations, executed_steps=args.executed_steps, delay=args.delay)
     callbacks = [InClosedLoop(50, loop)] if config.sample_every else []
-    trainer, steps = None, 0
+    trainer: Any = None
+    steps = 0
     for number in range(args.rounds + 1):
         folder = place.folder / f"round-{number}" if number else place.folder
         leader = policy if number or args.dagger else None
