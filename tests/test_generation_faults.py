@@ -82,7 +82,7 @@ def test_an_engine_that_is_at_fault_is_found_out(monkeypatch, found, owner, meth
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_kind_of_fault(kind):
     """Memory is needed for growth when an engine is young, so there are many of them."""
-    requests, faults = (96, 48) if kind in OF_A_MOMENT else (48, 16)
+    requests, faults = (64, 32) if kind in OF_A_MOMENT else (36, 12)
     report = run_faults([kind], requests=requests, faults=faults, per_engine=8 if "growth" in kind else 48)
     check(report)
     assert report.planned == {kind: faults}
@@ -91,9 +91,8 @@ def test_one_kind_of_fault(kind):
     assert (report.struck > 0) == (kind in OF_A_MOMENT)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_faults_of_all_kinds(seed):
-    report = run_faults(requests=300, faults=50, per_engine=150, seed=seed)
+def test_faults_of_all_kinds():
+    report = run_faults(requests=300, faults=50, per_engine=150, seed=0)
     check(report)
     assert set(report.planned) == set(KINDS)
 

@@ -11,7 +11,7 @@ PINNED = re.compile(r"([a-z-]+)==([\d.]+)")
 # tools; trackio and what the extra `pretrained` adds need a newer huggingface-hub than the oldest environment has; the
 # environment of `train_policy.py` has no other release
 NOT_IN_THE_OLDEST = {"hatchling", "pytest-xdist", "ruff", "pyright", "pre-commit", "trackio"}
-NOT_IN_THE_OLDEST |= {"transformers", "diffusers", "gym-pusht"}
+NOT_IN_THE_OLDEST |= {"transformers", "diffusers", "gguf", "gym-pusht"}
 
 
 def pinned(file: str) -> dict[str, tuple[int, ...]]:
