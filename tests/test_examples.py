@@ -421,7 +421,7 @@ def test_grid_writes_wrong_labels_in_red(tmp_path):
 
 
 def test_long_labels_stay_in_their_column(tmp_path):
-    file = save_grid(tmp_path / "grid.png", torch.ones(2, 1, 8, 8), ["a very long label that never fits", ""])
+    file = save_grid(tmp_path / "grid.png", torch.ones(2, 1, 8, 8), ["a very long label\nthat never fits", "\n"])
     with Image.open(file) as opened:
         shown = numpy.asarray(opened)
     assert (shown[8:28, 8:72] < 128).any()

@@ -99,7 +99,7 @@ def test_live_requests_are_read_again(secretly, tell, steps):
         assert_same(cached, again)
 
 
-@pytest.mark.parametrize("after", (0, 2, 5))
+@pytest.mark.parametrize("after", [0, 2, 5])
 def test_a_fault_while_requests_are_read_again_ends_them_or_changes_nothing(after):
     """None goes on with what was read with the old weights."""
     made = []

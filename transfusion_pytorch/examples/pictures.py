@@ -82,7 +82,8 @@ def to_bytes(images: Float[Tensor, "n c h w"], *, scale: int) -> Tensor:
 
 
 def plain(label: Any) -> str:
-    return str(label.item() if isinstance(label, Tensor) else label)
+    """In one line: what a model answers may have several."""
+    return " ".join(str(label.item() if isinstance(label, Tensor) else label).split())
 
 
 def write_label(draw: Any, text: str, middle: float, centre: float, room: int, ink: str) -> None:

@@ -25,7 +25,7 @@ from transfusion_pytorch.transfusion import Transfusion
 from .data import load_text
 from .garments import GarmentConversations, GarmentData, text_of
 from .language_models import default_language_model
-from .pictures import save_grid
+from .pictures import plain, save_grid
 from .run import existing_path, optional
 
 TRAINED = ("experts", "lora", "everything")
@@ -215,7 +215,8 @@ def answer(model: Any, data: GarmentConversations, indices: Iterable[int]) -> li
 def save_conversations(path: Path, model: Any, data: GarmentConversations, indices: Sequence[int]) -> None:
     """A table of questions and answers, and the images beside it as `images.png`, in the same order."""
     rows = [
-        f"| {i + 1} | {it.question} | {it.answer} | {it.truth} |" for i, it in enumerate(answer(model, data, indices))
+        f"| {i + 1} | {' | '.join(plain(cell).replace('|', '&#124;') for cell in it)} |"
+        for i, it in enumerate(answer(model, data, indices))
     ]
     path.write_text("\n".join(["| | question | answer | true |", "|---|---|---|---|", *rows]) + "\n", encoding="utf-8")
     save_grid(path.with_name("images.png"), data.labelled.images[list(indices)], [str(i + 1) for i in range(len(rows))])
