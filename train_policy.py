@@ -211,7 +211,6 @@ def main() -> None:
             policy.save_pretrained(made)
             policy = kind.from_pretrained(made)
 
-    policy.eval()
     episodes = args.test_episodes or min(max(trainer.step // 10, FEWEST), MOST_TEST_EPISODES)
     scores = Scores.of(evaluate(policy, episodes=episodes, seed=EVALUATION_SEED, **loop))
     latency = milliseconds_per_decision(policy, args.observations)
