@@ -42,7 +42,7 @@ ALLOWED = {
     ],
     "sampling": ["generation", "evaluating", "sequence"],
     "display": ["generation.events"],
-    "serving": ["generation.engine", "generation.events", "generation.options", "sampling"],
+    "serving": ["failures", "generation.engine", "generation.events", "generation.options", "sampling"],
     "data": ["sequence", "modalities", "saving"],
     "conversations": ["sequence", "modalities", "saving", "data", "generation"],
     "training": [

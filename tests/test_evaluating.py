@@ -8,6 +8,7 @@ import torch
 from checks import no_typecheck
 from generation_models import GREEDY, LINE, assert_same, build, noise, text
 from torch import nn
+from torch.nn.utils import parametrize
 
 from transfusion_pytorch import Transfusion
 from transfusion_pytorch.evaluating import class_of, evaluation_view, watch_weights, weights_changed
@@ -268,3 +269,27 @@ def test_a_view_is_no_copy():
     view = evaluation_view(model)
     assert {id(p) for p in view.parameters()} == {id(p) for p in model.parameters()}
     assert {id(b) for b in view.buffers()} == {id(b) for b in model.buffers()}
+
+
+def test_a_copy_of_a_view_is_the_view_of_a_copy():
+    module = Branching()
+    view = copy.deepcopy(evaluation_view(module))
+    assert not view.training
+    assert class_of(view) is Branching
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(view(x), evaluation_view(module)(x))
+    with torch.no_grad():
+        module.layers[1].weight.zero_()
+    assert view.layers[1].weight.abs().max() > 0
+
+
+def test_a_view_follows_a_parametrization():
+    module, x = Branching(), torch.randn(3, 4)
+    view = evaluation_view(module)
+    view(x)
+    weight = module.layers[1].weight.detach().clone()
+    parametrize.register_parametrization(module.layers[1], "weight", nn.Tanh())
+    torch.testing.assert_close(view.layers[1].weight, weight.tanh())
+    view(x)
+    parametrize.remove_parametrizations(module.layers[1], "weight", leave_parametrized=False)
+    torch.testing.assert_close(view.layers[1].weight, weight)

@@ -1,6 +1,7 @@
 """Solvers and guidance: what is drawn is the solution of the flow, step for step."""
 
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
@@ -189,13 +190,18 @@ def test_guided_and_unguided_rows_stand_in_one_batch(monkeypatch):
 
 def tokens_read(monkeypatch) -> list[tuple[Branch, int]]:
     """For everything that is read and kept from now on: the branch, and how many tokens."""
-    read, advance = [], Branch._advance
+    read, mark_read, mark_id_read = [], Branch.mark_read, Branch.mark_id_read
 
-    def spy(self, pieces, length, *rest):
+    def spy(self, share, length):
         read.append((self, length))
-        advance(self, pieces, length, *rest)
+        mark_read(self, share, length)
 
-    monkeypatch.setattr(Branch, "_advance", spy)
+    def spy_on_id(self):
+        read.append((self, 1))
+        mark_id_read(self)
+
+    monkeypatch.setattr(Branch, "mark_read", spy)
+    monkeypatch.setattr(Branch, "mark_id_read", spy_on_id)
     return read
 
 
@@ -228,6 +234,28 @@ def test_guidance_is_on_by_default_where_the_model_was_trained_for_it(prob_uncon
     assert_same(default, asked, tolerance=0)
     assert shapes_of(default)[1] == shapes_of(other)[1]
     assert not torch.allclose(default[1][1], other[1][1])
+
+
+def test_what_the_noise_does_not_serve_is_not_opened():
+    """Neither a type of more channels, nor a shape of more latents, whatever the model would like to write."""
+    model, opened = build(seed=9, push=dict(meta=1.0, eos=-9.0)), set()
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        asked = dict(text_temperature=1.0, generator=generator, init_modality_noise=noise()[:3, :2])
+        sample = model.sample(text(1), **options_with(max_length=60, **asked))
+        opened |= {(part[0], tuple(part[1].shape[:-1])) for part in sample if isinstance(part, tuple)}
+    assert len(opened) > 2
+    for modality, shape in opened:
+        assert model.modalities[modality].spec.dim_latent <= 2
+        assert prod(shape) <= 3
+
+
+@pytest.mark.parametrize(
+    "options", [dict(fixed_modality_shape=(2, 2)), dict(allowed_modalities=[LINE]), dict(plan=[(LINE, (1,))])]
+)
+def test_noise_that_is_too_small_for_what_is_asked_is_refused_at_once(options):
+    with pytest.raises(ValueError, match="init_modality_noise needs"):
+        build().create_engine().submit(text(1), **options, init_modality_noise=noise()[:3, :2])
 
 
 def test_the_same_noise_serves_every_modality_as_far_as_it_is_needed():

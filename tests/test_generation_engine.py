@@ -1,5 +1,10 @@
 """The engine: requests come and go, none notices another, and nothing of them stays."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from generation_models import (
@@ -346,14 +351,11 @@ def faulty(name):
         model = build(seed=1, to_modality_shape_fn=parser)
         ids = [model.meta_id, *model.char_tokenizer("3").tolist(), model.som_ids[LINE]]
         return model, dict(logits_processors=[script(*ids, given=2)]), (ZeroDivisionError, "zero")
-    if name == "noise":
-        model = build(seed=3, push=dict(meta=1.0))
-        return model, dict(init_modality_noise=noise(0), cfg_scale=1.0), (ValueError, "init_modality_noise needs")
     model = build(seed=3, modality_decoder=(None, Fragile(), None, None))
     return model, dict(force_modality_at_start=(LINE, (2,))), (ValueError, "this is too much")
 
 
-@pytest.mark.parametrize("name", ["processor", "processor of another shape", "shape", "noise", "decoder"])
+@pytest.mark.parametrize("name", ["processor", "processor of another shape", "shape", "decoder"])
 def test_what_the_user_gave_ends_its_own_request_alone(name):
     model, options, (error, message) = faulty(name)
     engine = model.create_engine()
@@ -599,7 +601,7 @@ def test_a_model_that_writes_garbage_for_shapes_stays_small_and_ends(name, num_d
     assert all(request.reason in (EndReason.EOS, EndReason.LENGTH) for request in wild)
     assert all(len(slots_of(model, request.result())) <= 70 for request in wild)
     assert_same(tame.result(), alone(model, text(1), **options_with()))
-    assert max(reserved) <= 8 * 128  # rows for 4, which may be guided, of 70 tokens
+    assert max(reserved) <= 8 * (64 + 128)  # rows for 4, which may be guided, of 70 tokens, and those they grew out of
 
 
 # the cache, and what is read
@@ -680,6 +682,32 @@ def test_stats_say_what_the_tensors_take():
     without.sample_many([None], **options_with())
     assert without.stats.cache_bytes == without.stats.bytes_per_token == 0
     assert without.stats.tokens_read > 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copied_event_is_the_event_without_its_model(copied):
+    request = build().create_engine().submit(text(1), **options_with(plan=[(LINE, (2,))], modality_steps=2))
+    events = [*request.events()]
+    progress = next(event for event in events if isinstance(event, DrawingProgress))
+    copies = [copied(event) for event in events]
+    assert copies == events
+    progress.preview()
+    with pytest.raises(RuntimeError, match=r"take the preview\(\) before"):
+        copies[events.index(progress)].preview()
+
+
+def test_memory_of_text_goes_while_others_are_drawn():
+    """With the block of the cancelled row, whose state no step of text replaces."""
+    engine = build(push=WRITES).create_engine()
+    long = engine.submit(text(*[1] * 500), **options_with(max_length=900, plan=["text"]))
+    engine.submit(text(1), **options_with(plan=[(LINE, (2,))], modality_steps=90))
+    for _ in range(3):
+        engine.step()
+    keys = [weakref.ref(tensor) for tensor in cache_of(engine).blocks[512].keys]
+    long.cancel()
+    engine.step()
+    gc.collect()
+    assert [ref() for ref in keys] == [None] * len(keys)
 
 
 def test_stats_count_steps_tokens_and_drawings():

@@ -1,6 +1,8 @@
 """Whatever a user's own code raises ends its own request, and nothing of the failure stays."""
 
 import gc
+import threading
+import traceback
 import weakref
 
 import pytest
@@ -21,7 +23,12 @@ from generation_models import (
 )
 from torch import Tensor, nn
 
+from transfusion_pytorch.generation import request as request_module
+from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.events import Ended, EndReason
+from transfusion_pytorch.generation.request import RequestState
+from transfusion_pytorch.generation.runner import CachedRunner
+from transfusion_pytorch.network.cache import KVCache
 
 FAR = 1e4  # where a picky module fails
 
@@ -143,8 +150,8 @@ def test_an_encoder_that_fails_refuses_its_prompt():
     assert_no_row_is_lost(engine)
 
 
-def test_an_interrupted_parser_is_asked_again():
-    """Its `som` is not written before the shape is known: no marker is left without its modality."""
+def test_a_request_whose_parser_is_interrupted_ends_alone():
+    """Its neighbour goes on as if nothing had happened."""
     countdown = iter([1, 2])
 
     def parser(written: str):
@@ -156,15 +163,76 @@ def test_an_interrupted_parser_is_asked_again():
     ids = [model.meta_id, *model.char_tokenizer("2").tolist(), model.som_ids[LINE]]
     options |= dict(logits_processors=[script(*ids, given=2)])
     beside = options_with(plan=["text", (IMAGE, (1, 2)), ("text", 3)])
-    expected = [model.sample(text(1), **options), model.sample(text(2), **beside)]
+    expected = model.sample(text(2), **beside)
     engine = build(seed=3, to_modality_shape_fn=parser).create_engine()
     requests = [engine.submit(text(1), **options), engine.submit(text(2), **beside)]
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     engine.run()
-    for request, sample in zip(requests, expected, strict=True):
-        assert_same(request.result(), sample)
-    assert (LINE, (2, 3)) in shapes_of(requests[0].result())
+    assert_same(requests[1].result(), expected)
+    with pytest.raises(RuntimeError, match="prompt 0: it was interrupted by KeyboardInterrupt"):
+        requests[0].result()
+    assert_no_row_is_lost(engine)
+
+
+def struck(monkeypatch, owner, name: str, *, before: bool) -> None:
+    """The next call of a method is interrupted, before it has done anything or behind it."""
+    method, calls = getattr(owner, name), []
+
+    def once(*args, **options):
+        calls.append(name)
+        if before and len(calls) == 1:
+            raise KeyboardInterrupt
+        made = method(*args, **options)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(owner, name, staticmethod(once) if name == "_place" else once)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *((RequestState, name) for name in ("_append", "_append_id", "draw", "_leave_part", "finish_denoising")),
+        *((KVCache, name) for name in ("_shrink", "_resize", "_place", "acquire", "release", "reserve", "gather")),
+        *((Branch, name) for name in ("mark_read", "mark_id_read", "append")),
+        *((CachedRunner, name) for name in ("commit", "close", "_keep_prefix", "_copy_prefixes")),
+        (request_module, "initial_noise"),
+    ],
+)
+def test_ctrl_c_may_come_at_any_moment(monkeypatch, owner, name, before):
+    """The request whose state is half changed ends, or none; what all others become is the same as without it."""
+    model, plan = build(push=WRITES), [("text", 3), (LINE, (2,)), ("text", 4), (LINE, (3,)), ("text", 2)]
+    options = options_with(plan=plan, max_length=150, modality_cfg_scale=1.5, modality_steps=2)
+    prompts = [text(*range(i % 3 + 1)) for i in range(4)] + [text(*[1] * 70)]
+    expected = [model.sample(prompt, **options) for prompt in prompts]
+    engine = model.create_engine()
+    requests = [engine.submit(prompt, **options) for prompt in prompts]
+    for _ in range(4):
+        engine.step()
+    struck(monkeypatch, owner, name, before=before)
+    interruptions = 0
+    for number in range(200):
+        try:
+            if number == 3:
+                requests[0].cancel()
+            engine.step()
+        except KeyboardInterrupt:
+            interruptions += 1
+            monkeypatch.undo()
+        if engine.is_idle:
+            break
+    assert interruptions <= 1
+    assert all(it.is_done for it in requests)
+    ended = [it for it in requests[1:] if it.reason is EndReason.ERROR]
+    assert len(ended) <= interruptions
+    for it, sample in zip(requests[1:], expected[1:], strict=True):
+        if it not in ended:
+            assert_same(it.result(), sample)
+    engine.step()
+    assert_no_row_is_lost(engine)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -237,3 +305,44 @@ def held_by(start) -> list[Tensor]:
             found += [each] if isinstance(each, Tensor) else []
             todo.append(each)
     return found
+
+
+def test_an_error_keeps_none_of_those_who_have_asked_for_it():
+    """Each `result` raises the same object, whose traceback would otherwise grow by its callers."""
+    engine = build(push=WRITES).create_engine()
+    request = engine.submit(text(1), **options_with(logits_processors=[fail(KeyError("lost"), at=3)]))
+    engine.run()
+    depths = []
+    for _ in range(3):
+        with pytest.raises(KeyError) as caught:
+            request.result()
+        depths.append(len(list(traceback.walk_tb(caught.value.__traceback__))))
+    assert len(set(depths)) == 1
+
+
+def test_a_stream_that_finds_the_engine_in_use_keeps_its_request():
+    engine = build(push=WRITES).create_engine()
+    events = engine.submit(text(1), **options_with(plan=[("text", 4)])).events()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with engine.exclusive():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    with pytest.raises(RuntimeError, match="in use by another thread"):
+        next(events)
+    leave.set()
+    thread.join()
+    assert [*events][-1].reason is EndReason.PLAN
+
+
+def test_processors_are_those_that_were_submitted():
+    engine, processors = build(push=WRITES).create_engine(), []
+    request = engine.submit(text(1), **options_with(logits_processors=processors))
+    processors.append(fail(KeyError("lost"), at=3))
+    engine.run()
+    assert request.reason is not EndReason.ERROR

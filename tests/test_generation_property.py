@@ -172,13 +172,14 @@ def test_every_sample_is_a_prompt(case):
     model = case.model
     samples = model.sample_many(case.prompts, generator=case.sources(), **case.arguments(model))
     for sample in samples:
+        if slots_of(model, sample)[-1] in model.som_ids:  # what did not fit, and is drawn where the caller asks for it
+            continue
         length = len(slots_of(model, sample))
         is_whole = slots_of(model, sample)[-1] == model.eos_id
         [same] = model.sample_many([sample], **GREEDY | dict(max_length=length - is_whole))
         [longer] = model.sample_many([sample], **GREEDY | dict(max_length=length + 8, modality_steps=1))
-        expected = [*sample[:-1], sample[-1][: -1 if is_whole else None]] if is_whole else sample
-        assert_same(same, [part for part in expected if isinstance(part, tuple) or len(part)], tolerance=0)
-        assert slots_of(model, longer)[: length - is_whole] == slots_of(model, same)
+        assert_same(same, sample, tolerance=0)
+        assert slots_of(model, longer)[: length - is_whole] == slots_of(model, same)[: length - is_whole]
         assert_same(drawn(longer)[: len(drawn(sample))], drawn(sample), tolerance=0)
 
 

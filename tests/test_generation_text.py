@@ -631,6 +631,7 @@ BAD = {
     "raises": (fail, LookupError, "no idea"),
     "returns nothing": (lambda ids, logits: None, ValueError, r"must return logits of shape \(26,\), got NoneType"),
     "returns a list": (lambda ids, logits: logits.tolist(), ValueError, r"shape \(26,\), got list"),
+    "returns complex numbers": (lambda ids, logits: logits * 1j, ValueError, r"got complex ones of \(26,\)"),
     "returns a batch": (lambda ids, logits: logits[None], ValueError, r"shape \(26,\), got \(1, 26\)"),
     "returns fewer": (lambda ids, logits: logits[:4], ValueError, r"shape \(26,\), got \(4,\)"),
     "returns NaN": (lambda ids, logits: logits * NAN, ValueError, "prompt 0: the logits of the next token are not"),

@@ -20,6 +20,8 @@ from generation_models import (
     text,
 )
 from tiny import CHANNELS, tiny
+from torch import nn
+from torch.nn.utils import parametrize
 
 from transfusion_pytorch import TrainConfig, Trainer
 from transfusion_pytorch.evaluating import WeightVersions, watch_weights, weights_changed
@@ -161,6 +163,70 @@ def test_a_rewind_that_is_interrupted_is_made_again(monkeypatch, part, error, at
     other.run()
     for request, sample in zip(requests, expected, strict=True):
         assert_same(request.result(), sample.result())
+
+
+class Scaled(nn.Module):
+    """A linear layer whose output is twice as large."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class WithBuffer(nn.Module):
+    """A linear layer whose weight is a buffer, as that of quantised layers."""
+
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.register_buffer("matrix", inner.weight.detach().clone())
+
+    def forward(self, x):
+        return x @ self.matrix.t()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def wrap(attn):
+    attn.to_out = Scaled(attn.to_out)
+
+
+def parametrize_it(attn):
+    parametrize.register_parametrization(attn.to_qkv, "weight", Doubled())
+
+
+def change_buffer(attn):
+    attn.to_out.matrix.mul_(2)
+
+
+@pytest.mark.parametrize("change", [wrap, parametrize_it, change_buffer])
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_modules_and_buffers_that_change_are_noticed(change, is_idle):
+    """Under live requests, which are read again, and under an engine that waits."""
+    made = []
+    for cache_kv in (True, False):
+        model = build(push=WRITES)
+        attn = model.transformer.layers[0].attn
+        if change is change_buffer:
+            attn.to_out = WithBuffer(attn.to_out)
+        engine, options = model.create_engine(cache_kv=cache_kv), options_with(plan=PLAN, modality_steps=3)
+        requests = [engine.submit(text(i), **options) for i in range(2)]
+        for _ in range(3):
+            engine.step()
+        if is_idle:
+            engine.run()
+        with torch.no_grad():
+            change(attn)
+        requests.append(engine.submit(text(0, 1), **options))
+        engine.run()
+        made.append([it.result() for it in requests])
+    for cached, again in zip(*made, strict=True):
+        assert_same(cached, again)
 
 
 def test_parameters_that_change_places_are_noticed():

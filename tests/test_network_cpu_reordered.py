@@ -115,6 +115,19 @@ def test_copies_follow_their_weight(at_once):
 
 
 @needs_library
+def test_copies_serve_as_soon_as_there_were_enough_steps(at_once, monkeypatch):
+    model, first = make_model(), []
+    engine = model.create_engine()
+    for prompt in prompts():
+        engine.submit(prompt, **TEXT)
+    made = lambda *args: first.append(engine.stats.steps) or reordered_linear(*args)  # noqa: E731
+    monkeypatch.setattr(inference, "reordered_linear", made)
+    for _ in range(10):
+        engine.step()
+    assert first[0] == reordered.STEPS_BEFORE + 1
+
+
+@needs_library
 def test_without_memory_for_a_copy_the_weight_serves(at_once, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("no memory")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -37,11 +37,15 @@ class _EvaluationView:
     """
 
     _view_of: nn.Module
-    _view_children: dict[int, tuple[nn.Module, nn.Module]]
+    _view_children: "dict[int, _KnownView]"
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """A slice of a `ModuleList` calls the class of what it slices: that of the module makes it, of views."""
         return cls.__bases__[1](*args, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy is the view of a copy of the module."""
+        return evaluation_view, (self._view_of,)
 
     @property
     def training(self) -> bool:
@@ -63,9 +67,19 @@ class _EvaluationView:
         if child is None:
             return None
         known = self._view_children.get(id(child))
-        if known is None:  # the child is kept with its view, so that no other can get its id
-            known = self._view_children[id(child)] = (child, _view_with(child, self._view_children))
-        return known[1]
+        # the child is kept with its view, so that no other can get its id; a parametrization changes its class
+        if known is None or known.kind is not type(child):
+            view = _view_with(child, self._view_children)
+            known = self._view_children[id(child)] = _KnownView(child, type(child), view)
+        return known.view
+
+
+class _KnownView(NamedTuple):
+    """A view that was made of a module when it was of this class."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    view: nn.Module
 
 
 _VIEW_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -80,7 +94,7 @@ def evaluation_view(module: Module) -> Module:
     return _view_with(module, {})
 
 
-def _view_with(module: Module, children: dict[int, tuple[nn.Module, nn.Module]]) -> Module:
+def _view_with(module: Module, children: dict[int, _KnownView]) -> Module:
     """`children` are the views of the tree so far: a module that stands in it twice has one."""
     module = getattr(module, "_orig_mod", module)
     if isinstance(module, torch.jit.ScriptModule | _EvaluationView):
@@ -132,8 +146,8 @@ def weights_changed(model: nn.Module) -> None:
 
 
 class WeightVersions:
-    """Notices changes of a model's parameters that torch counts, and parameters that are put in their place. Parameters
-    made in inference mode have no count.
+    """Notices changes of a model's parameters and buffers that torch counts, and others that are put in their place,
+    modules too. Tensors made in inference mode have no count, and hooks are not looked at.
     """
 
     def __init__(self, model: nn.Module):
@@ -142,20 +156,28 @@ class WeightVersions:
         self._versions = self._now()
 
     def look_again(self) -> None:
-        """Finds the parameters anew: modules may have been replaced. Takes longer than `have_changed`."""
-        self._places = [(module._parameters, name) for module in self._model.modules() for name in module._parameters]
+        """Finds everything anew. Takes longer than `have_changed`."""
+        modules = list(self._model.modules())
+        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        self._tensors = [(table, name) for table in tables for name in table]
+        self._modules = [(module._modules, name) for module in modules for name in module._modules]
 
     def have_changed(self) -> bool:
         """Whether there was a change since the last call."""
-        before, self._versions = self._versions, self._now()
-        return before != self._versions
+        if self._now() == self._versions:
+            return False
+        self.look_again()  # what has changed may have more parameters now
+        self._versions = self._now()
+        return True
 
-    def _now(self) -> list[Any] | None:
-        found = [parameters.get(name) for parameters, name in self._places]
+    def _now(self) -> tuple[list[int], list[Any] | None]:
+        """The modules, and the tensors with their counts."""
+        modules = [id(table.get(name)) for table, name in self._modules]
+        tensors = [table.get(name) for table, name in self._tensors]
         try:
-            return [(id(it), it._version) for it in found if it is not None]
+            return modules, [(id(it), it._version) for it in tensors if it is not None]
         except RuntimeError:  # an inference tensor
-            return None
+            return modules, None
 
 
 @contextmanager

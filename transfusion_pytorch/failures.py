@@ -1,17 +1,35 @@
-"""Failures: an error ends only the request at fault, and keeps no tensors alive."""
+"""Failures: an error ends only the request at fault, and keeps no tensors alive.
+
+What counts as one is an `Exception`. What else is raised (Ctrl-C, `SystemExit`) is an interruption and goes on to
+whoever called, but in a thread of our own, which nobody interrupts: there it is a failure of somebody's code too.
+"""
 
 import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+Error = TypeVar("Error", bound=BaseException)
 # frames of generators and coroutines are left alone: to clear one would close it
 SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+_CAUGHT: ContextVar[type[BaseException]] = ContextVar("caught", default=Exception)
+
+
+def caught() -> type[BaseException]:
+    """What counts as a failure in this thread."""
+    return _CAUGHT.get()
+
+
+def catch_everything() -> None:
+    """From now on interruptions count as failures in this thread."""
+    _CAUGHT.set(BaseException)
 
 
 class Halving:
@@ -24,12 +42,14 @@ class Halving:
     def __init__(self) -> None:
         self._has_warned = False
 
-    def run(self, items: Sequence[Item], together: Callable[[Sequence[Item]], None]) -> list[tuple[Item, Exception]]:
+    def run(
+        self, items: Sequence[Item], together: Callable[[Sequence[Item]], None]
+    ) -> list[tuple[Item, BaseException]]:
         """Returns the items that failed, with their errors."""
         try:
             together(items)
             return []
-        except Exception as error:
+        except caught() as error:
             failure = released(error)
         if len(items) == 1:
             return [(items[0], failure)]
@@ -38,7 +58,7 @@ class Halving:
         half = len(items) // 2
         return [*self.run(items[:half], together), *self.run(items[half:], together)]
 
-    def _warn(self, count: int, error: Exception) -> None:
+    def _warn(self, count: int, error: BaseException) -> None:
         if self._has_warned:
             return
         self._has_warned = True
@@ -57,7 +77,7 @@ class OriginalTraceback(Exception):
         return f"\n\n{self.args[0]}"
 
 
-def released(error: Exception) -> Exception:
+def released(error: Error) -> Error:
     """The same error without the frames of its traceback, which becomes text in its cause (see `OriginalTraceback`)."""
     if isinstance(error.__cause__, OriginalTraceback):  # raised for the second time
         error.__cause__ = None
@@ -79,6 +99,6 @@ def released(error: Exception) -> Exception:
     return error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """On any device; for a CPU torch has no type of its own."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

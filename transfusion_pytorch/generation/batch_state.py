@@ -3,7 +3,7 @@
 r rows, v vocabulary.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.generation.sampler import SamplingColumns, sample_tokens
-from transfusion_pytorch.sequence.hashing import uniform
+from transfusion_pytorch.sequence.hashing import content_key, uniform
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.samples import Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import NO_SPANS, Past, TokenStream
@@ -90,17 +90,13 @@ class Branch:
     def mark_read(self, share: "Share", length: int) -> None:
         """Notes that a share, `length` tokens, is read. A span takes one position. This cannot fail."""
         positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in share.taken)
-        self.pieces, self.ids = share.pieces, share.ids
-        self._advance(share.taken, length, positions)
+        past, read = Past(self.past.length + length, self.past.position + positions), [*self.read, *share.taken]
+        self.pieces, self.ids, self.read, self.past = share.pieces, share.ids, read, past  # all, or none
 
     def mark_id_read(self) -> None:
         """A decode step has read the first id that is pending, and chosen those behind it."""
-        token, *self.ids = self.ids
-        self._advance([token], 1, 1)
-
-    def _advance(self, read: Sequence[Piece | int], length: int, positions: int) -> None:
-        self.read.extend(read)
-        self.past = Past(self.past.length + length, self.past.position + positions)
+        self.read.append(self.ids.pop(0))
+        self.past = Past(self.past.length + 1, self.past.position + 1)
 
     def everything(self) -> list[Piece]:
         """What was read, as pieces."""
@@ -122,6 +118,16 @@ class Share(NamedTuple):
     taken: list[Piece]
     pieces: list[Piece]
     ids: list[int]
+
+
+def fingerprint(pieces: Iterable[Piece]) -> Hashable:
+    """Equal for equal pieces, to the bit. Latents without a `key` are read back from their device."""
+    return tuple(
+        tuple(piece.ids.tolist())
+        if isinstance(piece, Text)
+        else (piece.type, piece.shape, piece.key or content_key(piece.tensor))
+        for piece in pieces
+    )
 
 
 def _with_last_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[int]]:

@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfusion_pytorch.failures import Halving
+from transfusion_pytorch.failures import Halving, caught
 from transfusion_pytorch.generation.events import Ended, EndReason, Event, FinishedModality, ModalityDone, Sample
 from transfusion_pytorch.generation.request import RequestState
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.samples import Modality, as_text, merge_texts
+
+
+class EngineInUse(RuntimeError):
+    """Another thread uses the engine, or a step calls it from inside of itself."""
 
 
 class Request:
@@ -57,7 +62,7 @@ class Request:
         with self._engine.exclusive():
             self._engine.decode_finished(self._request)
         if self._request.error is not None:
-            raise self._request.error
+            raise self._request.error.with_traceback(None)  # that of the last time would hold the frames of its callers
         return sample_of(self._request)
 
     def cancel(self) -> None:
@@ -88,8 +93,10 @@ class EventStream(Iterator[Event]):
                 elif not self._events:
                     self.close()
                     if handle._request.error is not None:
-                        raise handle._request.error
+                        raise handle._request.error.with_traceback(None)
                     raise StopIteration
+        except EngineInUse:
+            raise
         except BaseException:
             self.close()
             raise
@@ -114,7 +121,7 @@ def undecoded(request: RequestState) -> list[tuple[int, Modality]]:
 
 def decode_modalities(
     model: Any, requests: Sequence[RequestState], halving: Halving, *, most: int
-) -> list[tuple[RequestState, Exception]]:
+) -> list[tuple[RequestState, BaseException]]:
     """Decodes what these requests have finished, all of a shape at once, but at most `most` in one call. Returns the
     requests whose decoder fails, and why; they have latents in its place.
     """
@@ -131,7 +138,7 @@ def decode_modalities(
         for start in range(0, len(members), most):
             for (request, number, piece), error in halving.run(members[start : start + most], decode):
                 request.shown[number] = piece.tensor
-                with suppress(Exception):  # the layout of users may be what failed
+                with suppress(caught()):  # the layout of users may be what failed
                     [[(_, request.shown[number])]] = model.decode([[piece]], raw=True)
                 failed.append((request, error))
     return failed
@@ -152,6 +159,7 @@ def sample_of(request: RequestState) -> Sample:
     """The sample so far: text, `(type, modality)`, text, ... Its modalities have to be decoded before."""
     device, parts, chosen = request.model.device, [], request.log_probabilities
     log_probabilities: list[Tensor | None] = []
+    dtype = precise(request.model.dtype)
     numbers, start = iter(range(request.num_modalities)), 0  # of modalities, and of the first id of a text
     for piece in merge_texts([*request.pieces, *as_text(request.ids)]):
         if isinstance(piece, Modality):
@@ -161,7 +169,7 @@ def sample_of(request: RequestState) -> Sample:
         parts.append(piece.ids.clone().to(device))
         if chosen is not None:
             stop = start + len(piece.ids)
-            log_probabilities.append(torch.tensor(chosen[start:stop], device=device))
+            log_probabilities.append(torch.tensor(chosen[start:stop], device=device, dtype=dtype))
             start = stop
     return Sample(
         parts,

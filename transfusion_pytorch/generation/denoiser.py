@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise, zip_longest
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -137,13 +136,6 @@ class Denoising:
         return flat.unflatten(0, self.shape) if self.shape else flat[0]
 
 
-class Joined(NamedTuple):
-    """The latents of denoisings that took a step together: `parts` are views of the `whole`, one for each."""
-
-    whole: Float[Tensor, "u w"]
-    parts: list[Float[Tensor, "k c"]]
-
-
 class Denoiser:
     """Takes solver steps. Denoisings of one solver step together, whatever their types, shapes and times.
 
@@ -159,16 +151,13 @@ class Denoiser:
     def reset(self) -> None:
         """Forgets all layouts, and what follows from the weights."""
         self._laid: dict[Hashable, SpanStream] = {}
-        self._joined: dict[tuple[Denoising, ...], Joined] = {}
         self._table: ConditionTable | None = None
 
-    def step(self, denoisings: Sequence[Denoising]) -> list[tuple[Denoising, Exception]]:
+    def step(self, denoisings: Sequence[Denoising]) -> list[tuple[Denoising, BaseException]]:
         """One interval each. Adaptive and multi-step methods take all of their intervals at once, one denoising at a
         time. Returns those that failed, with their errors.
         """
         failed = []
-        together = set(denoisings)
-        self._joined = {key: it for key, it in self._joined.items() if together.issuperset(key)}
         of_solver = attrgetter("solver_key")
         for _, group in groupby(sorted(denoisings, key=of_solver), key=of_solver):
             members = list(group)
@@ -195,20 +184,16 @@ class Denoiser:
         """One interval each, all in one tensor. Times are numbers on the host."""
         method = (denoisings[0].options.odeint_kwargs or {})["method"]
         self._look_ahead(denoisings, TABLEAUS[method].fractions)
-        start = self._join(denoisings)
+        start = join([it.x for it in denoisings])
         rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], denoisings, start)
 
         def derivative(fraction: float, x: Tensor) -> Tensor:
             return rates * self._velocity(denoisings, x, [it.time_at(fraction) for it in denoisings])
 
-        after = single_step(method, derivative, start)
-        moved = Joined(
-            after, split(after, [it.x for it in denoisings])
-        )  # before any denoising changes, so a failure leaves none so
-        for denoising, x in zip(denoisings, moved.parts, strict=True):
-            denoising.x = x
-            denoising.step += 1
-        self._joined[tuple(denoisings)] = moved
+        # split before any denoising changes, so that a failure changes none
+        after = split(single_step(method, derivative, start), [it.x for it in denoisings])
+        for denoising, x in zip(denoisings, after, strict=True):
+            denoising.x, denoising.step = x, denoising.step + 1
 
     def _look_ahead(self, denoisings: Sequence[Denoising], fractions: Sequence[float]) -> None:
         """Computes what depends on times only for many evaluations to come, unless that is done already."""
@@ -217,14 +202,6 @@ class Denoiser:
             ahead = zip_longest(*(it.times_ahead(fractions) for it in denoisings))
             times = dict.fromkeys(time for each in ahead for time in each if time is not None)
             self._table = self.runner.tabulate(list(islice(times, max(len(needed), TIMES_AT_ONCE))))
-
-    def _join(self, denoisings: Sequence[Denoising]) -> Float[Tensor, "u w"]:
-        """The latents of all in one tensor: that of the step before if they were together there."""
-        known = self._joined.pop(tuple(denoisings), None)
-        if known is not None and all(it.x is part for it, part in zip(denoisings, known.parts, strict=True)):
-            return known.whole
-        self._joined = {}
-        return join([it.x for it in denoisings])
 
     def _solve_alone(self, denoisings: Sequence[Denoising]) -> None:
         [denoising] = denoisings

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from transfusion_pytorch.display.progress import SampleProgress
 from transfusion_pytorch.evaluating import WeightVersions, evaluation_view, watch_weights
-from transfusion_pytorch.generation.delivery import Request, decode_modalities, sample_of, undecoded
+from transfusion_pytorch.generation.delivery import EngineInUse, Request, decode_modalities, sample_of, undecoded
 from transfusion_pytorch.generation.events import EndReason, Sample
 from transfusion_pytorch.generation.options import (
     SamplingKeywords,
@@ -145,16 +145,16 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
-        memory = scheduler.runner.memory
+        bytes_per_token, used, reserved = scheduler.runner.memory
         return EngineStats(
             steps=scheduler.steps,
             tokens_read=scheduler.runner.tokens_read,
             tokens_written=scheduler.tokens_written,
             drawings=scheduler.modalities,
             evaluations=scheduler.denoiser.evaluations,
-            bytes_per_token=memory.bytes_per_token,
-            used_bytes=memory.bytes_per_token * memory.used_tokens,
-            cache_bytes=memory.bytes_per_token * memory.reserved_tokens,
+            bytes_per_token=bytes_per_token,
+            used_bytes=bytes_per_token * used,
+            cache_bytes=bytes_per_token * reserved,
             active=len(scheduler.active),
             waiting=len(scheduler.waiting),
         )
@@ -293,14 +293,12 @@ class Engine:
             with self._gate:
                 is_ours = self._lock.acquire(blocking=False)
             if not is_ours and self._owner != here:
-                raise RuntimeError(
+                raise EngineInUse(
                     "this engine is in use by another thread; use it from one thread at a time, or serve many clients "
                     "with transfusion_pytorch.serving.AsyncEngine"
                 )
             if not is_ours and not may_nest:
-                raise RuntimeError(
-                    "this engine is in a step, from inside of which only submit and cancel may be called"
-                )
+                raise EngineInUse("this engine is in a step, from inside of which only submit and cancel may be called")
             self._owner = here
             with torch.inference_mode(False), torch.no_grad():
                 yield
@@ -420,7 +418,7 @@ class Engine:
 def _raise_first_error(requests: Sequence[RequestState]) -> None:
     for request in requests:
         if request.error is not None:
-            raise request.error
+            raise request.error.with_traceback(None)  # that of the last time would hold the frames of its callers
 
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:

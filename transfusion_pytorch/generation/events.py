@@ -99,11 +99,20 @@ class DrawingProgress(_Comparable):
     time: float
     latents: Float[Tensor, "..."]
     estimate: Float[Tensor, "..."]
-    decode: Callable[[int, Tensor], Tensor] = field(compare=False, repr=False)
+    show: Callable[[int, Tensor], Tensor] | None = field(compare=False, repr=False)
 
     def preview(self) -> Float[Tensor, "..."]:
-        """The estimate as users see it: decoded, in their scale, channels where they have them."""
-        return self.decode(self.type, self.estimate)
+        """The estimate as users see it: decoded, in their scale, channels where they have them.
+
+        Raises `RuntimeError` for a copy of the event, which has no model.
+        """
+        if self.show is None:
+            raise RuntimeError("a copied or pickled event cannot decode its estimate: take the preview() before")
+        return self.show(self.type, self.estimate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: the model stays where it is."""
+        return vars(self) | {"show": None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +130,7 @@ class Ended(_Comparable):
 
     sample: list[Any]
     reason: EndReason
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class FinishedModality(NamedTuple):

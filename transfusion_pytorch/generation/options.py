@@ -113,7 +113,7 @@ class SamplingOptions:
     - `negative_prompt`: ids `(n,)` that guidance leads away from. They are at the start of the unconditional branch, as
       its only text, in place of null text; for many prompts, ids for all or a list with ids for each
     - `init_modality_noise`: `(n, d)` noise to start from, the same for every modality; the first rows and channels are
-      used
+      used. The model opens no modality by itself for which that is too small
     - `init_modality`: start the first modality from this (raw, or `(type, raw)`) and not from noise; it has its shape
       and comes right behind the prompt. `strength`: the part of the way from noise to data that is generated again; 1
       is all of it (then `init_modality` matters only with a mask), 0.4 keeps most
@@ -168,6 +168,7 @@ class SamplingOptions:
             self._set("cfg_scale", check_number(self.cfg_scale, "cfg_scale"))
         _check_interval(self.cfg_interval)
         _check_processors(self.logits_processors)
+        self._set("logits_processors", tuple(self.logits_processors))
         if self.fixed_modality_shape is not None:
             self._set("fixed_modality_shape", check_shape(self.fixed_modality_shape, "fixed_modality_shape"))
         if self.init_modality_noise is not None:

@@ -93,7 +93,7 @@ class RequestState:
         self.shown: dict[int, Tensor] = {} if is_raw else {i: piece.tensor for i, piece in enumerate(given)}
         self.events: list[Event | FinishedModality] = []
         self.reason: EndReason | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.deadline: float | None = None
         self.is_cancelled = False
         self.cache_tokens = 0
@@ -160,9 +160,11 @@ class RequestState:
         ids = self._ids_on(logits.device)
         for processor in self.options.logits_processors:
             made = processor(ids, logits.clone())
-            if not isinstance(made, Tensor) or made.shape != logits.shape:
+            if not isinstance(made, Tensor) or made.shape != logits.shape or made.is_complex():
                 came = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-                raise ValueError(f"a logits processor must return logits of shape {tuple(logits.shape)}, got {came}")
+                kind = "complex ones of " if isinstance(made, Tensor) and made.is_complex() else ""
+                expected = tuple(logits.shape)
+                raise ValueError(f"a logits processor must return logits of shape {expected}, got {kind}{came}")
             logits = made.to(logits)
         return logits
 
@@ -182,6 +184,8 @@ class RequestState:
         else:
             self._follow_plan()
         self._check_length()
+        if self.reason is EndReason.LENGTH and prompt.is_complete and self.is_framed:
+            self._append_id(self.vocabulary.eos)  # it comes back as it is
         return self
 
     def accept(self, token: int, log_probability: float | None = None) -> None:
@@ -240,7 +244,7 @@ class RequestState:
             self._leave_part()
         self._check_length()
 
-    def end(self, reason: EndReason, error: Exception | None = None) -> None:
+    def end(self, reason: EndReason, error: BaseException | None = None) -> None:
         self.phase, self.reason, self.error = Phase.DONE, reason, error
 
     # its plan
@@ -318,12 +322,14 @@ class RequestState:
     def _opened_shape(self, modality: int, spelled: str, opening: Sequence[int]) -> Shape:
         """The shape of a modality that the prompt opens; the fixed or default one where it has none."""
         options, io = self.options, self.model.modalities[modality]
-        shape = io.spec.parse_shape(spelled) if spelled else None
-        is_too_large = shape is not None and prod(shape) > (options.max_modality_tokens or prod(shape))
+        spelled_shape = io.spec.parse_shape(spelled) if spelled else None
         is_refused = options.allowed_modalities is not None and modality not in options.allowed_modalities
-        if is_refused or is_too_large or (spelled and (shape is None or not io.supports(shape))):
+        if is_refused or (spelled and (spelled_shape is None or not io.supports(spelled_shape))):
             raise self._no_opening(opening)
-        return shape_of(self.model, options.fixed_modality_shape, modality, shape, self.where)
+        shape = shape_of(self.model, options.fixed_modality_shape, modality, spelled_shape, self.where)
+        if prod(shape) > (options.max_modality_tokens or prod(shape)):
+            raise self._no_opening(opening)
+        return shape
 
     def _no_opening(self, opening: Sequence[int]) -> ValueError:
         fixed, most = self.options.fixed_modality_shape, self.options.max_modality_tokens
@@ -342,7 +348,10 @@ class RequestState:
         shape = io.spec.parse_shape(written)
         if shape is not None and self.grammar.most.allows(format_shape(shape)) and io.supports(shape):
             return shape
-        return shape_of(self.model, None, modality, None) if self.model.fallback_to_default_shape_if_invalid else None
+        if not self.model.fallback_to_default_shape_if_invalid:
+            return None
+        default = shape_of(self.model, None, modality, None)
+        return default if prod(default) <= (self.grammar.most.rows or prod(default)) else None
 
     def _try_to_draw(self, modality: int, shape: Shape | None) -> None:
         if shape is None:

@@ -50,7 +50,7 @@ def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
         init_modality_noise=None if noise is None else noise.clone(),
         plan=_plan(options, init, model),
     )
-    _check_noise_of_plan(resolved, model)
+    _check_noise_for_all(resolved, model)
     _check_times(resolved, model.precision)
     _check_negative_prompt(resolved, model.vocabulary.num_text)
     return resolved
@@ -61,10 +61,16 @@ def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
 
 def allowed_axes(options: SamplingOptions, model: Any) -> list[set[int]]:
     """The numbers of axes that each modality may have that the model opens by itself; none for one that it may not
-    open. Of those that are only read none is opened, unless `allowed_modalities` names it.
+    open. Of those that are only read, or have more channels than `init_modality_noise`, none is opened, unless
+    `allowed_modalities` names it.
     """
-    named = options.allowed_modalities
-    allowed = [i in named if named is not None else not io.is_read_only for i, io in enumerate(model.modalities)]
+    named, noise = options.allowed_modalities, options.init_modality_noise
+    allowed = [
+        i in named
+        if named is not None
+        else not io.is_read_only and (noise is None or (len(noise) > 0 and noise.shape[1] >= io.spec.dim_latent))
+        for i, io in enumerate(model.modalities)
+    ]
     axes = [axes_of(io, options.fixed_modality_shape) for io in model.modalities]
     return [counts if may_open else set() for counts, may_open in zip(axes, allowed, strict=True)]
 
@@ -101,11 +107,12 @@ def shape_of(model: Any, fixed: Shape | None, modality: int, shape: Shape | None
 
 def most_latents(options: SamplingOptions, model: Any) -> MostLatents:
     """How many latents a shape that the model writes may have: by default those that fit into `max_length` from the
-    start. Behind a U-Net half there are fewer tokens than latents.
+    start, and never more than `init_modality_noise` has rows. Behind a U-Net half there are fewer tokens than latents.
     """
     known = [io for io in model.modalities if io.spec.default_shape and io.supports(io.spec.default_shape)]
     ratios = [prod(io.spec.default_shape) / prod(io.token_shape(io.spec.default_shape)) for io in known]
-    return MostLatents(options.max_modality_tokens, options.max_length, max([1.0, *ratios]))
+    rows = None if options.init_modality_noise is None else len(options.init_modality_noise)
+    return MostLatents(options.max_modality_tokens, options.max_length, max([1.0, *ratios]), rows)
 
 
 # plans
@@ -205,12 +212,18 @@ def check_noise(noise: Tensor, modality: int, shape: Shape, channels: int) -> No
         )
 
 
-def _check_noise_of_plan(options: SamplingOptions, model: Any) -> None:
+def _check_noise_for_all(options: SamplingOptions, model: Any) -> None:
+    """Raises `ValueError` where `init_modality_noise` is too small for what the caller asks for by name."""
     plan, noise = options.plan, options.init_modality_noise
     assert isinstance(plan, Plan)
-    for part in plan.parts:
-        if isinstance(part, ModalityPart) and noise is not None:
-            check_noise(noise, part.type, part.shape, model.modalities[part.type].spec.dim_latent)
+    if noise is None:
+        return
+    asked = [(part.type, part.shape) for part in plan.parts if isinstance(part, ModalityPart)]
+    if plan.free or not plan.parts:
+        opened = [i for i, axes in enumerate(allowed_axes(options, model)) if axes]
+        asked += [(i, options.fixed_modality_shape or ()) for i in opened]
+    for modality, shape in asked:
+        check_noise(noise, modality, shape, model.modalities[modality].spec.dim_latent)
 
 
 def _check_negative_prompt(options: SamplingOptions, num_text: int) -> None:

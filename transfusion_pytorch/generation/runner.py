@@ -8,19 +8,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded, Share
+from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded, Share, fingerprint
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.cpu.reordered import ReorderedWeights
 from transfusion_pytorch.network.precision import precision_of
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
-from transfusion_pytorch.sequence.hashing import content_key
 from transfusion_pytorch.sequence.joined import JoinedSpans
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 from transfusion_pytorch.sequence.stream import Past, TokenStream
@@ -86,14 +85,6 @@ class Prefix(NamedTuple):
     past: Past
 
 
-class CacheMemory(NamedTuple):
-    """What a cache takes: bytes for each token, tokens that are committed, and those that memory is reserved for."""
-
-    bytes_per_token: int = 0
-    used_tokens: int = 0
-    reserved_tokens: int = 0
-
-
 class CachedRunner:
     """Reads every token once. Branches with equal prompts are read once and copied: samples of one prompt, and
     unconditional branches of equal length.
@@ -101,23 +92,34 @@ class CachedRunner:
 
     def __init__(self, model: Model):
         self.model = model
-        self.graphs = StepGraphs(cast(nn.Module, model), model.device)
+        self.graphs = StepGraphs(model)
         self.reordered = ReorderedWeights()
         self.tokens_read = 0
+        self._num_tokens = partial(_num_tokens, model)
         self.restart()
 
     def restart(self) -> None:
         """Begins with an empty cache, in the type of the forward pass. No branch may keep its row."""
         model = self.model
         self.precision = precision_of(model.device, model.dtype)
+        if self.graphs.device != model.device:
+            self.graphs = StepGraphs(model)
         dtype = self.precision.autocast or self.precision.own
         self.cache = model.transformer.create_cache(device=model.device, dtype=dtype)
         self._prefixes: dict[Hashable, Prefix] = {}
         self.forget_weights()
 
     @property
-    def memory(self) -> CacheMemory:
-        return CacheMemory(self.cache.bytes_per_token, self.cache.used_tokens, self.cache.reserved_tokens)
+    def must_restart(self) -> bool:
+        """Whether nothing that was read can be relied on: an interruption has come in the middle of a change, or model
+        or autocast are in another precision or on another device.
+        """
+        return self.cache.is_broken or self.precision != precision_of(self.model.device, self.model.dtype)
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """Of the cache: bytes of a token, tokens that are committed, and tokens that there is memory for."""
+        return self.cache.bytes_per_token, self.cache.used_tokens, self.cache.reserved_tokens
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens of the cache that branches of these lengths take."""
@@ -128,10 +130,11 @@ class CachedRunner:
         self.reordered.clear()
 
     def close(self, branch: Branch) -> None:
-        if branch.row is not None:
-            self._forget(branch.row)
-            self.cache.release(branch.row)
-            branch.row = None
+        if branch.row is not None and not self.cache.is_broken:
+            with self.cache.unbroken():
+                self._forget(branch.row)
+                self.cache.release(branch.row)
+        branch.row = None
 
     def _forget(self, row: Any) -> None:
         for key, prefix in list(self._prefixes.items()):
@@ -158,9 +161,8 @@ class CachedRunner:
                 claimed |= set() if key is None else {key}
         for group in self._groups(readers, most):
             self._read(group)
-            for branch, _ in group:
-                self._keep_prefix(branch)
-        self._copy_prefixes(followers)
+        with self.cache.unbroken():
+            self._copy_prefixes(followers)
 
     def _keep_prefix(self, branch: Branch) -> None:
         """Offers the prompt of a branch to others, once it is read to its end."""
@@ -209,20 +211,23 @@ class CachedRunner:
 
     def _read(self, group: Sequence[tuple[Branch, Share]]) -> None:
         sizes = {id(branch): sum(map(self._num_tokens, share.taken)) for branch, share in group}
-        for branch, _ in group:
-            self._open(branch, sizes[id(branch)])
-        self.cache.reserve([branch.row for branch, _ in group], list(sizes.values()))
+        with self.cache.unbroken():
+            for branch, _ in group:
+                self._open(branch, sizes[id(branch)])
+            self.cache.reserve([branch.row for branch, _ in group], list(sizes.values()))
         group = sorted(group, key=lambda it: (sizes[id(it[0])], *_place(it[0])))
         branches, samples = [branch for branch, _ in group], [share.taken for _, share in group]
         stream = self.model.pack_stream(samples, [branch.past for branch in branches]).to(self.model.device)
         rows = [branch.row for branch in branches]
         view = self._view(rows, stream)
         latents = self.model.latents_by_type(samples)
-        self.model.forward_stream(stream, latents, _clean_times(self.model, stream), view)
-        self.cache.commit(rows, stream.lengths)  # from here on nothing can fail
-        self.tokens_read += sum(stream.lengths)
-        for (branch, share), length in zip(group, stream.lengths, strict=True):
-            branch.mark_read(share, length)
+        self.model.forward_stream(stream, latents, _as_times(self.model, [CLEAN] * len(stream.spans)), view)
+        with self.cache.unbroken():  # from here on nothing can fail
+            self.cache.commit(rows, stream.lengths)
+            self.tokens_read += sum(stream.lengths)
+            for (branch, share), length in zip(group, stream.lengths, strict=True):
+                branch.mark_read(share, length)
+                self._keep_prefix(branch)
 
     def _view(self, rows: Sequence[Any], stream: TokenStream) -> Any:
         has_spans, num_latents = len(stream.spans) > 0, sum(map(prod, stream.spans.token_shapes))
@@ -235,23 +240,21 @@ class CachedRunner:
         if branch.row is None:
             branch.row = self.cache.acquire(length)
 
-    def _num_tokens(self, piece: Piece) -> int:
-        return _num_tokens(self.model, piece)
-
     # decode
 
     def batch_state(self, requests: Sequence[Any]) -> BatchState:
         """The state of a decode step for these requests. Their rows are moved together, with room for one token."""
-        for request in requests:
-            self._open(request.branch, 1)
-        rows = [request.branch.row for request in requests]
-        self.cache.reserve(rows, [1] * len(rows))
-        self.cache.gather(rows)
+        with self.cache.unbroken():
+            for request in requests:
+                self._open(request.branch, 1)
+            rows = [request.branch.row for request in requests]
+            self.cache.reserve(rows, [1] * len(rows))
+            self.cache.gather(rows)
         ordered = sorted(requests, key=lambda request: _place(request.branch))
         rows = [request.branch.row for request in ordered]
         positions = [request.branch.past.position for request in ordered]
         device, dtype = self.model.device, self.model.dtype
-        reordered = self.reordered if self.reordered.serves(len(rows), dtype) else None
+        reordered = self.reordered if self._reorders(len(rows)) else None
         view = self.model.transformer.decode_view(
             self.cache, rows, positions, is_fixed=self.graphs.is_used, reordered=reordered
         )
@@ -259,16 +262,26 @@ class CachedRunner:
         made: dict[str, Any] = dict(view=view, graph=graph, reordered=reordered, device=device, dtype=dtype)
         return BatchState.of(ordered, stamp=self.cache.stamp(rows), **made)
 
+    def _reorders(self, rows: int) -> bool:
+        return self.reordered.serves(rows, self.model.dtype)
+
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         """Whether none of these rows has moved since the stamp was made."""
         return stamp == self.cache.stamp(rows)
+
+    def is_valid(self, state: BatchState) -> bool:
+        """Whether the state can serve another step: no row has moved, and its weights are in the order that serves."""
+        rows = [branch.row for branch in state.branches]
+        in_order = (state.reordered is not None) == self._reorders(len(rows))
+        return in_order and not state.is_used_up and self.is_current(rows, state.stamp)
 
     def decode(self, state: BatchState) -> Decoded:
         """Reads the one pending id of every branch, in the order of the state, and chooses the next unless processors
         are to see the logits first. `commit` makes what was read permanent.
         """
         step = partial(self._step, state)
-        self.reordered.note_step(len(state.branches), self.model.dtype)
+        if self.model.device.type == "cpu":
+            self.reordered.note_step(len(state.branches), self.model.dtype)
         with torch.inference_mode(), nullcontext() if state.reordered is None else state.reordered.used():
             return step() if state.graph is None else state.graph.run(step)
 
@@ -304,16 +317,17 @@ class CachedRunner:
         sizes = list(map(self._num_tokens, pieces))
         has_history = any(branch.past.length for branch in branches)
         if has_history:
-            for branch, size in zip(branches, sizes, strict=True):
-                self._open(branch, size)
-            rows = [branch.row for branch in branches]
-            self.cache.reserve(rows, sizes)
-            self.cache.gather(sorted(rows, key=lambda row: row.index), at_end=True)
+            with self.cache.unbroken():
+                for branch, size in zip(branches, sizes, strict=True):
+                    self._open(branch, size)
+                rows = [branch.row for branch in branches]
+                self.cache.reserve(rows, sizes)
+                self.cache.gather(sorted(rows, key=lambda row: row.index), at_end=True)
         keys = [(piece.type, piece.shape, *_place(branch)) for branch, piece in zip(branches, pieces, strict=True)]
         order = sorted(range(len(branches)), key=keys.__getitem__)
         samples, past = [[pieces[i]] for i in order], [branches[i].past for i in order]
         stream = self.model.with_positions(self.model.pack_stream(samples, past).to(self.model.device))
-        spans = _inverse(order)
+        spans = sorted(range(len(order)), key=order.__getitem__)  # where each went
         laid = SpanStream(stream, spans, JoinedSpans.of(stream, spans, owners, joined, {}))
         if not has_history:
             return laid
@@ -339,16 +353,18 @@ class UncachedRunner:
     def __init__(self, model: Model):
         self.model = model
         self.tokens_read = 0
-        self.restart()
 
-    def restart(self) -> None:
-        self.precision = precision_of(self.model.device, self.model.dtype)
+    def restart(self) -> None: ...
+
+    @property
+    def must_restart(self) -> bool:
+        return False
 
     def forget_weights(self) -> None: ...
 
     @property
-    def memory(self) -> CacheMemory:
-        return CacheMemory()
+    def memory(self) -> tuple[int, int, int]:
+        return 0, 0, 0
 
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         return 0
@@ -368,11 +384,14 @@ class UncachedRunner:
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         return True
 
+    def is_valid(self, state: BatchState) -> bool:
+        return True
+
     def decode(self, state: BatchState) -> Decoded:
         samples = [[*branch.everything(), *branch.pending] for branch in state.branches]
         stream = self.model.pack_stream(samples).to(self.model.device)
         latents = self.model.latents_by_type(samples)
-        output = self.model.forward_stream(stream, latents, _clean_times(self.model, stream))
+        output = self.model.forward_stream(stream, latents, _as_times(self.model, [CLEAN] * len(stream.spans)))
         self.tokens_read += sum(stream.lengths)
         return Decoded(self.model.logits(output.hidden[stream.last]), None)
 
@@ -404,16 +423,6 @@ def create_runner(model: Model, *, cache_kv: bool = True) -> Runner:
     return CachedRunner(model) if cache_kv and hasattr(model.transformer, "create_cache") else UncachedRunner(model)
 
 
-def fingerprint(pieces: Iterable[Piece]) -> Hashable:
-    """Equal for equal pieces, to the bit. Latents without a `key` are read back from their device."""
-    return tuple(
-        tuple(piece.ids.tolist())
-        if isinstance(piece, Text)
-        else (piece.type, piece.shape, piece.key or content_key(piece.tensor))
-        for piece in pieces
-    )
-
-
 def _num_tokens(model: Model, piece: Piece) -> int:
     return len(piece.ids) if isinstance(piece, Text) else prod(model.modalities[piece.type].token_shape(piece.shape))
 
@@ -423,21 +432,9 @@ def _place(branch: Branch) -> tuple[int, int]:
     return (0, 0) if branch.row is None else (branch.row.block.capacity, branch.row.index)
 
 
-def _inverse(order: Sequence[int]) -> list[int]:
-    """Where each entry went: `[2 0 1] -> [1 2 0]`."""
-    locations = [0] * len(order)
-    for location, i in enumerate(order):
-        locations[i] = location
-    return locations
-
-
-def _clean_times(model: Model, stream: TokenStream) -> Tensor:
-    return torch.full((len(stream.spans),), CLEAN, device=model.device, dtype=model.precision)
-
-
 def _as_times(model: Model, times: Sequence[float]) -> Float[Tensor, " m"]:
-    if len(set(times)) == 1:  # nothing is uploaded
-        return torch.full((len(times),), times[0], device=model.device, dtype=model.precision)
+    if len(set(times)) <= 1:  # nothing is uploaded
+        return torch.full((len(times),), next(iter(times), CLEAN), device=model.device, dtype=model.precision)
     return torch.tensor(times, dtype=torch.float64, device="cpu").to(model.device, model.precision, non_blocking=True)
 
 

@@ -14,14 +14,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from transfusion_pytorch.failures import Halving, released
+from transfusion_pytorch.failures import Halving, caught, released
 from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
 from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
 from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.generation.request import Phase, RequestState
 from transfusion_pytorch.generation.runner import Model, create_runner
 from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, to_host
-from transfusion_pytorch.network.precision import precision_of
 
 
 class Limits(NamedTuple):
@@ -110,7 +109,7 @@ class Scheduler:
     def step(self) -> None:
         """Takes every request one step further."""
         self.steps += 1
-        if self.must_rewind or self.runner.precision != precision_of(self.model.device, self.model.dtype):
+        if self.must_rewind or self.runner.must_restart:
             self.rewind()
         self._end_overdue()
         self._retire()
@@ -156,6 +155,8 @@ class Scheduler:
             self._state = None
             self.denoiser.reset()
             self.runner.forget_weights()  # which nobody has to report while nothing runs
+            if self._unreleased:
+                self.rewind()
 
     def _close(self, branches: Sequence[Branch]) -> None:
         """Frees the rows of branches; what cannot be freed now, for lack of memory to move others, is tried again."""
@@ -184,10 +185,12 @@ class Scheduler:
     def _write(self) -> None:
         """One id for every request that writes text."""
         writing = [it for it in self.active if it.is_writing and not it.branch.needs_prefill]
-        if writing:
-            for request, error in self.halving.run(writing, self._decode):
-                if not request.is_done:
-                    request.end(EndReason.ERROR, error)
+        if not writing:
+            self._state = None  # which holds memory of the cache
+            return
+        for request, error in self.halving.run(writing, self._decode):
+            if not request.is_done:
+                request.end(EndReason.ERROR, error)
 
     def _decode(self, requests: Sequence[RequestState]) -> None:
         """A decode step. Nothing is committed before all ids are chosen, so one that fails can be run again."""
@@ -202,10 +205,8 @@ class Scheduler:
     def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
         """The state of the previous step if it is still valid, else a new one."""
         state, self._state = self._state, None
-        if state is not None and not state.is_used_up and set(state.requests) == set(requests):
-            rows = [branch.row for branch in state.branches]
-            if self.runner.is_current(rows, state.stamp):
-                return state
+        if state is not None and set(state.requests) == set(requests) and self.runner.is_valid(state):
+            return state
         return self.runner.batch_state(requests)
 
     def _choose(self, state: BatchState, decoded: Decoded) -> tuple[list[int], list[float] | None]:
@@ -222,14 +223,16 @@ class Scheduler:
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
-        """Gives every request its id, and commits what it was chosen from: where a user's code is interrupted, the same
-        id is chosen again. Returns whether the state is valid for the next step.
+        """Gives every request its id, and commits what it was chosen from. Returns whether the state is valid for the
+        next step. Where this is interrupted, the request at work ends, and the same ids are chosen for those behind it.
         """
         for i, (request, token) in enumerate(zip(state.requests, chosen, strict=True)):
             if request.is_done:  # a processor of its own failed
                 continue
             if token == NO_CHOICE:
-                maybe = ", or its logits_processors have ruled all out" if request.options.logits_processors else ""
+                maybe = (
+                    ", or its logits_processors have left no finite choice" if request.options.logits_processors else ""
+                )
                 message = f"{request.where}: the logits of the next token are not finite{maybe}"
                 request.end(EndReason.ERROR, ValueError(message))
                 continue
@@ -237,8 +240,8 @@ class Scheduler:
             try:
                 request.accept(token, None if log_p is None else log_p[i])
                 self.runner.commit(request.branch)
-            except Exception as error:
-                request.end(EndReason.ERROR, released(error))
+            except BaseException as error:
+                _end_in_the_middle(request, error)
         return state.follow()
 
     def _processed(self, logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
@@ -251,7 +254,7 @@ class Scheduler:
                 continue
             try:
                 rows[i] = request.process(rows[i])
-            except Exception as error:
+            except caught() as error:
                 request.end(EndReason.ERROR, released(error))
         return torch.stack(rows)
 
@@ -278,17 +281,22 @@ class Scheduler:
                 if denoising in unfinished:
                     request.report_progress()
                 if denoising.is_done:
-                    self._finish_modality(request, denoising)
-            except Exception as error:
-                request.end(EndReason.ERROR, released(error))
+                    request.finish_denoising()
+                    self.modalities += 1
+            except BaseException as error:
+                _end_in_the_middle(request, error)
+            finally:
+                if denoising.is_done and denoising.without_all is not None:
+                    self._close([denoising.without_all])
 
-    def _finish_modality(self, request: RequestState, denoising: Denoising) -> None:
-        try:
-            request.finish_denoising()
-            self.modalities += 1
-        finally:
-            if denoising.without_all is not None:
-                self._close([denoising.without_all])
+
+def _end_in_the_middle(request: RequestState, error: BaseException) -> None:
+    """Ends a request whose state has changed in part, and raises the error anew if it is an interruption."""
+    if isinstance(error, caught()):
+        request.end(EndReason.ERROR, released(error))
+        return
+    request.end(EndReason.ERROR, RuntimeError(f"{request.where}: it was interrupted by {type(error).__name__}"))
+    raise error
 
 
 def _check_finite(names: Mapping[Denoising, str], done: Sequence[Denoising]) -> None:

@@ -7,8 +7,8 @@ have no gaps: where one is released, the last one takes its place.
 g rows, h key/value heads, s slots, e channels of a head. `cache_views.py` has what attention sees of it.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -84,6 +84,8 @@ class KVCache:
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
     What can fail comes before anything changes: every row is moved, copied or given back as a whole, or is as it was.
+    An interruption (Ctrl-C) may come at any moment. If it comes inside of `unbroken`, the cache `is_broken`: nothing
+    that it holds can be relied on.
 
     `phases` are the rotary phases of the first positions, `(p, f, 2)`, once decode steps have asked for them.
     """
@@ -93,11 +95,23 @@ class KVCache:
         self.device, self.dtype = device, dtype
         self.blocks: dict[int, CacheBlock] = {}
         self.phases: Tensor | None = None
+        self.is_broken = False
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Around changes that only make sense as a whole."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.is_broken = True
+            raise
 
     @property
     def rows(self) -> list[CacheRow]:
-        """All rows in use."""
-        return [row for block in self.blocks.values() for row in block.rows]
+        """All rows in use. Another thread may ask."""
+        return [row for block in tuple(self.blocks.values()) for row in block.rows]
 
     @property
     def bytes_per_token(self) -> int:
@@ -107,7 +121,7 @@ class KVCache:
     @property
     def reserved_tokens(self) -> int:
         """Tokens for which memory is allocated."""
-        return sum(block.room * block.capacity for block in self.blocks.values())
+        return sum(block.room * block.capacity for block in tuple(self.blocks.values()))
 
     @property
     def used_tokens(self) -> int:
@@ -134,6 +148,8 @@ class KVCache:
     def release(self, row: CacheRow) -> None:
         """Gives a row back; the last one of its block takes its place."""
         self._close_gap(row.block, row.index, self._filling_of_gap(row))
+        if not self.blocks:
+            self.phases = None
 
     def reserve(self, rows: Sequence[CacheRow], lengths: Sequence[int]) -> None:
         """Makes room for `lengths[i]` tokens behind the prefix of `rows[i]`."""

@@ -30,13 +30,14 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 class Precision(NamedTuple):
-    """The types that a model computes in: its own, and that of products under autocast (None without)."""
+    """The types that a model computes in: its own, and that of products under autocast (None without), and where."""
 
     own: torch.dtype
     autocast: torch.dtype | None
+    device: torch.device
 
 
 def precision_of(device: torch.device, dtype: torch.dtype) -> Precision:
     """For a model of this dtype, here and now."""
     is_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return Precision(dtype, torch.get_autocast_dtype(device.type) if is_autocast else None)
+    return Precision(dtype, torch.get_autocast_dtype(device.type) if is_autocast else None, device)

@@ -21,9 +21,9 @@ class StepGraphs:
     cannot be captured later, and a warning has said so.
     """
 
-    def __init__(self, model: Any, device: torch.device):
-        self.model, self.device = model, device
-        self.is_used = device.type == "cuda"
+    def __init__(self, model: Any):
+        self.model, self.device = model, model.device
+        self.is_used = self.device.type == "cuda"
 
     def may_capture(self) -> bool:
         """Whether only the device notices that a step is replayed: hooks would be called once and never again."""

@@ -24,15 +24,19 @@ MARKERS = 4  # of a sample with one modality: sos, meta, som, eom
 
 class MostLatents(NamedTuple):
     """How many latents a written shape may have: `count` of them, or those that fit into `max_length` tokens together
-    with all markers and the characters of the shape itself, where `per_token` latents make a token.
+    with all markers and the characters of the shape itself, where `per_token` latents make a token. Never more than
+    there are `rows` of noise, if that is given.
     """
 
     count: int | None
     max_length: int = 0
     per_token: float = 1.0
+    rows: int | None = None
 
     def allows(self, shape: str) -> bool:
         latents = prod(map(int, shape.split(","))) if shape else 1
+        if self.rows is not None and latents > self.rows:
+            return False
         if self.count is not None:
             return latents <= self.count
         return latents <= self.per_token * (self.max_length - MARKERS - len(shape)) or latents == 1

@@ -24,10 +24,12 @@ class Prompt(NamedTuple):
     - `pieces`: its text and modalities, without markers
     - `opening`: the ids at its end that open a modality, empty if there are none. One of `meta`, `meta 4,`,
       `meta 4,4 som`, and without a shape `meta som` or `som`; the shape is not checked
+    - `is_complete`: it ended with eos
     """
 
     pieces: list[Piece]
     opening: list[int]
+    is_complete: bool = False
 
 
 def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> list[Piece]:
@@ -75,7 +77,8 @@ def split_unfinished_modality(pieces: Sequence[Piece], vocabulary: Vocabulary, w
                     f"{where}: markers of a modality stand where there is none, in the text {piece.ids.tolist()}; "
                     "leave markers out, or give them as a returned sample has them"
                 )
-    return Prompt(bare, opening)
+    is_complete = bool(pieces) and isinstance(last := pieces[-1], Text) and last.ids[-1:].tolist() == [vocabulary.eos]
+    return Prompt(bare, opening, is_complete)
 
 
 def _begins_with_sos(piece: Text, vocabulary: Vocabulary) -> bool:

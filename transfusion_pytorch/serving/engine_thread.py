@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 
+from transfusion_pytorch.failures import catch_everything
 from transfusion_pytorch.generation.engine import Engine, Request
 from transfusion_pytorch.generation.events import Ended
 from transfusion_pytorch.serving.mailbox import Mailbox
@@ -88,6 +89,7 @@ class EngineThread:
     # what runs in the thread
 
     def _run(self) -> None:
+        catch_everything()
         while self._is_open:
             try:
                 with self._autocast():  # entered anew each time: it keeps converted weights, which may change

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-ROWS = {torch.float32: range(6, 49), torch.bfloat16: range(1, 65)}  # that gain by it; others are as fast without
-STEPS_BEFORE = 32  # that would have gained: reordering takes as long as 15 to 40 of them gain
+ROWS = {torch.float32: range(4, 49), torch.bfloat16: range(1, 65)}  # that gain by it; others are as fast without
+STEPS_BEFORE = 16  # that would have gained: reordering takes as long as 6 of them gain, or 40 if all memory is new
 LARGEST, SMALLEST = 2**30, 2**20  # bytes: of all copies together, and of a weight that is worth one
 
 
