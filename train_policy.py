@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -140,6 +140,73 @@ def milliseconds_per_decision(policy: Any, observations: Any) -> float:
     return median(times)
 
 
+class Trained(NamedTuple):
+    """A policy, the trainer of its last round, how many steps there were in all, and of how many episodes."""
+
+    policy: Any
+    trainer: PolicyTrainer
+    steps: int
+    num_episodes: int
+
+
+def closed_loop(args: argparse.Namespace) -> dict[str, Any]:
+    """How the policy acts in the environment."""
+    return dict(observations=args.observations, executed_steps=args.executed_steps, delay=args.delay)
+
+
+def train_in_rounds(
+    args: argparse.Namespace, config: TrainConfig, policy: Any, known: list[Demonstrations], place: Any
+) -> Trained | None:
+    """Learns from the expert, and then from its corrections, as often as `--rounds` says. None if it was stopped."""
+    callbacks = [InClosedLoop(50, closed_loop(args))] if config.sample_every else []
+    started, trained = time.monotonic(), None
+    for number in range(args.rounds + 1):
+        folder = place.folder / f"round-{number}" if number else place.folder
+        leader = policy if number or args.dagger else None
+        try:
+            demonstrations = more_demonstrations(args, folder, config, known, leader, number)
+        except NothingToCorrect as good:
+            if trained is None:
+                raise
+            trained.trainer.say(f"round {number}: {good}")
+            break
+        lengths = dict(chunk_length=policy.chunk_length, observation_steps=policy.observation_steps)
+        train, held_out = (ChunkDataset(part, **lengths) for part in demonstrations.split(HELD_OUT))
+        if leader is None:
+            chunks = train.everything()
+            policy.fit_statistics(chunks.observation, chunks.actions, action_is_pad=chunks.is_pad)
+        trainer = PolicyTrainer(policy, train, config, folder=folder, validation=held_out, callbacks=callbacks)
+        trainer.say(f"round {number}: {len(demonstrations.ends)} demonstrations, {len(demonstrations.actions):,} steps")
+        if trainer.fit(resume=True if number else place.resume).was_stopped:
+            return None
+        trainer.say(f"trained after {time.monotonic() - started:.0f} s")
+        known, policy = [demonstrations], trainer.average.eval().cpu()
+        steps = trainer.step + (0 if trained is None else trained.steps)
+        trained = Trained(policy, trainer, steps, len(train.demonstrations.ends))
+        if number < args.rounds:
+            made = place.folder / f"round-{number}" / "model"  # the model of the run is that of the last round
+            policy.save_pretrained(made)
+            policy = type(policy).from_pretrained(made)
+    return trained
+
+
+def score(trained: Trained, args: argparse.Namespace, folder: Path) -> None:
+    """Many episodes in closed loop; the policy with its card, its loss and an episode as pictures."""
+    policy, trainer = trained.policy, trained.trainer
+    episodes = args.test_episodes or min(max(trainer.step // 10, FEWEST), MOST_TEST_EPISODES)
+    scores = Scores.of(evaluate(policy, episodes=episodes, seed=EVALUATION_SEED, **closed_loop(args)))
+    latency = milliseconds_per_decision(policy, args.observations)
+    figures = {"success": scores.success, "highest_coverage": scores.coverage, "ms_per_decision": latency}
+    source = f"{trained.num_episodes} episodes of a scripted expert on PushT"
+    card = ModelCard(title="PushT policy", training_data=source, steps=trained.steps, figures=figures)
+    policy.save_pretrained(folder / "model", card=card)
+    save_curves(folder / "loss.png", {"loss": run.read_metrics(trainer.folder)["loss"]}, log=True)
+    executor = ChunkExecutor(policy, executed_steps=args.executed_steps, delay=args.delay)
+    save_gif(folder / "episode.gif", list(frames(executor, seed=EVALUATION_SEED, observations=args.observations)))
+    trainer.say(f"{scores}")
+    trainer.say(f"{latency:.1f} ms for each decision, with {torch.get_num_threads()} threads")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=tuple(POLICIES), default="flow", help="InContextMMDiT or Transfusion")
@@ -174,56 +241,16 @@ def main() -> None:
     for module in ("gym_pusht", "matplotlib", "PIL"):  # the last two are wanted at the end of the run
         run.optional(module, extra="policy")
     run.seed_everything(config.seed)
-    kind = POLICIES[args.policy]
-    policy = policy_from(args) if args.dagger is None else kind.from_pretrained(args.dagger)
+    policy = policy_from(args) if args.dagger is None else POLICIES[args.policy].from_pretrained(args.dagger)
     check_policy(policy, args)
     known = read_demonstrations(args)
     place = run.open_run(args, f"policy-{args.policy}-{args.observations}", device=config.device)
     check_resumed(place)
     started = time.monotonic()
-    loop: dict[str, Any] = dict(observations=args.observations, executed_steps=args.executed_steps, delay=args.delay)
-    callbacks = [InClosedLoop(50, loop)] if config.sample_every else []
-    trainer: Any = None
-    steps = 0
-    for number in range(args.rounds + 1):
-        folder = place.folder / f"round-{number}" if number else place.folder
-        leader = policy if number or args.dagger else None
-        try:
-            demonstrations = more_demonstrations(args, folder, config, known, leader, number)
-        except NothingToCorrect as good:
-            if trainer is None:
-                raise
-            trainer.say(f"round {number}: {good}")
-            break
-        lengths = dict(chunk_length=policy.chunk_length, observation_steps=policy.observation_steps)
-        train, held_out = (ChunkDataset(part, **lengths) for part in demonstrations.split(HELD_OUT))
-        if leader is None:
-            chunks = train.everything()
-            policy.fit_statistics(chunks.observation, chunks.actions, action_is_pad=chunks.is_pad)
-        trainer = PolicyTrainer(policy, train, config, folder=folder, validation=held_out, callbacks=callbacks)
-        trainer.say(f"round {number}: {len(demonstrations.ends)} demonstrations, {len(demonstrations.actions):,} steps")
-        if trainer.fit(resume=True if number else place.resume).was_stopped:
-            return
-        trainer.say(f"trained after {time.monotonic() - started:.0f} s")
-        steps, known, policy = steps + trainer.step, [demonstrations], trainer.average.eval().cpu()
-        if number < args.rounds:
-            made = place.folder / f"round-{number}" / "model"  # the model of the run is that of the last round
-            policy.save_pretrained(made)
-            policy = kind.from_pretrained(made)
-
-    episodes = args.test_episodes or min(max(trainer.step // 10, FEWEST), MOST_TEST_EPISODES)
-    scores = Scores.of(evaluate(policy, episodes=episodes, seed=EVALUATION_SEED, **loop))
-    latency = milliseconds_per_decision(policy, args.observations)
-    figures = {"success": scores.success, "highest_coverage": scores.coverage, "ms_per_decision": latency}
-    source = f"{len(train.demonstrations.ends)} episodes of a scripted expert on PushT"
-    card = ModelCard(title="PushT policy", training_data=source, steps=steps, figures=figures)
-    policy.save_pretrained(place.folder / "model", card=card)
-    save_curves(place.folder / "loss.png", {"loss": run.read_metrics(trainer.folder)["loss"]}, log=True)
-    executor = ChunkExecutor(policy, executed_steps=args.executed_steps, delay=args.delay)
-    save_gif(place.folder / "episode.gif", list(frames(executor, seed=EVALUATION_SEED, observations=args.observations)))
-    trainer.say(f"{scores}")
-    trainer.say(f"{latency:.1f} ms for each decision, with {torch.get_num_threads()} threads")
-    trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
+    trained = train_in_rounds(args, config, policy, known, place)
+    if trained is not None:
+        score(trained, args, place.folder)
+        trained.trainer.say(f"results in {place.folder} after {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 
 from transfusion_pytorch.examples import pusht, pusht_expert  # noqa: E402
 from transfusion_pytorch.examples.pusht import ChunkDataset, Demonstrations, Episode, Scores, chunks_at  # noqa: E402
-from transfusion_pytorch.examples.pusht_expert import Pose  # noqa: E402
+from transfusion_pytorch.examples.pusht_expert import OutOfReach, Pose  # noqa: E402
 from transfusion_pytorch.policy import FlowPolicy  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -105,8 +105,26 @@ def test_a_policy_that_needs_no_corrections_is_said_to(monkeypatch):
     env = SimpleNamespace(reset=lambda seed: ({}, {}))
     monkeypatch.setattr(pusht, "make_environment", lambda observations: env)
     monkeypatch.setattr(pusht, "led_astray", lambda *args: ({}, True))
-    with pytest.raises(ValueError, match="the policy succeeded by itself in all 2 episodes: nothing to correct"):
+    with pytest.raises(ValueError, match="in all of 2 episodes the policy succeeded by itself, or left nothing"):
         pusht.demonstrate(2, policy=untrained())
+
+
+def test_what_the_expert_cannot_correct_is_left_out(monkeypatch):
+    """A policy may push the T so far into the walls that nobody reaches it. The expert itself never does."""
+    made = iter([numbered(), None, numbered()] * 2)
+    env = SimpleNamespace(reset=lambda seed: ({}, {}))
+    monkeypatch.setattr(pusht, "make_environment", lambda observations: env)
+    monkeypatch.setattr(pusht, "led_astray", lambda *args: ({}, False))
+
+    def one_demonstration(*args):
+        if (one := next(made)) is None:
+            raise OutOfReach("from any side")
+        return one
+
+    monkeypatch.setattr(pusht, "one_demonstration", one_demonstration)
+    assert len(pusht.demonstrate(3, policy=untrained()).ends) == 2 * len(numbered().ends)
+    with pytest.raises(OutOfReach):
+        pusht.demonstrate(3)
 
 
 def test_wilson_interval():

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.examples.pusht_expert import SIDE, Expert
+from transfusion_pytorch.examples.pusht_expert import SIDE, Expert, OutOfReach
 from transfusion_pytorch.examples.run import optional, progress
 from transfusion_pytorch.policy.executor import ChunkExecutor
 from transfusion_pytorch.saving.files import load_tensors, save_tensors
@@ -151,9 +151,9 @@ def demonstrate(
     Now and then the agent is disturbed while the expert's choice is what is written down, so that the data show how to
     recover. With a `policy`, it acts for a random number of steps at first and the expert goes on from there (as in
     DAgger, arXiv 1011.0686): then the data have the states that the policy gets into. An episode in which it succeeds
-    in that time is left out.
+    in that time is left out, and so is one in which it pushes the T so far into the walls that nobody can move it.
 
-    Raises `NothingToCorrect` where the policy succeeds in all of them.
+    Raises `NothingToCorrect` where none is left.
     """
     generator = np.random.default_rng(seed)
     episodes = []
@@ -164,10 +164,14 @@ def demonstrate(
             observation, is_done = led_astray(env, observation, policy, int(generator.integers(0, LONGEST_LEAD)))
             if is_done:
                 continue
-        episodes.append(one_demonstration(env, observation, generator))
+        try:
+            episodes.append(one_demonstration(env, observation, generator))
+        except OutOfReach:
+            if policy is None:
+                raise
     if not episodes:
         raise NothingToCorrect(
-            f"the policy succeeded by itself in all {count} episodes: nothing to correct, try more episodes"
+            f"in all of {count} episodes the policy succeeded by itself, or left nothing to correct: try more episodes"
         )
     return Demonstrations.joined(episodes)
 

@@ -52,6 +52,10 @@ class Push(NamedTuple):
     gain: float
 
 
+class OutOfReach(RuntimeError):
+    """Every side of the T that could be pushed is beyond the walls."""
+
+
 class Expert:
     """Chooses actions for a `PushTEnv`, from the simulator's own state.
 
@@ -124,8 +128,8 @@ class Expert:
             for turn in FAN:
                 push = self._tried(start, np.zeros(2), -rotation(turn) @ normal, pose)
                 pushes.append(push._replace(gain=push.gain - way))
-        if not pushes:  # every contact is beyond the walls, which the random states of the environment never need
-            raise RuntimeError("the T cannot be reached by the agent from any side")
+        if not pushes:  # which no random state of the environment needs, but policies push it there
+            raise OutOfReach("the T cannot be reached by the agent from any side")
         best = max(pushes, key=lambda push: push.gain)
         if best.steps == 0:
             best = pushes[self.random.integers(len(pushes))]
