@@ -67,6 +67,13 @@ GEMMA = (
     "{{ '<|header|>' + role + '\\n' + message['content'] | trim + '<|eot_id|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|header|>model\\n' }}{% endif %}"
 )
+# as DeepSeek-R1's: an answer is asked for with the beginning of its thoughts, and past ones have none
+THOUGHTFUL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|header|>' + message['content'] }}{% else %}"
+    "{{ '<|end_header|>' + message['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|end_header|><think>\\n' }}{% endif %}"
+)
 NEWLINES = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
 TEMPLATES = dict(
     chatml=CHATML,

@@ -1,7 +1,11 @@
 """Small random language models of transformers, and models that begin with them."""
 
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from transfusion_pytorch import Transfusion
@@ -71,3 +75,49 @@ def text(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def image(seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def write_gguf(theirs: Any, path: Path) -> None:
+    """A Llama as llama.cpp writes it: other names, and queries and keys in another order."""
+    gguf = pytest.importorskip("gguf")
+    config, state = theirs.config, theirs.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(NUM_TEXT)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_eos_token_id(EOS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            weight = weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class Hub:
+    """Stands in for the hub: a repository that is this folder, of which it gives what is asked for."""
+
+    def __init__(self, repository, downloads, monkeypatch):
+        self.repository, self.downloads = repository, downloads
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self)
+
+    def __call__(self, name, allow_patterns, **options):
+        self.downloads.mkdir(exist_ok=True)
+        for file in self.repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, self.downloads)
+        return str(self.downloads)
+
+    @property
+    def weights(self):
+        return sorted(file.name for file in self.downloads.glob("*.safetensors"))

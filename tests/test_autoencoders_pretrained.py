@@ -484,6 +484,35 @@ def test_options_that_do_not_fit_are_refused(name, options, message):
         pretrained_autoencoder(autoencoder(name), **options)
 
 
+def test_tiles_of_video_are_placed_by_the_factor_that_its_configuration_says():
+    halved_once = dict(dim_mult=[1, 1], temperal_downsample=[True])
+    with pytest.raises(ValueError, match="AutoencoderKLWan places tiles for a factor of 8, this has 2: leave out"):
+        pretrained_autoencoder(autoencoder("AutoencoderKLWan", **halved_once), tiling=True)
+    model = autoencoder("AutoencoderKLWan", **halved_once, scale_factor_spatial=2)
+    encoder, decoder = pretrained_autoencoder(model, tiling=True)
+    video = torch.zeros(1, 3, 1, 264, 8)
+    latents = encoder(video)
+    assert latents.shape[2:] == encoder.layout.latent_shape(video.shape[2:]) == (1, 132, 4)
+    assert decoder(latents).shape == video.shape
+
+
+def test_an_instance_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="the autoencoder is on the meta device, without numbers"):
+        pretrained_autoencoder(autoencoder("AutoencoderKL").to("meta"))
+
+
+@no_typecheck
+def test_options_that_are_none_are_refused(tmp_path):
+    autoencoder("AutoencoderKL").save_pretrained(tmp_path)
+    for options, message in (
+        (dict(torch_dtype=torch.float16), r"unknown options torch_dtype; .* the type of the weights is dtype=\.\.\."),
+        (dict(dtype="float16"), "dtype must be a floating point type such as torch.bfloat16, got 'float16'"),
+        (dict(nonsense=1, revision="main"), "unknown options nonsense; there are dtype, subfolder, revision, "),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pretrained_autoencoder(tmp_path, **options)
+
+
 @no_typecheck
 def test_what_is_no_name_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere with an autoencoder of diffusers"):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from io import BytesIO
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transfusion_pytorch import (
     CaptionedImages,
     Condition,
     DataPlan,
+    ImageReader,
     Latents,
     Sample,
     SampleError,
@@ -30,8 +32,10 @@ from transfusion_pytorch.conversations import (
     LlavaConversations,
     OpenAIConversations,
 )
+from transfusion_pytorch.conversations.messages import parse_messages
 from transfusion_pytorch.conversations.records import Records
 from transfusion_pytorch.data import SkipSample
+from transfusion_pytorch.data.images import NativeSize
 
 RED, BLUE = "<0 [1.0, -1.0, -1.0]>", "<0 [-1.0, -1.0, 1.0]>"
 TEXT = {"role": "user", "content": "Hello"}
@@ -97,6 +101,9 @@ def test_records_of_lines(tmp_path, start):
         ('[{"a": 1},\n {"b": }]', "record that begins on line 2: no JSON"),
         ('[{"a": 1}\n\n', "line 1: the array is cut off"),
         ('[{"a": 1},\n {"b": 2}', "line 2: the array is cut off"),
+        ('[{"a": 1},\n', "line 1: the array is cut off"),
+        ('[{"a": 1}]\n[{"a": 2}]\n', r"""line 2: '\[{"a": 2}\]\\n' follows the array: a file has one"""),
+        ('[{"a": 1}]{"a": 2}', r"""line 1: '{"a": 2}' follows the array"""),
         ('{"a": 1}\n{"b"', "line 2 is no JSON"),
         ("[[1], {}]", "line 1: expected a JSON object, got a list"),
         ('{"a": 1}\n3', "line 2: expected a JSON object, got a int"),
@@ -379,6 +386,67 @@ def test_text_without_images_is_cached_too(folder):
     cached = cache_latents(data, model_of(data.format.tokenizer), folder / "latents")
     assert [len(cached[index].parts) for index in range(2)] == [5, 3]
     assert all(part.part.equal(kept.part) for part, kept in zip(data[1].parts[::2], cached[1].parts[::2], strict=True))
+
+
+@pytest.mark.parametrize("length", [120, 300, 1000, 4080, 5000])
+def test_fingerprints_of_images_that_stand_in_the_records(folder, length):
+    """Of any length: no name of a file is as long as some of them."""
+    source = data_url().ljust(length, "A")
+    data = OpenAIConversations(lines(folder / "a.jsonl", {"messages": [question(source), ANSWER]}), format_of())
+    assert len(data.fingerprint()) == 32
+
+
+def test_fingerprints_change_with_files_however_they_are_named(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    file = folder / "images" / "red.png"
+    for source in ("images/red.png", str(file), f"file://{file}", "~/images/red.png"):
+        file.write_bytes(png())
+        path = lines(folder / "a.jsonl", {"messages": [question(source), ANSWER]})
+        data = OpenAIConversations(path, format_of())
+        before = data.fingerprint()
+        file.write_bytes(png() + b"more")
+        assert data.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("a" * 300 + ".png", FileNotFoundError, "there is no image file .*aaa"),
+        ("a/" * 2000 + ".", FileNotFoundError, "there is no image file .*a/a/"),
+        ("~nobody-of-this-name/x.png", FileNotFoundError, "there is no image file .*~nobody"),
+        ("x\0y.png", FileNotFoundError, "there is no image file "),
+        ("file://[x/a.png", FileNotFoundError, "there is no image file "),
+        (data_url().partition(",")[2], ValueError, 'there is no .* stands behind "data:image/png;base64,"'),
+    ],
+)
+def test_images_that_cannot_be_files_are_named(folder, source, error, message):
+    path = lines(folder / "a.jsonl", {"messages": [TEXT, ANSWER]}, {"messages": [question(source), ANSWER]})
+    data = OpenAIConversations(path, format_of())
+    with pytest.raises(error, match=f"a.jsonl, line 2: message 0, part 0: {message}") as raised:
+        data[1]
+    assert len(str(raised.value)) < 400
+
+
+def test_files_that_cannot_be_read_are_named(folder, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: (_ for _ in ()).throw(PermissionError("no")))
+    data = OpenAIConversations(
+        lines(folder / "a.jsonl", {"messages": [question("images/red.png"), ANSWER]}), format_of()
+    )
+    with pytest.raises(OSError, match=r"a\.jsonl, line 1: message 0, part 0: no"):
+        data[0]
+
+
+def test_outlines_of_turned_pictures_are_turned(folder):
+    """Also of those that are no files."""
+    pillow, file = pytest.importorskip("PIL.Image"), BytesIO()
+    picture = pillow.new("RGB", (8, 4))
+    picture.getexif()[0x0112] = 6
+    picture.save(file, "JPEG", exif=picture.getexif())
+    made = format_of(images=ImageReader(NativeSize(1, 1, 10_000)))
+    for source in (file.getvalue(), pillow.open(file)):
+        messages = parse_messages([question(source)])
+        [[(_, image)]], [[(_, outline)]] = made.load(messages), made.load(messages, is_outline=True)
+        assert image.shape == outline.shape == (8, 4, 3)
 
 
 def test_fingerprints_tell_data_apart(folder):

@@ -13,6 +13,7 @@ from chats import (
     NEWLINES,
     TEMPLATES,
     THINKING,
+    THOUGHTFUL,
     VICUNA,
     all_ids,
     chat_tokenizer,
@@ -100,11 +101,11 @@ def test_nothing_is_lost(name, system):
     assert ids.equal(made.tokenizer.encode(text)) == (name != "llama3")
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), THOUGHTFUL])
 @pytest.mark.parametrize("make", [None, with_spaces])
-def test_a_prompt_is_how_a_sample_begins(name, make):
+def test_a_prompt_is_how_a_sample_begins(template, make):
     """What is learned first is what a model goes on with after the prompt."""
-    made = format_of(TEMPLATES[name], make)
+    made = format_of(template, make)
     sample, prompt = made.sample_of([ASKED, TOLD]).parts, made.prompt_of([ASKED])
     first = next(i for i, part in enumerate(sample) if not isinstance(part, Condition))
     assert len(prompt) == first
@@ -172,6 +173,41 @@ def test_thoughts_that_are_forgotten():
     assert learned == ["It is red.<|im_end|>", "<think>hm</think>It is red.<|im_end|>"]
     quiet = see(THINKING, [WISHED, TOLD], variables={"enable_thinking": False})
     assert quiet[1:] == ["It is red.<|im_end|>", "[\n]"]
+
+
+@pytest.mark.parametrize("thoughts", ["", "hm</think>", "<think>\nhm</think>\n\n"])
+def test_an_answer_is_learned_behind_what_it_is_asked_for_with(thoughts):
+    """Also where a template writes more there than before an answer of the past, and leaves its thoughts out."""
+    told = TOLD | {"content": f"{thoughts}It is red."}
+    parts = see(THOUGHTFUL, [ASKED, told, WISHED])
+    assert parts[-2:] == [
+        "[What is this?<|end_header|><think>\n]",
+        f"{told['content'].removeprefix('<think>')}</s>".lstrip(),
+    ]
+
+
+def test_an_answer_of_thoughts_alone_is_learned():
+    parts = see(THOUGHTFUL, [ASKED, TOLD | {"content": "<think>\nhm</think>"}])
+    assert parts[-2:] == ["[What is this?<|end_header|><think>\n]", "hm</think></s>"]
+
+
+def test_answers_of_the_past_that_are_asked_for_in_another_way_are_only_read():
+    """Their context would be another one when they are asked for, or that of the last one would."""
+    quiet = dict(variables={"enable_thinking": False})
+    for template, options, ending in ((THOUGHTFUL, {}, "<think>\n]"), (THINKING, quiet, "<think></think>]")):
+        made = format_of(template, **options)
+        with pytest.warns(UserWarning, match="the last is learned and earlier ones are only read"):
+            sample = made.sample_of([WISHED, TOLD, ASKED, TOLD]).parts
+        parts = shown(sample, made.tokenizer)
+        learned = [part for part in parts if not part.startswith("[")]
+        assert learned[0].startswith("It is red.")
+        assert len(learned) == 1
+        assert parts[parts.index(learned[0]) - 1].endswith(ending)
+        prompt = all_ids(made.prompt_of([WISHED, TOLD, ASKED, TOLD, WISHED]))
+        with pytest.warns(UserWarning, match="the last is learned"):
+            ids = all_ids(made.sample_of([WISHED, TOLD, ASKED, TOLD, WISHED, TOLD]).parts)
+        assert prompt.equal(ids[: len(prompt)])
+        made.sample_of([WISHED, TOLD | {"weight": 0}, ASKED, TOLD])  # as the warning says
 
 
 def test_a_conversation_may_begin_with_the_assistant():

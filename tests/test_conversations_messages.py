@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from chats import picture, png
+from chats import data_url, picture, png
 from torch import tensor
 
 from transfusion_pytorch import Latents
@@ -93,6 +93,21 @@ def test_sources_of_images(tmp_path):
     image, pixels = picture(), torch.zeros(2, 2, 3)
     assert load_image(image) is image
     assert load_image(pixels) is pixels
+
+
+def test_data_urls_of_every_usual_kind_are_read():
+    header, _, digits = data_url().partition(",")
+    for address in (
+        f"{header},{digits[:20]}\n{digits[20:60]}\r\n{digits[60:]}\n",
+        f"{header}, {digits}",
+        f" {header},{digits}",
+        f"{header.upper()},{digits}",
+        f"{header},{digits.rstrip('=')}",
+        f"{header},{digits.replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}",
+        f"{header},{digits.replace('+', '-').replace('/', '_')}",
+        f"data:image/png;charset=utf-8;base64,{digits}",
+    ):
+        assert load_image(address) == png(), address
 
 
 @pytest.mark.parametrize(

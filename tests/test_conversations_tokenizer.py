@@ -85,8 +85,11 @@ def test_a_fast_tokenizer_gives_its_template_and_special_tokens():
     theirs.chat_template = {"default": CHATML, "tools": LLAMA3}
     assert ChatTokenizer(theirs).chat_template == CHATML
     theirs.chat_template = {"tools": LLAMA3}
-    with pytest.raises(ValueError, match="there are chat templates tools, and none is called default"):
-        ChatTokenizer(theirs)
+    tokenizer = ChatTokenizer(ChatTokenizer(theirs))
+    with pytest.raises(ValueError, match="there are chat templates tools, and none is called default: choose one"):
+        tokenizer.render(MESSAGES)
+    chosen = ChatTokenizer(tokenizer, chat_template=tokenizer.named_templates["tools"])
+    assert chosen.render(MESSAGES).text == ChatTokenizer(theirs, chat_template=LLAMA3).render(MESSAGES).text
 
 
 def test_transformers_loads_what_is_saved_and_the_other_way_round(tmp_path):
@@ -127,12 +130,61 @@ def test_older_files_have_the_template_in_their_configuration(tmp_path):
     assert ChatTokenizer.load(tmp_path).chat_template == CHATML
 
 
+PAD = {"content": "<pad>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+TOOLS = [{"name": "tools", "template": LLAMA3}]
+
+
+@pytest.mark.parametrize(
+    ("config", "special"),
+    [
+        ({**NAMED, "pad_token": "<pad>", "image_token": "<image>"}, None),
+        ({**NAMED, "pad_token": {"__type": "AddedToken", **PAD}}, None),
+        ({**NAMED, "pad_token": "<pad>", "added_tokens_decoder": {"400": PAD, "399": PAD | {"content": "<a>"}}}, None),
+        ({**NAMED, "pad_token": "", "extra_special_tokens": {"image_token": "<image>"}}, None),
+        ({**NAMED, "eos_token": None, "additional_special_tokens": ["<a>", "<|im_end|>"]}, None),
+        ({}, {**NAMED, "pad_token": PAD}),
+        (None, NAMED),
+        ({"eos_token": "<|im_end|>"}, NAMED),
+        ({"eos_token": "<|im_end|>", "added_tokens_decoder": {"0": PAD | {"content": "<s>"}}}, NAMED),
+        ({**NAMED, "chat_template": TOOLS}, None),
+        ({**NAMED, "chat_template": "{% foo %}"}, None),
+    ],
+)
+def test_folders_that_transformers_opens_have_the_same_special_tokens(tmp_path, config, special):
+    """Those that `tokenizer.json` lacks are added behind all others, and a template that nobody wants may be any."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    of_class = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | of_class))
+    if special is not None:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = ChatTokenizer.load(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.num_tokens == len(theirs)
+    text = "<s>It is<pad> a<image></s><a>"
+    assert ours.encode(text).tolist() == theirs.encode(text)
+    ours.save(tmp_path)
+    again = ChatTokenizer.load(tmp_path)
+    assert (again.special_tokens, again.encode(text).tolist()) == (ours.special_tokens, ours.encode(text).tolist())
+
+
+def test_special_tokens_that_are_ordinary_in_the_file_become_special(tmp_path):
+    vocabulary = {letter: i for i, letter in enumerate("ab</s>")}
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary | {"</s>": 9}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert ChatTokenizer.load(tmp_path).encode("ab</s>").tolist() == [0, 1, 9]
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
         ChatTokenizer.load(tmp_path)
     chat_tokenizer().save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<nothing>"}')
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: the tokenizer has no token '<nothing>'"):
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": [1]}')
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: "):
         ChatTokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is malformed: it must be a dict, got a list"):

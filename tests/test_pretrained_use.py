@@ -4,12 +4,11 @@ import copy
 import json
 import shutil
 import sys
-from fnmatch import fnmatch
 
 import pytest
 import torch
 from checks import no_typecheck
-from language_models import EOS, NUM_TEXT, begun, image, language_model, text
+from language_models import EOS, NUM_TEXT, Hub, begun, image, language_model, text, write_gguf
 from tiny import awake
 
 from transfusion_pytorch import Condition, TextToken, TrainConfig, Trainer, Transfusion, language_model_dim
@@ -41,25 +40,6 @@ def test_a_folder_is_read_as_the_module_is(tmp_path, family, shard, dtype):
         assert torch.equal(weight, expected[name]), name
         assert weight.dtype == dtype
     assert language_model_dim(tmp_path) == language_model_dim(theirs) == begun(theirs).dim
-
-
-class Hub:
-    """Stands in for the hub: a repository that is this folder, of which it gives what is asked for."""
-
-    def __init__(self, repository, downloads, monkeypatch):
-        self.repository, self.downloads = repository, downloads
-        monkeypatch.setattr("huggingface_hub.snapshot_download", self)
-
-    def __call__(self, name, allow_patterns, **options):
-        self.downloads.mkdir(exist_ok=True)
-        for file in self.repository.iterdir():
-            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, self.downloads)
-        return str(self.downloads)
-
-    @property
-    def weights(self):
-        return sorted(file.name for file in self.downloads.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
@@ -103,31 +83,8 @@ def test_a_tokenizer_is_made_of_what_there_is(tmp_path):
 
 
 def test_a_gguf_file_is_read(tmp_path):
-    """Of a tiny model, written as llama.cpp does: other names, and queries and keys in another order."""
-    gguf = pytest.importorskip("gguf")
     theirs = language_model()
-    config, state = theirs.config, theirs.state_dict()
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(NUM_TEXT)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_eos_token_id(EOS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in state.items():
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            weight = weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(theirs, tmp_path / "tiny.gguf")
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     model = begun(tmp_path, gguf_file="tiny.gguf", tokenizer=tokenizer)
@@ -400,8 +357,8 @@ def test_other_architectures_are_refused(tmp_path):
         begun(tmp_path)
     with pytest.raises(ValueError, match="sliding windows are not supported"):
         begun(language_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0))
-    with pytest.raises(ValueError, match="change with the length of a sample"):
-        begun(language_model(rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=2.0)))
+    with pytest.raises(ValueError, match="rotary positions of type 'proportional' are not supported, only default, "):
+        begun(language_model(rope_parameters=dict(rope_type="proportional", rope_theta=100.0)))
     with pytest.raises(ValueError, match="hidden_act 'silu'"):
         begun(language_model(hidden_act="gelu"))
 

@@ -13,7 +13,6 @@ from torch import nn
 import transfusion_pytorch
 from transfusion_pytorch import (
     Condition,
-    ImageReader,
     KLAutoencoder,
     Transfusion,
     VisionEncoder,
@@ -91,8 +90,63 @@ def test_a_model_is_opened_by_name_and_travels_with_what_it_is_in(tmp_path, kind
     again = loaded.modalities[1].encoder
     assert torch.equal(again(images()), encoder(images()))
     assert not any(each.requires_grad or each.is_meta for each in (*again.parameters(), *again.buffers()))
-    assert loaded.conversation_format().vision_images == ImageReader(again.image_reader.size, channels_first=True)
+    assert loaded.conversation_format().vision_images == encoder.image_reader
     assert [io.is_read_only for io in loaded.modalities] == [False, True]
+
+
+PILLOW = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=2)
+PREPARED = {
+    "SiglipImageProcessorPil": PROCESSOR | PILLOW,
+    "ViTImageProcessorPil": PROCESSOR | PILLOW | dict(image_mean=0.5, image_std=0.25, resample=3),
+    "CLIPImageProcessorPil": CROPPING | PILLOW,
+}
+
+
+@pytest.mark.parametrize("kind", PREPARED)
+@pytest.mark.parametrize("size", [(24, 8), (11, 31), (8, 8), (9, 8)])
+def test_image_files_are_prepared_as_the_models_own_processor_does(tmp_path, kind, size):
+    """Scaled to its size or cropped: a strip of three colours is all there, or its middle is."""
+    pillow, numpy = pytest.importorskip("PIL.Image"), pytest.importorskip("numpy")
+    options = PREPARED[kind]
+    saved(tmp_path, processor=options)
+    levels = numpy.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
+    picture = pillow.fromarray(levels)
+    encoder = pretrained_vision_encoder(tmp_path)
+    scalar = isinstance(options["image_mean"], float)
+    given = options | (dict(image_mean=[0.5] * 3, image_std=[0.25] * 3) if scalar else {})
+    expected = getattr(transformers, kind)(**given)(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(encoder._normalized(encoder.image_reader(picture)[None]), expected)
+
+
+def grey(folder, **processor):
+    options = dict(image_size=8, patch_size=4, intermediate_size=16, num_channels=1)
+    model = transformers.ViTModel(transformers.ViTConfig(**SIZES, **options)).eval()
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(size=8) | processor))
+    return model
+
+
+@torch.no_grad()
+def test_models_of_grey_images(tmp_path):
+    theirs = grey(tmp_path, do_normalize=False)
+    encoder = pretrained_vision_encoder(tmp_path)
+    torch.testing.assert_close(encoder(images(2, 1, 8, 8)), theirs((images(2, 1, 8, 8) + 1) / 2).last_hidden_state)
+    assert encoder.image_reader(png("red")).shape == (1, 8, 8)
+    grey(tmp_path, image_mean=0.5, image_std=0.5)
+    assert pretrained_vision_encoder(tmp_path)(images(1, 1, 8, 8)).shape == (1, 5, 8)
+
+
+def test_models_that_do_not_take_images_alone_are_refused_before_their_weights(tmp_path):
+    grey(tmp_path, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"a ViTModel does not take images of 1 channels and 8 x 8 pixels"):
+        pretrained_vision_encoder(tmp_path)
+    options = dict(patch_size=4, num_patches=4, intermediate_size=16)
+    transformers.Siglip2VisionConfig(**SIZES, **options).save_pretrained(tmp_path)
+    for size in ({}, dict(size=dict(height=8, width=8))):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(max_num_patches=4) | size))
+        with pytest.raises(ValueError, match=r"a Siglip2VisionModel does not take images .*pixel_attention_mask"):
+            pretrained_vision_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("says_its_size", [True, False])

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transfusion_pytorch.conversations.dropout import ConditionDropout
 from transfusion_pytorch.conversations.format import ConversationFormat, Slots
 from transfusion_pytorch.conversations.messages import ImagePart, Message, Messages, errors_named, parse_learnable
+from transfusion_pytorch.conversations.pictures import file_of
 from transfusion_pytorch.conversations.records import Records
 from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.data.loading import SkipSample
@@ -145,8 +146,8 @@ class RecordDataset(ConversationDataset):
         """Sizes and times of change of the image files of a conversation."""
         parts = [part for message in self._parsed(index, generator_of(0, index)) for part in message.parts]
         named = [part.source for part in parts if isinstance(part, ImagePart) and isinstance(part.source, (str, Path))]
-        files = [self.root / name for name in named if len(str(name)) < 4096]
-        return [stamp_of(file) for file in files if file.is_file()]
+        files = [file_of(str(name), self.root) for name in named]
+        return [stamp_of(file) for file in files if file is not None]
 
 
 class OpenAIConversations(RecordDataset):

@@ -148,6 +148,8 @@ def errors_named(where: str) -> Iterator[None]:
         raise SkipSample(f"{where}: {reason}") from reason
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
+    except OSError as error:  # a file that cannot be read
+        raise OSError(f"{where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except TypeError as error:

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.data.images import ImageReader, size_of_image
+from transfusion_pytorch.data.images import ImageReader, _turned_size, size_of_image
 from transfusion_pytorch.data.model_images import PICTURE_CHANNELS
 from transfusion_pytorch.data.optional import import_optional
 
 Fetch = Callable[[str], bytes]
-LONGEST_PATH = 1024
+SHORTEST_BASE64 = 60  # characters of an image; the smallest PNG has 92
 BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
+URL_DIGITS = str.maketrans("-_", "+/")
 
 
 def load_image(source: Any, *, root: Path | None = None, fetch: Fetch | None = None) -> Any:
@@ -46,7 +47,8 @@ def load_image(source: Any, *, root: Path | None = None, fetch: Fetch | None = N
 
 
 def _load_address(address: str, root: Path | None, fetch: Fetch | None) -> bytes:
-    scheme = address.partition(":")[0].lower() if "://" in address or address[:5].lower() == "data:" else ""
+    address = address.strip()
+    scheme = _scheme_of(address)
     if scheme == "data":
         return _decode_data_url(address)
     if scheme in ("http", "https"):
@@ -58,29 +60,52 @@ def _load_address(address: str, root: Path | None, fetch: Fetch | None) -> bytes
         return fetch(address)
     if scheme not in ("", "file"):
         raise ValueError(f"the image {address:.80}: expected a path, a file: or a data: URL, got {scheme}:")
-    if not scheme and len(address) > LONGEST_PATH:
-        hint = ', and an image as base64 stands behind "data:image/png;base64,"' if BASE64.fullmatch(address) else ""
-        raise ValueError(f"no path has {len(address)} characters{hint}: {address:.40}...")
-    path = Path(unquote(urlsplit(address).path)) if scheme == "file" else Path(address).expanduser()
-    path = path if root is None else root / path  # an absolute path stays as it is
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no image file {path}")
-    return path.read_bytes()
+    path = file_of(address, root)
+    if path is not None:
+        return path.read_bytes()
+    shown = address if root is None else str(root / address)
+    if len(address) >= SHORTEST_BASE64 and BASE64.fullmatch(address):
+        raise ValueError(
+            f'there is no image file {address:.40}...; an image as base64 stands behind "data:image/png;base64,"'
+        )
+    raise FileNotFoundError(f"there is no image file {shown:.200}")
+
+
+def _scheme_of(address: str) -> str:
+    return address.partition(":")[0].lower() if "://" in address or address[:5].lower() == "data:" else ""
+
+
+def file_of(address: str, root: Path | None) -> Path | None:
+    """The file that an address names by its path or a `file:` URL, which is relative to `root`; None where it names
+    none, whatever else it is.
+    """
+    address = address.strip()
+    try:
+        scheme = _scheme_of(address)
+        if scheme not in ("", "file"):
+            return None
+        path = Path(unquote(urlsplit(address).path) if scheme else address).expanduser()
+        path = path if root is None else root / path  # an absolute path stays as it is
+        return path if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, a null byte, the home of nobody
+        return None
 
 
 def _decode_data_url(address: str) -> bytes:
+    """Base64 of any usual kind: in lines, percent-encoded, of the alphabet for URLs, without its padding."""
     header, comma, data = address.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
+    if not comma or not header.lower().rstrip().endswith(";base64"):
         raise ValueError(f'expected "data:image/png;base64,...", got {address:.40}')
+    digits = "".join(unquote(data).split()).rstrip("=").translate(URL_DIGITS)
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: of what is not ASCII
         raise ValueError(f"the data URL {header} is no base64: {error}") from error
 
 
 def shape_on_meta(image: Any, reader: ImageReader) -> Tensor:
     """What the reader would make of an image, on the `meta` device; of a file only the header is read."""
-    size = size_of_image(image) if isinstance(image, bytes) else (image.height, image.width)
+    size = size_of_image(image) if isinstance(image, bytes) else _turned_size(image)
     return torch.empty(reader.shape_of(size), device="meta")
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -87,8 +87,19 @@ class Records:
             byte, line, last = byte + length, line + text.count("\n", position, end), end
             position = _after_white_space(text, end)
             if text[position : position + 1] not in (",", "]"):
-                raise ValueError(f"{self.path}, line {line}: the array is cut off, expected a comma or a bracket")
+                self._refuse(line, "the array is cut off, expected a comma or a bracket")
             position += text[position] == ","
+        if position == len(text):
+            self._refuse(line, "the array is cut off, expected a record or a bracket")
+        rest = _after_white_space(text, position + 1)
+        if rest < len(text):
+            line += text.count("\n", last, rest)
+            self._refuse(
+                line, f"{text[rest : rest + 40]!r} follows the array: a file has one, or an object on each line"
+            )
+
+    def _refuse(self, line: int, problem: str) -> NoReturn:
+        raise ValueError(f"{self.path}, line {line}: {problem}")
 
 
 def _after_white_space(text: str, position: int) -> int:

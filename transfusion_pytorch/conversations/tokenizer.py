@@ -31,8 +31,11 @@ class ChatTokenizer:
     - `chat_template`: Jinja, in place of the tokenizer's own
     - `special_tokens`: `{"eos_token": "</s>", ...}`, beside or in place of the tokenizer's own
 
+    A tokenizer may have several named templates: the one that is called default is its `chat_template`, and all are
+    `named_templates`.
+
     Raises `TypeError` for another tokenizer, and `ValueError` for special tokens that it does not know and for a
-    template that is no Jinja.
+    `chat_template` that is no Jinja; the tokenizer's own may be any until it is rendered.
     """
 
     def __init__(
@@ -48,12 +51,20 @@ class ChatTokenizer:
         self.backend_tokenizer = _without_limits(backend)
         self.special_tokens = {name: str(token) for name, token in own.items() if not isinstance(token, (list, tuple))}
         self.special_tokens |= special_tokens or {}
-        template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
-        self.chat_template = default_template(template)
+        of_tokenizer = getattr(tokenizer, "named_templates", None) or getattr(tokenizer, "chat_template", None)
+        self._take_templates(of_tokenizer if chat_template is None else chat_template)
         if lost := [token for token in self.special_tokens.values() if backend.token_to_id(token) is None]:
             raise ValueError(f"the tokenizer has no token {lost[0]!r}; special tokens are tokens of its vocabulary")
-        if self.chat_template is not None:
-            compiled_template(self.chat_template)
+        if chat_template is not None:
+            compiled_template(chat_template)
+
+    def _take_templates(self, templates: Any) -> None:
+        """One template, or several by their names: a dict, or a list of `{"name", "template"}` in older files."""
+        if isinstance(templates, (list, tuple)):
+            templates = {each["name"]: each["template"] for each in templates}
+        named = templates if isinstance(templates, Mapping) else {} if templates is None else {"default": templates}
+        self.named_templates: dict[str, str] = dict(named)
+        self.chat_template = self.named_templates.get("default")
 
     # text
 
@@ -109,6 +120,11 @@ class ChatTokenizer:
 
         Raises `ValueError` where there is no template, and where it does not take the messages.
         """
+        if self.chat_template is None and self.named_templates:
+            raise ValueError(
+                f"there are chat templates {', '.join(self.named_templates)}, and none is called default: choose one, "
+                "ChatTokenizer(tokenizer, chat_template=tokenizer.named_templates[...])"
+            )
         if self.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template: give it one, ChatTokenizer(tokenizer, chat_template=...), such as "
@@ -135,13 +151,15 @@ class ChatTokenizer:
         """
         backend = load_tokenizer(files.tokenizer, num_text_tokens, where)
         config = files.config or {}
-        template = files.chat_template or default_template(config.get("chat_template"))
         named = {name: _content(token) for name, token in config.items() if name.endswith("_token")}
-        special = {name: token for name, token in named.items() if isinstance(token, str)}
+        special = {name: token for name, token in named.items() if isinstance(token, str) and token}
         try:
-            return cls(backend, chat_template=template, special_tokens=special)
-        except ValueError as error:
+            _add_tokens(backend, config)
+            made = cls(backend, special_tokens=special)
+            made._take_templates(files.chat_template or config.get("chat_template"))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # of what is malformed
             raise ValueError(f"{where}: {error}") from error
+        return made
 
     def save(self, folder: str | Path) -> None:
         """Writes the three files into a folder, which is made if need be. `transformers.AutoTokenizer` loads it too."""
@@ -162,20 +180,24 @@ class ChatTokenizer:
         return f"ChatTokenizer({self.num_tokens:,} ids, {template})"
 
 
-def default_template(templates: Any) -> str | None:
-    """Of several named templates the one that is called default. They are a dict, or a list of `{"name", "template"}`
-    in older files.
+def _add_tokens(backend: Any, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that a configuration has and `tokenizer.json` has not, or not as added ones, as `transformers`
+    does: by the order of their ids where it says them, special ones by their names.
     """
-    if isinstance(templates, (list, tuple)):
-        templates = {each["name"]: each["template"] for each in templates}
-    if isinstance(templates, Mapping):
-        if "default" not in templates:
-            raise ValueError(
-                f"there are chat templates {', '.join(templates)}, and none is called default: give one of them as "
-                "chat_template"
-            )
-        return templates["default"]
-    return templates
+    from tokenizers import AddedToken
+
+    listed = config.get("added_tokens_decoder") or {}
+    special = [token for name, token in config.items() if name.endswith("_token")]
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        others = config.get(name) or ()
+        special += others.values() if isinstance(others, Mapping) else others
+    described = [listed[number] for number in sorted(listed, key=int)]
+    described += [dict(token if isinstance(token, Mapping) else {"content": token}, special=True) for token in special]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for each in described:
+        if isinstance(content := each.get("content"), str) and content and content not in known:
+            known.add(content)
+            backend.add_tokens([AddedToken(**{key: value for key, value in each.items() if key != "__type"})])
 
 
 def _content(token: Any) -> Any:

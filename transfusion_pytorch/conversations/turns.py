@@ -4,6 +4,7 @@ A template is a program, so nothing is assumed of its text: renderings are compa
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,24 +60,46 @@ class TurnRenderer:
         text = self._checked(messages, self._render(contents(messages), True)).text
         if not any(message.is_learned for message in messages):
             return Turns(text, [])
-        earlier = self.learned_turns(messages)
+        earlier = self._turns(messages)
         return Turns(text, earlier.learned if text.startswith(earlier.text) else [])
 
     def learned_turns(self, messages: Sequence[Message]) -> Turns:
-        """What the assistant wrote in those of its messages that are learned, each with the token that ends it. That
-        is what the template has in `{% generation %}` blocks, or what renderings tell that differ in one message.
+        """What the assistant wrote in those of its messages that are learned, each with the token that ends it, behind
+        the prompt that it is asked for with. Where an answer stands is what the template has in `{% generation %}`
+        blocks, or what renderings tell that differ in one message.
+
+        A template may ask for an answer with more than it writes before one of the past (`<think>`). The last answer is
+        then learned behind that prompt, and what follows it is left out; an earlier one, which must stand there as the
+        past does, is only read, with a warning.
 
         Raises `ValueError` where the template shows an image twice or not at all.
         """
-        written = contents(messages)
-        text, blocks = self._checked(messages, self._render(written, False))
-        turns = [i for i, message in enumerate(messages) if message.role == ASSISTANT]
-        spans = [Span(*block) for block in blocks] if blocks else [self._span(written, text, i) for i in turns]
-        if len(spans) != len(turns):
-            raise ValueError(
-                f"the chat template has {len(spans)} generation blocks for {len(turns)} messages of the assistant"
+        turns = self._turns(messages)
+        if len(turns.learned) < sum(message.is_learned for message in messages):
+            warnings.warn(
+                "the chat template asks for an answer in another way than it writes those of the past, so of several "
+                "answers in a conversation the last is learned and earlier ones are only read. To learn these too, "
+                "make a conversation of each that ends there, and give the assistant's other messages the weight 0",
+                stacklevel=2,
             )
-        return Turns(text, [span for span, i in zip(spans, turns, strict=True) if messages[i].is_learned])
+        return turns
+
+    def _turns(self, messages: Sequence[Message]) -> Turns:
+        written = contents(messages)
+        rendering = self._checked(messages, self._render(written, False))
+        shown = self._shown(written, rendering)
+        learned = [i for i in shown if messages[i].is_learned]
+        prompts = {i: self._prompt_before(written, i, rendering.text[: shown[i].start]) for i in learned}
+        text, last = rendering.text, learned[-1]
+        if not text.startswith(prompts[last]):
+            text = prompts[last] + self._answer(written[last]["content"], text, shown[last], prompts[last])
+            shown[last] = Span(len(prompts[last]), len(text))
+        spans = [
+            Span(len(prompts[i]), shown[i].end)
+            for i in learned
+            if text.startswith(prompts[i]) and (i == last or text.startswith(rendering.text[: shown[i].end]))
+        ]
+        return Turns(text, spans)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -136,27 +159,42 @@ class TurnRenderer:
         shaped = [{**message, "content": self._shaped(message["content"])} for message in messages] if messages else []
         return self.tokenizer.render(shaped, add_generation_prompt=add_generation_prompt, **self.variables)
 
-    def _span(self, messages: Sequence[Mapping[str, Any]], text: str, index: int) -> Span:
-        """From where the assistant begins to write message `index` to the token that ends it."""
-        other = self._render(
-            [*messages[:index], {**messages[index], "content": SENTINEL}, *messages[index + 1 :]], False
-        )
-        content = difference(text, other.text)
-        start, end = self._beginning(messages, text, index, content.start), content.end
-        if text.startswith(self.end_of_turn, end):
-            end += len(self.end_of_turn)
-        return Span(start, end)
+    def _shown(self, written: Sequence[Mapping[str, Any]], rendering: Rendering) -> dict[int, Span]:
+        """Where each message of the assistant stands in a rendering, to the token that ends it."""
+        answers = [i for i, message in enumerate(written) if message["role"] == ASSISTANT]
+        blocks = rendering.generated
+        if blocks and len(blocks) != len(answers):
+            raise ValueError(
+                f"the chat template has {len(blocks)} generation blocks for {len(answers)} messages of the assistant"
+            )
+        spans = [Span(*block) for block in blocks] or [self._span(written, rendering.text, i) for i in answers]
+        return dict(zip(answers, spans, strict=True))
 
-    def _beginning(self, messages: Sequence[Mapping[str, Any]], text: str, index: int, content_start: int) -> int:
-        """Where the generation prompt ends. The template may write more before the content (a space, an empty chain of
-        thought), which the model then has to write itself.
+    def _span(self, written: Sequence[Mapping[str, Any]], text: str, index: int) -> Span:
+        other = self._render([*written[:index], {**written[index], "content": SENTINEL}, *written[index + 1 :]], False)
+        start, end = difference(text, other.text)
+        return Span(start, end + len(self.end_of_turn) * text.startswith(self.end_of_turn, end))
+
+    def _prompt_before(self, written: Sequence[Mapping[str, Any]], index: int, otherwise: str) -> str:
+        """What the model reads when it is to write message `index`. The template may write more before the content (a
+        space, an empty chain of thought), which the model then has to write itself.
         """
         try:
-            prompt = self._render(messages[:index], True).text
+            return self._render(written[:index], True).text
         except ValueError:  # a template need not take a conversation that ends there, or an empty one
-            return content_start
-        is_beginning = len(prompt) <= content_start and text.startswith(prompt)
-        return len(prompt) if is_beginning else content_start
+            return otherwise
+
+    def _answer(self, content: str, text: str, shown: Span, prompt: str) -> str:
+        """A message behind a prompt that does not precede it in `text`: what the template shows of it, and the thoughts
+        before that where it leaves those of the past out. What the prompt ends with already is not repeated.
+        """
+        visible = text[slice(*shown)]
+        place = content.rfind(visible.removesuffix(self.end_of_turn).strip())
+        thoughts = content[: max(place, 0)]
+        if not thoughts.strip():
+            return visible
+        begun = next((k for k in range(len(thoughts), 0, -1) if prompt.endswith(thoughts[:k])), 0)
+        return thoughts[begun:] + visible.lstrip()
 
 
 def contents(messages: Sequence[Message]) -> list[dict[str, Any]]:

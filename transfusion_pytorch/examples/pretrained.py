@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transfusion_pytorch.autoencoder.model import KLAutoencoder
+from transfusion_pytorch.conversations.templates import compiled_template
 from transfusion_pytorch.modalities.unet import UNetDown, UNetUp
-from transfusion_pytorch.pretrained.language_model import check_weights, opened
-from transfusion_pytorch.pretrained.methods import tokenizer_of
+from transfusion_pytorch.pretrained.language_model import find_language_model
+from transfusion_pytorch.pretrained.methods import check_sizes, tokenizer_of
 from transfusion_pytorch.saving.adapters import inner_model
 from transfusion_pytorch.saving.card import ModelCard
 from transfusion_pytorch.transfusion import Transfusion
@@ -59,19 +60,22 @@ class Chosen(NamedTuple):
 
 
 def choose_language_model(arguments: argparse.Namespace) -> Chosen:
-    """That of `--model`, or the one that is there without the internet. Of its files nothing large is read.
+    """That of `--model`, or the one that is there without the internet. Nothing large is read. Weights that are on the
+    hub are downloaded, after everything else was checked.
 
     Raises what `Transfusion.from_pretrained_lm` would say of it, and `ValueError` where it was not tuned to chat: to be
     called before anything that takes long.
     """
     name, line = (arguments.model, arguments.model) if arguments.model else default_language_model()
-    with opened(name) as source:
-        check_weights(source)
-        tokenizer = tokenizer_of(source, None)
+    source = find_language_model(name)
+    tokenizer = tokenizer_of(source, None)
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError(f"{name} has no tokenizer with a chat template; take one that was tuned to chat")
+    compiled_template(tokenizer.chat_template)
+    check_sizes(source, tokenizer)
     if arguments.train == "lora":
         optional("peft", extra="adapters")
+    source.weights()
     return Chosen(name, line, source.config.hidden_size)
 
 

@@ -23,15 +23,16 @@ from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.modalities.autoencoder import DataLayout, as_tensor
 from transfusion_pytorch.pretrained.files import local_folder
 from transfusion_pytorch.saving.components import register_component
+from transfusion_pytorch.saving.methods import checked_device_and_dtype
 
 Config = Mapping[str, Any]
 PosteriorUse = Literal["sample", "mode"]
 # the modules of an autoencoder that only one half needs
 ENCODER_PARTS, DECODER_PARTS = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
 CONFIG_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
+OPTIONS = (*CONFIG_OPTIONS, "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap")  # of `from_pretrained`
 WAN_FRAMES = 4  # AutoencoderKLWan encodes the first frame by itself, and all others in chunks of so many
 WHAT = "an autoencoder of diffusers"  # in errors
-TINY_TILE_FACTOR = 8  # what AutoencoderTiny assumes when it places tiles
 
 
 class Family(NamedTuple):
@@ -40,11 +41,14 @@ class Family(NamedTuple):
     - `layout`: that of the data
     - `dim_latent`: channels of a latent
     - `has_posterior`: latents are a distribution
+    - `tile_factor`: how many positions along an axis of space it takes for one of a latent when it places tiles; None
+      where that is always right
     """
 
     layout: Callable[[Config], DataLayout]
     dim_latent: Callable[[Config], int]
     has_posterior: bool = True
+    tile_factor: Callable[[Config], int] | None = None
 
 
 def _image_layout(config: Config) -> DataLayout:
@@ -72,8 +76,12 @@ def _oobleck_layout(config: Config) -> DataLayout:
 FAMILIES = {
     "AutoencoderKL": Family(_image_layout, lambda config: config["latent_channels"]),
     "AutoencoderDC": Family(_image_layout, lambda config: config["latent_channels"], has_posterior=False),
-    "AutoencoderTiny": Family(_image_layout, lambda config: config["latent_channels"], has_posterior=False),
-    "AutoencoderKLWan": Family(_wan_layout, lambda config: config["z_dim"]),
+    "AutoencoderTiny": Family(
+        _image_layout, lambda config: config["latent_channels"], has_posterior=False, tile_factor=lambda config: 8
+    ),
+    "AutoencoderKLWan": Family(
+        _wan_layout, lambda config: config["z_dim"], tile_factor=lambda config: config["scale_factor_spatial"]
+    ),
     # half of its channels are the scale of the posterior
     "AutoencoderOobleck": Family(_oobleck_layout, lambda config: config["encoder_hidden_size"] // 2),
 }
@@ -117,15 +125,21 @@ def pretrained_autoencoder(
     - `dtype`: of the weights; `loading`: options of diffusers' `from_pretrained` (`subfolder`, `revision`, ...)
 
     A `Transfusion` that has the halves saves them with itself. Raises `ImportError` without diffusers (the extra
-    `pretrained`), `TypeError` for what is neither module nor name, and for one tensor as `measured_on`,
-    `FileNotFoundError` for a folder or repository that is not there, and `ValueError` for another class, other
-    channels, and options that the class does not offer.
+    `pretrained`), `TypeError` for what is neither module nor name, for other options and a `dtype` that is none, and
+    for one tensor as `measured_on`, `FileNotFoundError` for a folder or repository that is not there, and `ValueError`
+    for another class, other channels, options that the class does not offer, and an instance without numbers.
     """
+    checked_device_and_dtype(None, dtype)
+    if unknown := [name for name in loading if name not in OPTIONS]:
+        hint = "; the type of the weights is dtype=..." if "torch_dtype" in unknown else ""
+        raise TypeError(f"unknown options {', '.join(unknown)}; there are dtype, {', '.join(OPTIONS)}{hint}")
     if isinstance(measured_on, Tensor):
         raise TypeError("measured_on are batches, got one tensor; give a list: measured_on=[tensor]")
     if isinstance(name_or_model, nn.Module):
         if given := [*loading, *(["dtype"] if dtype is not None else [])]:
             raise ValueError(f"{', '.join(given)} go with a name or a folder, got a {type(name_or_model).__name__}")
+        if any(tensor.is_meta for tensor in (*name_or_model.parameters(), *name_or_model.buffers())):
+            raise ValueError("the autoencoder is on the meta device, without numbers: load its weights first")
         class_name, given_config = type(name_or_model).__name__, getattr(name_or_model, "config", {})
     else:
         class_name, given_config = _read_config(name_or_model, loading)
@@ -159,9 +173,10 @@ class _PretrainedHalf(nn.Module):
 
     def _build(self, class_name: str, config: Config, slicing: bool, tiling: bool) -> None:
         self.class_name, self.slicing, self.tiling = class_name, slicing, tiling
-        factor = self.family.layout(config).factors[0]
-        if tiling and class_name == "AutoencoderTiny" and factor != TINY_TILE_FACTOR:
-            raise ValueError(f"AutoencoderTiny places tiles for a factor of {TINY_TILE_FACTOR}, this has {factor}")
+        factor = self.family.layout(config).factors[-1]
+        placed = factor if self.family.tile_factor is None else self.family.tile_factor(config)
+        if tiling and placed != factor:
+            raise ValueError(f"{class_name} places tiles for a factor of {placed}, this has {factor}: leave out tiling")
         with torch.device("cpu"):  # real numbers, also where the weights are none yet
             self.statistics.set(*scale_of(config, self.statistics.dim_latent))
         with _weight_norm_allowed():

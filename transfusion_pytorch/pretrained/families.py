@@ -15,6 +15,9 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 ROTARY_KINDS = ("default", "linear", "llama3", "yarn")
+# what changes frequencies in samples of more positions than the configuration says under this name
+ROTARY_BOUNDS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+SILU = ("silu", "swish")
 
 
 class Family(NamedTuple):
@@ -42,10 +45,9 @@ def family_of(config: Any) -> Family:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("the language model is quantised; load it with its weights as they are, or dequantised")
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if windows or getattr(config, "use_sliding_window", False):
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         raise ValueError("language models with sliding windows are not supported: every token must see its whole past")
-    if config.hidden_act != "silu":
+    if config.hidden_act not in SILU:
         raise ValueError(f"feedforward layers must be of SwiGLU (hidden_act 'silu'), got {config.hidden_act!r}")
     return FAMILIES[name]
 
@@ -78,17 +80,16 @@ def head_width(config: Any) -> int:
 
 
 def rotary_frequencies(config: Any) -> tuple[list[float], float]:
-    """Radians per position of each pair of channels, and the amplitude, scaling included. Raises `ValueError` for a
-    scaling that depends on the length of a sample.
+    """Radians per position of each pair of channels, and the amplitude, scaling included; of a scaling that begins at
+    a certain length (`rotary_bound`) those before. Raises `ValueError` for a kind that is not supported.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
-    if kind not in ROTARY_KINDS:
+    if kind not in (*ROTARY_KINDS, *ROTARY_BOUNDS):
         raise ValueError(
-            f"rotary positions of type {kind!r} change with the length of a sample; supported are "
-            f"{', '.join(ROTARY_KINDS)}"
+            f"rotary positions of type {kind!r} are not supported, only {', '.join((*ROTARY_KINDS, *ROTARY_BOUNDS))}"
         )
     if kind == "default":
         dim_head = head_width(config)
@@ -96,6 +97,13 @@ def rotary_frequencies(config: Any) -> tuple[list[float], float]:
         return (1.0 / parameters["rope_theta"] ** exponent).tolist(), 1.0
     frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies.tolist(), float(amplitude)
+
+
+def rotary_bound(config: Any) -> int | None:
+    """The most positions of a sample in which rotary frequencies are those of `rotary_frequencies`; None for any."""
+    parameters = config.rope_parameters
+    name = ROTARY_BOUNDS.get(parameters.get("rope_type", "default"))
+    return None if name is None else parameters.get(name) or getattr(config, name)
 
 
 # weights

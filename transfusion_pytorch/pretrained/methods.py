@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +16,11 @@ from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.experts import PARTS, TEXT
 from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
-from transfusion_pytorch.pretrained.language_model import (
-    LanguageModel,
-    check_weights,
-    load_trunk,
-    load_vocabulary,
-    opened,
-)
+from transfusion_pytorch.pretrained.families import rotary_bound, transformer_arguments
+from transfusion_pytorch.pretrained.language_model import LanguageModel, find_language_model
+from transfusion_pytorch.pretrained.weights import load_trunk, load_vocabulary
 from transfusion_pytorch.saving.methods import checked_device_and_dtype
+from transfusion_pytorch.saving.weights import build_without_weights
 
 OF_THE_LANGUAGE_MODEL = ("transformer", "num_text_tokens", "tie_embeddings")  # arguments of `Transfusion`
 TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt")  # besides tokenizer.json
@@ -88,17 +86,21 @@ class LanguageModelMethods:
         - `dtype` of all parameters, by default that of the weights; `device` they come to
         - `gguf_file`: the name of a GGUF file in the folder, read by `transformers` as a whole
         - `revision` to `local_files_only`: those of `huggingface_hub.snapshot_download`. Of a repository only the
-          configuration and the tokenizer are downloaded before its architecture is known to be supported, and then
-          only the safetensors that are read
+          configuration and the tokenizer are downloaded before they and all arguments are known to be right, and then
+          only the safetensors that are read (a `gguf_file` has all of that in one)
         - `dropout` (a probability), `use_checkpoint` (recompute layers in the backward pass) and `use_flex_attn` (True:
           flex attention everywhere, False: nowhere, None: where it is fast): those of `Transformer`
 
         The model is in training mode. Raises `ImportError` without `transformers`, `FileNotFoundError` for a folder,
         repository or `gguf_file` that is not there and for a model without safetensors, and `ValueError` or `TypeError`
         that says what to do for an architecture that is not supported, incomplete weights, or a tokenizer that does not
-        fit, before anything large is made. Warns where there is a tokenizer that cannot be read.
+        fit, before anything large is made. Warns where there is a tokenizer that cannot be read, where tables that the
+        configuration ties have different numbers and are not tied, where a file has weights that no such model has, and
+        of rotary positions that change in long samples.
         """
         target = checked_device_and_dtype(device, dtype)
+        if torch.get_default_device().type == "meta":
+            raise ValueError('weights cannot be loaded inside of torch.device("meta"): call from_pretrained_lm outside')
         if num_experts is not None and not untied:
             raise ValueError(f"num_experts={num_experts} are of untied weights; set untied=True")
         if num_experts is not None and num_experts < 2:
@@ -106,15 +108,11 @@ class LanguageModelMethods:
         if given := [name for name in OF_THE_LANGUAGE_MODEL if name in arguments]:
             raise ValueError(f"{', '.join(given)}: the language model says that; leave it out")
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        with opened(name_or_model, gguf_file=gguf_file, **hub) as source, torch.inference_mode(False):
-            check_weights(source)
+        with torch.inference_mode(False):
+            source = find_language_model(name_or_model, gguf_file=gguf_file, **hub)
             tokenizer = tokenizer_of(source, gguf_file) if tokenizer is None else ChatTokenizer(tokenizer)
-            if tokenizer is not None and tokenizer.num_tokens > source.num_text:
-                raise ValueError(
-                    f"the tokenizer has {tokenizer.num_tokens} ids, and the language model {source.num_text}: it is "
-                    "another's"
-                )
-            trunk: dict[str, Any] = source.transformer_arguments() | dict(
+            check_sizes(source, tokenizer)
+            trunk: dict[str, Any] = transformer_arguments(source.config) | dict(
                 untied=untied,
                 num_experts=count_modalities(dim_latent) + 1 if num_experts is None else num_experts,
                 norm="adaptive_rms" if time_conditioning == "norms" else "rms",
@@ -124,20 +122,22 @@ class LanguageModelMethods:
             )
             with torch.device("meta"):
                 transformer = Transformer(**trunk)
-            build: Any = cls
-            model = build(
+            build: Any = partial(
+                cls,
                 num_text_tokens=source.num_text,
                 transformer=transformer,
                 dim_latent=dim_latent,
                 time_conditioning=time_conditioning,
                 eos_id=eos_of(source, tokenizer) if eos_id is None else eos_id,
-                tie_embeddings=source.is_tied,
-                freeze_text=freeze_text,  # what is wrong with it is found before weights are loaded
+                freeze_text=freeze_text,
                 **arguments,
             )
-            dtype = source.dtype if dtype is None else dtype
-            load_vocabulary(source, model.text_embedding, model.to_logits, dtype)
-            load_trunk(source, transformer, dtype)
+            build_without_weights(build)  # what is wrong is found before weights are downloaded and read
+            weights = source.weights()
+            model = build(tie_embeddings=weights.is_tied)
+            dtype = weights.dtype if dtype is None else dtype
+            load_vocabulary(weights, model.text_embedding, model.to_logits, dtype)
+            load_trunk(source.config, weights.tensors, transformer, dtype)
         _begin_at_zero(transformer, dtype)
         for module in (
             model.time_embedding,
@@ -225,6 +225,23 @@ class LanguageModelMethods:
         return peft.LoraConfig(**(arguments | options))
 
 
+def check_sizes(source: LanguageModel, tokenizer: ChatTokenizer | None) -> None:
+    """Raises `ValueError` for a tokenizer that has ids which the language model has not, and warns of positions after
+    which it would not be itself.
+    """
+    if tokenizer is not None and tokenizer.num_tokens > source.num_text:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.num_tokens} ids, and the language model {source.num_text}: it is another's, "
+            "or tokens were added to it that the model never had; hand over one without them (tokenizer=...)"
+        )
+    if (bound := rotary_bound(source.config)) is not None:
+        warnings.warn(
+            f"the rotary positions of the language model are those of transformers in samples of up to {bound} "
+            "positions; in longer ones, where transformers would change them with the length, they stay the same here",
+            stacklevel=3,
+        )
+
+
 def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> ChatTokenizer | None:
     """That of the folder of a language model, None where there is none. Without a `tokenizer.json`, `transformers`
     makes one of what there is (`tokenizer.model`); where it cannot, a warning says what to do.
@@ -255,12 +272,8 @@ def tokenizer_of(source: LanguageModel, gguf_file: str | None) -> ChatTokenizer 
 
 def eos_of(source: LanguageModel, tokenizer: ChatTokenizer | None) -> int:
     """The id that ends text. Raises `ValueError` where nobody says which."""
-    of_config = getattr(source.config, "eos_token_id", None)
-    candidates = [
-        getattr(tokenizer, "eos_id", None),
-        *(of_config if isinstance(of_config, list) else [of_config]),
-    ]
-    found = next((int(token) for token in candidates if token is not None), None)
+    candidates = [getattr(tokenizer, "eos_id", None), *source.eos_ids]
+    found = next((token for token in candidates if token is not None), None)
     if found is None:
         raise ValueError("neither tokenizer nor configuration say which id ends text: hand over eos_id=...")
     return found

@@ -3,6 +3,7 @@
 b images, c channels, h height and w width in pixels, n patches, d features. Pixels are in [-1, 1], as everywhere.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transfusion_pytorch.data.images import FixedSize, ImageReader
+from transfusion_pytorch.data.images import ImageReader
 from transfusion_pytorch.data.optional import import_optional
 from transfusion_pytorch.modalities.autoencoder import as_input
 from transfusion_pytorch.pretrained.files import fetch
+from transfusion_pytorch.pretrained.processors import (
+    PROCESSORS,
+    image_reader,
+    read_processor,
+    resizing_of,
+    scale_of,
+    size_of,
+)
 from transfusion_pytorch.saving.components import register_component
-from transfusion_pytorch.saving.files import load_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WHAT = "a vision model"  # in errors
-CONFIG, PROCESSORS = "config.json", ("preprocessor_config.json", "processor_config.json")
+CONFIG = "config.json"
 NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version")  # keys of a configuration
 
 
@@ -84,10 +92,7 @@ class VisionEncoder(nn.Module):
     @property
     def image_reader(self) -> ImageReader | None:
         """Reads image files as this encoder takes them, None where it does not say how large they are."""
-        modes: dict[int, Any] = {1: "L", 3: "RGB"}
-        if self.size is None or len(self.mean) not in modes:
-            return None
-        return ImageReader(FixedSize(*self.size), mode=modes[len(self.mean)], channels_first=True)
+        return image_reader(self.size, len(self.mean))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         features = self._features(as_input(self._normalized(images), self.module))
@@ -117,7 +122,9 @@ class VisionEncoder(nn.Module):
 class PretrainedVisionEncoder(VisionEncoder):
     """A vision model of `transformers` by its configuration, which a saved model has; see `pretrained_vision_encoder`.
 
-    `config` has the `model_type` and what differs from the defaults of that type; the rest is as in `VisionEncoder`.
+    `config` has the `model_type` and what differs from the defaults of that type; `resizing` the fields of a
+    `ProcessorReader` which say how image files are brought to the size (None: cropped around their centre). The rest is
+    as in `VisionEncoder`.
     """
 
     def __init__(
@@ -127,8 +134,14 @@ class PretrainedVisionEncoder(VisionEncoder):
         size: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        resizing: Mapping[str, Any] | None = None,
     ):
         super().__init__(_built(config), size=size, mean=mean, std=std)
+        self.resizing = resizing
+
+    @property
+    def image_reader(self) -> ImageReader | None:
+        return image_reader(self.size, len(self.mean), self.resizing)
 
 
 def pretrained_vision_encoder(
@@ -146,12 +159,13 @@ def pretrained_vision_encoder(
 
     - `name`: the id of a repository on the Hugging Face hub, or a folder. Of a model of images and text only the part
       for images is kept. Configurations are read before weights, which are safetensors
-    - `size`: height and width in pixels that images are resized to, by default those of the model's processor, which
-      also says how they are normalised
+    - `size`: height and width in pixels that images are resized to, by default those of the model's processor. This
+      also says whether image files are cropped to their middle or scaled to that size, and how they are normalised
     - `dtype`: of the weights, by default that of the files; `hub`: options of `huggingface_hub.snapshot_download`
 
     Raises `ImportError` without `transformers` (the extra `pretrained`), `TypeError` or `FileNotFoundError` for what is
-    no such model, and `ValueError` for one without a vision encoder.
+    no such model, and `ValueError` for one without a vision encoder, and for one that does not take images of the
+    processor's size and channels alone (SigLIP 2 of any aspect ratio), before its weights are loaded.
     """
     transformers: Any = import_optional("transformers", extra="pretrained")
     folder = fetch(name, [CONFIG, *PROCESSORS], WHAT, **hub)
@@ -161,12 +175,20 @@ def pretrained_vision_encoder(
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "num_channels"):
         raise ValueError(f"{name} has no vision encoder: it is a model of type {config.model_type!r}")
-    processor = _processor_in(folder)
+    processor = read_processor(folder)
     described = {key: each for key, each in json.loads(config.to_json_string()).items() if key not in NOT_OF_THE_MODEL}
     described["model_type"] = config.model_type
-    sides = _size_of(processor) if size is None else (size, size) if isinstance(size, int) else size
+    resizing = resizing_of(processor)
+    if size is None:
+        sides = size_of(processor)
+    else:
+        sides = (size, size) if isinstance(size, int) else size
+        resizing = None if resizing["shortest_edge"] else resizing  # the edge was for another size
     with torch.device("meta"):
-        encoder = PretrainedVisionEncoder(described, size=sides, **_scale_of(processor))
+        encoder = PretrainedVisionEncoder(
+            described, size=sides, resizing=resizing, **scale_of(processor, config.num_channels)
+        )
+    _check_forward(encoder, config, name)
     folder = fetch(name, ["*.json", "*.safetensors"], WHAT, **hub)
     try:
         options: dict[str, Any] = {} if dtype is None else dict(dtype=dtype)
@@ -179,6 +201,24 @@ def pretrained_vision_encoder(
         raise ValueError(f"{folder} lacks {len(missing)} weights of its vision encoder, the first being {missing[0]}")
     encoder.module = model.eval().requires_grad_(False)
     return encoder
+
+
+def _check_forward(encoder: PretrainedVisionEncoder, config: Any, name: str | Path) -> None:
+    """Raises `ValueError` for a model that does not take images as they would come, by a pass without numbers."""
+    side = getattr(config, "image_size", None)
+    height, width = encoder.size or (side if isinstance(side, int) else 224,) * 2
+    trial = copy.copy(encoder)
+    trial._modules = {"module": copy.deepcopy(encoder.module).to("meta")}
+    try:
+        with torch.no_grad():
+            trial(torch.empty(1, config.num_channels, height, width, device="meta"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be a vision encoder: a {type(encoder.module).__name__} does not take images of "
+            f"{config.num_channels} channels and {height} x {width} pixels, and nothing else, to (b, n, d): {error}"
+        ) from error
+    except RuntimeError:  # some operation that needs numbers; the first forward pass will tell
+        pass
 
 
 def _built(config: Mapping[str, Any]) -> nn.Module:
@@ -194,35 +234,6 @@ def _built(config: Mapping[str, Any]) -> nn.Module:
                 owner, _, own = name.rpartition(".")
                 model.get_submodule(owner)._buffers[own] = buffer
     return model
-
-
-def _processor_in(folder: Path) -> Mapping[str, Any]:
-    """How images are prepared."""
-    for file in (folder / name for name in PROCESSORS):
-        if file.is_file():
-            content = load_json(file)
-            return content.get("image_processor", content)
-    raise FileNotFoundError(
-        f"{folder} has no {PROCESSORS[0]}, which says how its images are resized and normalised; load the model with "
-        "transformers, and hand it over: VisionEncoder(model, size=..., mean=..., std=...)"
-    )
-
-
-def _size_of(processor: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of what the model gets, in pixels."""
-    crop = processor.get("crop_size") if processor.get("do_center_crop", True) else None
-    size = crop or processor.get("size")
-    if not isinstance(size, Mapping):
-        return None if size is None else (int(size), int(size))
-    sides = (size.get("height"), size.get("width")) if "height" in size else (size.get("shortest_edge"),) * 2
-    return None if None in sides else sides  # type: ignore[return-value]
-
-
-def _scale_of(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """`mean` and `std` of pixels in [0, 1]."""
-    if not processor.get("do_normalize", True):
-        return dict(mean=[0.0] * 3, std=[1.0] * 3)
-    return dict(mean=processor.get("image_mean"), std=processor.get("image_std"))
 
 
 def _width(module: nn.Module) -> int | None:

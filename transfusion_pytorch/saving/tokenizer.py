@@ -11,6 +11,7 @@ from transfusion_pytorch.saving.files import load_json, save_json, whole_file
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"  # of older versions of transformers; read, and not written
 TOKENIZER_FILES = (TOKENIZER_FILE, CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE)
 
 
@@ -82,6 +83,7 @@ def load_tokenizer(text: str, num_text_tokens: int | None, path: Path | str) -> 
 
 def write_tokenizer_files(folder: Path, files: TokenizerFiles) -> None:
     """Each file is whole or not there; those of another tokenizer that was there are removed."""
+    (folder / SPECIAL_TOKENS_FILE).unlink(missing_ok=True)
     _write_text(folder / TOKENIZER_FILE, files.tokenizer)
     if files.chat_template is None:
         (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
@@ -94,18 +96,29 @@ def write_tokenizer_files(folder: Path, files: TokenizerFiles) -> None:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
-    """None where there is no tokenizer. Raises `ValueError` that names a file which is not readable."""
+    """None where there is no tokenizer. Raises `ValueError` that names a file which is not readable.
+
+    As in `transformers`, special tokens of `special_tokens_map.json` count where the configuration has no list of all
+    added ones.
+    """
     if not (folder / TOKENIZER_FILE).is_file():
         return None
-    template, config = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
-    content = load_json(config) if config.is_file() else None
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{config} is malformed: it must be a dict, got a {type(content).__name__}")
+    template = folder / CHAT_TEMPLATE_FILE
+    config = _read_dict(folder / TOKENIZER_CONFIG_FILE)
+    if "added_tokens_decoder" not in (config or {}) and (special := _read_dict(folder / SPECIAL_TOKENS_FILE)):
+        config = (config or {}) | special
     return TokenizerFiles(
         _read_text(folder / TOKENIZER_FILE),
         _read_text(template) if template.is_file() else None,
-        content,
+        config,
     )
+
+
+def _read_dict(path: Path) -> dict[str, Any] | None:
+    content = load_json(path) if path.is_file() else None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} is malformed: it must be a dict, got a {type(content).__name__}")
+    return content
 
 
 # line ends as they are
