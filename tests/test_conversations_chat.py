@@ -102,25 +102,37 @@ def test_options_of_sampling():
     model = chatting()
     seen = []
     model.sample_many = lambda prompts, **options: seen.append(options) or [[prompts[0][0]]]
-    length = model.packer().num_tokens(model.conversation_format().prompt_of([ASKED]))
     model.chat([ASKED], max_new_tokens=7, text_temperature=0.0, stop_ids=[5])
     model.chat([ASKED], max_length=9)
     model.chat([ASKED], options=SamplingOptions(max_length=11, stop_ids=[3]), cache_kv=False)
     end, eos = model.tokenizer.encode("<|im_end|></s>").tolist()
-    common = dict(cache_kv=True, progress=False, options=None)
-    assert seen[0] == common | dict(text_temperature=0.0, stop_ids=[5, eos, end], max_length=length + 7)
+    common, unbounded = dict(cache_kv=True, progress=False, options=None), dict(max_length=2**31)
+    assert seen[0] == common | dict(text_temperature=0.0, stop_ids=[5, eos, end], **unbounded, max_new_tokens=7)
     assert seen[1] == common | dict(stop_ids=[eos, end], max_length=9)
     assert seen[2]["stop_ids"] == [3, eos]
     assert not seen[2]["cache_kv"]
     greedy = SamplingOptions(text_temperature=0.0)
-    for options, new in (({}, 1024), (dict(max_new_tokens=4), 4), (dict(max_new_tokens=4, max_length=9), 9 - length)):
+    both = dict(max_new_tokens=4, max_length=9)
+    for options, made in (
+        ({}, unbounded | dict(max_new_tokens=1024)),
+        (dict(max_new_tokens=4), unbounded | dict(max_new_tokens=4)),
+        (both, both),
+    ):
         model.chat([ASKED], options=greedy, **options)
-        assert seen.pop()["max_length"] == length + new
+        assert {name: seen[-1][name] for name in both} == made
     with pytest.raises(TypeError, match="temperature"):
         model.chat([ASKED], temperature=1.0)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         model.chat([ASKED], max_new_tokens=0)
     assert "text_temperature" in str(__import__("inspect").signature(ChatMethods.chat))
+
+
+def test_each_conversation_has_its_own_new_tokens():
+    """Counted behind its own prompt, whatever the others are."""
+    model, longer = chatting(), [ASKED, {"role": "assistant", "content": "A sneaker."}, ASKED]
+    asked = dict(max_new_tokens=5, text_temperature=0.0, allowed_modalities=())
+    together = model.chat_many([[ASKED], longer], **asked)
+    assert together == [model.chat(messages, **asked) for messages in ([ASKED], longer)]
 
 
 def test_a_plan_or_a_forced_picture():

@@ -48,6 +48,7 @@ SHAPES += [((1, 1, 1, 1), ValueError), ((None,), ValueError), ((True, 2), ValueE
 
 REFUSED = {
     "max_length": [*INTS, NONE],
+    "max_new_tokens": INTS,
     "stop_ids": [
         *[(value, TypeError) for value in (3, "3", b"3", torch.ones(1), [1.0], [True], [None], None, {1: 2})],
         *[(value, ValueError) for value in ([4], [-1], [0, 99])],
@@ -100,6 +101,7 @@ REFUSED = {
 # values at the very edges of what is refused, and options that say the same in another way
 TAKEN = {
     "max_length": [(4, dict(max_length=np.int32(4))), (np.int64(9), dict(max_length=9))],
+    "max_new_tokens": [(None, {}), (np.int64(2), dict(max_new_tokens=2))],
     "stop_ids": [
         ([], {}),
         ((0,), dict(stop_ids=[0])),

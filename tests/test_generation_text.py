@@ -9,6 +9,7 @@ from generation_models import (
     GREEDY,
     IMAGE,
     LINE,
+    WRITES,
     assert_same,
     build,
     drawn,
@@ -766,3 +767,19 @@ def test_log_of_a_share_is_a_logit():
     assert naive_distribution(row, {0, 1, 3}, replace(EVERYTHING, text_top_k=2)) == pytest.approx([2 / 3, 1 / 3, 0, 0])
     squared = replace(EVERYTHING, text_temperature=0.5)
     assert naive_distribution(row, range(4), squared) == pytest.approx([16 / 22, 4 / 22, 1 / 22, 1 / 22])
+
+
+def test_new_tokens_are_counted_behind_each_prompt():
+    """The same as a length of its own for each prompt, and no more than `max_length`."""
+    model, prompts = build(push=WRITES), [text(1), text(*[2] * 9), [text(3), latents(LINE, 2)]]
+    for most in (7, 200):
+        options = dict(text_temperature=0.0, max_new_tokens=most, max_length=40, allowed_modalities=())
+        samples = model.sample_many(prompts, **options)
+        for sample, prompt in zip(samples, prompts, strict=True):
+            with pytest.warns(UserWarning, match="more than max_length"):
+                given = len(slots_of(model, model.sample(prompt, max_length=1)))
+            expected = model.sample(prompt, **options | dict(max_new_tokens=None, max_length=min(40, given + most)))
+            assert_same(sample, expected)
+            assert len(slots_of(model, sample)) == min(40, given + most)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        model.sample(text(1), max_new_tokens=0)

@@ -15,12 +15,13 @@ from transfusion_pytorch.generation.options import (
     checks_itself,
     takes_sampling_options,
 )
-from transfusion_pytorch.sequence.checks import check_int, check_type
+from transfusion_pytorch.sequence.checks import check_type
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MOST_TOKENS = 1024  # of an answer
+UNBOUNDED = 2**31  # tokens of a conversation: how many a model takes is known to its user
 
 
 class ChatMethods:
@@ -69,7 +70,6 @@ class ChatMethods:
         messages: Messages,
         *,
         format: ConversationFormat | None = None,
-        max_new_tokens: int | None = None,
         cache_kv: bool = True,
         progress: bool = False,
         options: SamplingOptions | None = None,
@@ -88,7 +88,7 @@ class ChatMethods:
         Raises `ValueError`, `TypeError` or `FileNotFoundError` that names the message and the part at fault, also for a
         broken image.
         """
-        given: dict[str, Any] = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
+        given: dict[str, Any] = dict(format=format, cache_kv=cache_kv, progress=progress)
         return self._answers([messages], options, keywords, **given)[0]
 
     @takes_sampling_options
@@ -98,17 +98,16 @@ class ChatMethods:
         conversations: Sequence[Messages],
         *,
         format: ConversationFormat | None = None,
-        max_new_tokens: int | None = None,
         max_batch: int = MAX_BATCH,
         cache_kv: bool = True,
         progress: bool = False,
         options: SamplingOptions | None = None,
         **keywords: "Unpack[SamplingKeywords]",
     ) -> list[dict[str, Any]]:
-        """Answers any number of conversations, up to `max_batch` of them at once, each as `chat` does. `max_new_tokens`
-        are those behind the longest of them. Errors name the conversation too.
+        """Answers any number of conversations, up to `max_batch` of them at once, each as `chat` does. Errors name the
+        conversation too.
         """
-        given: dict[str, Any] = dict(format=format, max_new_tokens=max_new_tokens, cache_kv=cache_kv, progress=progress)
+        given: dict[str, Any] = dict(format=format, cache_kv=cache_kv, progress=progress)
         return self._answers(conversations, options, keywords, max_batch=max_batch, **given)
 
     def _answers(
@@ -118,7 +117,6 @@ class ChatMethods:
         keywords: Any,
         *,
         format: ConversationFormat | None,
-        max_new_tokens: int | None,
         **batching: Any,
     ) -> list[dict[str, Any]]:
         if not conversations:
@@ -131,10 +129,9 @@ class ChatMethods:
         prompts = [_prompt_of(format, conversations, i) for i in range(len(conversations))]
         keywords["stop_ids"] = [*given.stop_ids, *(id for id in format.stop_ids if id not in given.stop_ids)]
         has_length = "max_length" in keywords or given.max_length != SamplingOptions.max_length
-        if max_new_tokens is not None or not has_length:
-            new = check_int(MOST_TOKENS if max_new_tokens is None else max_new_tokens, "max_new_tokens")
-            longest = max(map(model.packer().num_tokens, prompts)) + new
-            keywords["max_length"] = min(longest, given.max_length) if has_length else longest
+        if not has_length:
+            new = MOST_TOKENS if given.max_new_tokens is None else given.max_new_tokens
+            keywords |= dict(max_length=UNBOUNDED, max_new_tokens=new)
         samples = model.sample_many(prompts, options=options, **batching, **keywords)
         has_first = {io.spec.type: has_channels_first(io) for io in self.modalities}
         return [

@@ -23,6 +23,7 @@ class SamplingKeywords(TypedDict, total=False):
     """The fields of `SamplingOptions` as keywords, for type checkers and editors."""
 
     max_length: int
+    max_new_tokens: int | None
     stop_ids: Sequence[int]
     logits_processors: Sequence[LogitsProcessor]
     text_repetition_penalty: float
@@ -79,6 +80,7 @@ class SamplingOptions:
       a plan) is generated even beyond it, and a longer prompt comes back as it is. Nothing before the cut depends on
       the length, but for shapes that could never fit, which are not written unless `max_modality_tokens` is set: given
       back as a prompt, the sample continues there
+    - `max_new_tokens`: the same bound, counted from the end of the prompt; the smaller of both holds
     - `stop_ids`: text ids that end the sample
 
     Text, applied in this order; all filters act on the model's own distribution, before the temperature:
@@ -126,6 +128,7 @@ class SamplingOptions:
     """
 
     max_length: int = 2048
+    max_new_tokens: int | None = None
     stop_ids: Sequence[int] = ()
     logits_processors: Sequence[LogitsProcessor] = ()
     text_repetition_penalty: float = 1.0
@@ -157,7 +160,7 @@ class SamplingOptions:
     def __post_init__(self):
         for name in ("max_length", "modality_steps"):
             self._set(name, check_int(getattr(self, name), name))
-        for name in ("max_modality_tokens", "text_top_k"):
+        for name in ("max_new_tokens", "max_modality_tokens", "text_top_k"):
             if getattr(self, name) is not None:
                 self._set(name, check_int(getattr(self, name), name))
         if self.modality_steps > MOST_STEPS:

@@ -4,6 +4,7 @@ v vocabulary, n ids.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from math import nan, prod
 
@@ -179,6 +180,10 @@ class RequestState:
         self.events.clear()  # a prompt is no news
         opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
         self.num_prompted = self.length + len(opening)
+        if (new := self.options.max_new_tokens) is not None:
+            most = min(self.options.max_length, self.num_prompted + new)
+            self.options = replace(self.options, max_length=most)
+            self.grammar = _grammar(self.options, self.model)
         if opening:
             self._open(opening)
         else:
