@@ -96,6 +96,7 @@ REFUSED = {
         *[(value, ValueError) for value in ([], [torch.Generator()] * 3)],
     ],
     "return_unprocessed_modalities": [("yes", TypeError), (1, TypeError), NONE],
+    "return_without_prompt": [(value, TypeError) for value in (1, "yes", None)],
 }
 
 # values at the very edges of what is refused, and options that say the same in another way
@@ -173,6 +174,7 @@ TAKEN = {
     "modality_mask": [(None, {})],
     "generator": [(torch.Generator(), dict(generator=it)) for it in ([torch.Generator()], (torch.Generator(),))],
     "return_unprocessed_modalities": [(True, {}), (False, {})],
+    "return_without_prompt": [(True, dict(return_without_prompt=True)), (False, {})],
 }
 DRAWING = {"modality_steps", "time_shift", "odeint_kwargs", "init_modality_noise", "return_unprocessed_modalities"}
 DRAWING |= {"cfg_scale", "modality_cfg_scale", "cfg_interval", "cfg_rescale"}

@@ -12,6 +12,8 @@ from generation_models import (
     build,
     drawn,
     latents,
+    noise,
+    num_given,
     options_over,
     parts_of,
     shapes_of,
@@ -225,3 +227,20 @@ def test_a_prompt_of_full_length_comes_back():
     assert shapes_of(model.sample(text(1, 2, 3), **options_with(max_length=4))) == [[4, 1, 2, 3]]
     longer = model.sample_many([text(1, 2, 3), text(1)], **options_with(max_length=4))
     assert [len(slots_of(model, sample)) <= 4 for sample in longer] == [True, True]
+
+
+@pytest.mark.parametrize("prompt", [None, text(1, 2), [text(1), latents(LINE, 2)], [latents(LINE, 2), text(3)]])
+def test_a_sample_without_its_prompt_is_the_rest_of_it(prompt):
+    model = build(seed=3)
+    options = dict(plan=[("text", 3), (LINE, (2,)), ("text", 2)], text_temperature=0.0, log_probabilities=True)
+    options |= dict(modality_steps=1, init_modality_noise=noise())
+    whole, rest = (model.sample(prompt, **options, return_without_prompt=it) for it in (False, True))
+    given = num_given(model, prompt)
+    assert slots_of(model, rest) == slots_of(model, whole)[given:]
+    torch.testing.assert_close(drawn(rest)[-1], drawn(whole)[-1], atol=0, rtol=0)
+    assert len(drawn(rest)) == 1
+    assert rest.reason is whole.reason
+    for part, logarithms in zip(rest, rest.log_probabilities, strict=True):
+        assert logarithms is None if isinstance(part, tuple) else len(logarithms) == len(part)
+    every, last = (torch.cat([it for it in made.log_probabilities if it is not None]) for made in (whole, rest))
+    torch.testing.assert_close(last, every[len(every) - len(last) :], equal_nan=True)

@@ -161,16 +161,22 @@ def sample_of(request: RequestState) -> Sample:
     log_probabilities: list[Tensor | None] = []
     dtype = precise(request.model.dtype)
     numbers, start = iter(range(request.num_modalities)), 0  # of modalities, and of the first id of a text
+    left_out = request.num_prompted if request.options.return_without_prompt else 0  # tokens to come
     for piece in merge_texts([*request.pieces, *as_text(request.ids)]):
         if isinstance(piece, Modality):
-            parts.append((piece.type, request.shown[next(numbers)].detach().clone().to(device)))
-            log_probabilities.append(None)
+            number, size = next(numbers), request.num_tokens(piece.type, piece.shape)
+            if not left_out:
+                parts.append((piece.type, request.shown[number].detach().clone().to(device)))
+                log_probabilities.append(None)
+            left_out = max(0, left_out - size)
             continue
-        parts.append(piece.ids.clone().to(device))
-        if chosen is not None:
-            stop = start + len(piece.ids)
-            log_probabilities.append(torch.tensor(chosen[start:stop], device=device, dtype=dtype))
-            start = stop
+        skipped, stop = min(left_out, len(piece.ids)), start + len(piece.ids)
+        if skipped < len(piece.ids):
+            parts.append(piece.ids[skipped:].clone().to(device))
+            if chosen is not None:
+                made = chosen[start + skipped : stop]
+                log_probabilities.append(torch.tensor(made, device=device, dtype=dtype))
+        left_out, start = left_out - skipped, stop
     return Sample(
         parts,
         reason=request.reason or EndReason.CANCELLED,

@@ -51,6 +51,7 @@ class SamplingKeywords(TypedDict, total=False):
     modality_mask: Tensor | None
     generator: Any
     return_unprocessed_modalities: bool
+    return_without_prompt: bool
 
 
 def checks_itself(method: Method) -> Method:
@@ -122,6 +123,7 @@ class SamplingOptions:
     - `modality_mask`: booleans of the latents' axial shape: True is generated, False is kept from `init_modality`
 
     `return_unprocessed_modalities`: return latents that are not decoded, also those of the prompt.
+    `return_without_prompt`: return only what comes behind the prompt and its markers.
 
     `generator`: the seed of a request is drawn from it, and all random numbers of the request follow from that seed;
     for many prompts a list with one for each, or one for all. A sample does not depend on the others in the batch.
@@ -156,6 +158,7 @@ class SamplingOptions:
     modality_mask: Tensor | None = None
     generator: Any = None
     return_unprocessed_modalities: bool = False
+    return_without_prompt: bool = False
 
     def __post_init__(self):
         for name in ("max_length", "modality_steps"):
@@ -181,7 +184,7 @@ class SamplingOptions:
                 "odeint_kwargs must be a dict of arguments of torchdiffeq.odeint, such as dict(method='euler'), got "
                 f"{type(self.odeint_kwargs).__name__}"
             )
-        for name in ("return_unprocessed_modalities", "log_probabilities"):
+        for name in ("return_unprocessed_modalities", "return_without_prompt", "log_probabilities"):
             check_bool(getattr(self, name), name)
         if self.init_modality is None and (self.strength != 1 or self.modality_mask is not None):
             name = "strength" if self.strength != 1 else "modality_mask"

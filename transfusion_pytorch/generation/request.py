@@ -97,8 +97,7 @@ class RequestState:
         self.error: BaseException | None = None
         self.deadline: float | None = None
         self.is_cancelled = False
-        self.cache_tokens = 0
-        self.num_prompted = 0
+        self.cache_tokens = self.num_prompted = 0
         self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
         self._num_buffered = 0
@@ -131,12 +130,12 @@ class RequestState:
         options, parts = self.options, list(self.plan.parts[self.part :])
         most = self.length - self.part_length  # where the text under way began
         if self.denoising is not None:
-            most += self._num_tokens(self.denoising.type, self.denoising.shape) + 1
+            most += self.num_tokens(self.denoising.type, self.denoising.shape) + 1
             parts = parts[isinstance(self._planned, ModalityPart) :]
         for part in parts:
             if isinstance(part, ModalityPart):
                 opening = len(self.vocabulary.opening(part.type, part.shape))
-                most += opening + self._num_tokens(part.type, part.shape) + 1
+                most += opening + self.num_tokens(part.type, part.shape) + 1
             else:
                 room = options.max_length if part.most is None else most + part.most
                 most = max(most, min(options.max_length, room))
@@ -163,9 +162,8 @@ class RequestState:
             made = processor(ids, logits.clone())
             if not isinstance(made, Tensor) or made.shape != logits.shape or made.is_complex():
                 came = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-                kind = "complex ones of " if isinstance(made, Tensor) and made.is_complex() else ""
-                expected = tuple(logits.shape)
-                raise ValueError(f"a logits processor must return logits of shape {expected}, got {kind}{came}")
+                came = f"complex ones of {came}" if isinstance(made, Tensor) and made.is_complex() else came
+                raise ValueError(f"a logits processor must return logits of shape {tuple(logits.shape)}, got {came}")
             logits = made.to(logits)
         return logits
 
@@ -181,8 +179,7 @@ class RequestState:
         opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
         self.num_prompted = self.length + len(opening)
         if (new := self.options.max_new_tokens) is not None:
-            most = min(self.options.max_length, self.num_prompted + new)
-            self.options = replace(self.options, max_length=most)
+            self.options = replace(self.options, max_length=min(self.options.max_length, self.num_prompted + new))
             self.grammar = _grammar(self.options, self.model)
         if opening:
             self._open(opening)
@@ -361,7 +358,7 @@ class RequestState:
     def _try_to_draw(self, modality: int, shape: Shape | None) -> None:
         if shape is None:
             self.end(EndReason.SHAPE)
-        elif self.length + self._num_tokens(modality, shape) + 1 > self.options.max_length:
+        elif self.length + self.num_tokens(modality, shape) + 1 > self.options.max_length:
             self.end(EndReason.LENGTH)
         else:
             self.draw(modality, shape)
@@ -392,7 +389,7 @@ class RequestState:
         ids = [token for piece in begin if isinstance(piece, Text) for token in piece.ids.tolist()]
         return Branch(ids=[*ids, *vocabulary.opening(modality, shape).tolist()])
 
-    def _num_tokens(self, modality: int, shape: Shape) -> int:
+    def num_tokens(self, modality: int, shape: Shape) -> int:
         return prod(self.model.modalities[modality].token_shape(shape))
 
     def _show(self, modality: int, latents: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -430,7 +427,7 @@ class RequestState:
             return
         self.pieces += [*as_text(self.ids), piece]
         self.ids = []
-        self.length += self._num_tokens(piece.type, piece.shape)
+        self.length += self.num_tokens(piece.type, piece.shape)
         self.num_modalities += 1
         self.branch.append(piece)
         if self.without_text is not None:
