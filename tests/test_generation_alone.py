@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from generation_models import IMAGE, LINE, VECTOR, VIDEO, build, noise
+from generation_models import IMAGE, LINE, VECTOR, VIDEO, WRITES, build, noise
 from torchdiffeq import odeint
 
-from transfusion_pytorch import UNetDown, UNetUp
+from transfusion_pytorch import Latents, UNetDown, UNetUp
 from transfusion_pytorch.generation import resolve
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.sampler import SamplingColumns, keep_min_p, sample_tokens
-from transfusion_pytorch.sequence.samples import Modality
+from transfusion_pytorch.sequence.samples import Modality, TypedModality
 
 
 def choose(logits, allowed, *, temperature=1.0, min_p=0.0):
@@ -91,6 +91,53 @@ def test_modalities_of_a_batch_do_not_see_each_other(monkeypatch):
     monkeypatch.setattr(resolve, "normal", lambda *seed_and_shape: next(waiting))
     batch = model.generate_modality_only(3, **options)
     torch.testing.assert_close(batch, torch.cat(alone), atol=1e-9, rtol=0)
+
+
+def test_options_of_what_is_made_alone_may_come_by_position():
+    """In the order of the signatures: first what one cannot do without."""
+    model, ids = build(), torch.tensor([[1, 2]])
+    seeded = [dict(generator=torch.Generator().manual_seed(1)) for _ in range(4)]
+    written = model.generate_text_only(ids, 12, 0.5, 0.3, False, **seeded[0])
+    named = dict(prompt=ids, seq_len=12, temperature=0.5, min_p=0.3, cache_kv=False)
+    assert torch.equal(written, model.generate_text_only(**named, **seeded[1]))
+    drawn = model.generate_modality_only(2, LINE, (3,), 2, **seeded[2])
+    named = dict(batch_size=2, modality_type=LINE, fixed_modality_shape=(3,), modality_steps=2)
+    assert torch.equal(drawn, model.generate_modality_only(**named, **seeded[3]))
+
+
+def test_the_length_of_a_sample_may_come_second_without_its_name():
+    model, ids = build(push=dict(WRITES)), torch.tensor([1])
+    options = dict(text_temperature=0.0, options=SamplingOptions(max_length=30))
+    assert len(model.sample(ids, 9, **options)[0]) == 9
+    assert [len(sample[0]) for sample in model.sample_many([ids, None], 9, **options)] == [9, 9]
+    *_, ended = model.sample_stream(ids, 9, **options)
+    assert len(ended.sample[0]) == 9
+    assert len(model.sample_one(ids, **options)[0]) == 30  # that of the options
+    assert len(model.sample(max_length=7, prompt=ids, **options)[0]) == 7
+
+
+def test_modality_alone_begins_from_whatever_a_sample_may_begin_from():
+    model = build(modality_default_shape=((), (2,), (2, 2), (1, 1, 2)))
+    image = torch.randn(2, 3, 1, dtype=torch.float64)
+    options = dict(strength=0.5, modality_steps=2, init_modality_noise=noise())
+    expected = model.generate_modality_only(2, IMAGE, init_modality=image, **options)
+    assert expected.shape == (2, 2, 3, 1)
+    for init in ((IMAGE, image), [IMAGE, image], Latents(IMAGE, image), TypedModality(IMAGE, image)):
+        assert torch.equal(model.generate_modality_only(2, IMAGE, init_modality=init, **options), expected)
+
+
+class Doubles(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_latents_that_modality_alone_begins_from_are_not_encoded_again():
+    model = build(dim_latent=1, modality_num_dim=2, modality_encoder=Doubles())
+    image = torch.randn(2, 3, 1, dtype=torch.float64)
+    options = dict(strength=0.5, modality_steps=2, init_modality_noise=noise())
+    encoded = model.generate_modality_only(init_modality=Latents(0, 2 * image), **options)
+    assert torch.equal(encoded, model.generate_modality_only(init_modality=image, **options))
+    assert not torch.equal(encoded, model.generate_modality_only(init_modality=Latents(0, image), **options))
 
 
 def test_modality_alone_takes_the_default_shape_and_the_users_channels():

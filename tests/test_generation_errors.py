@@ -5,6 +5,8 @@ import torch
 from generation_models import GREEDY, IMAGE, LINE, VECTOR, assert_same, build, latents, noise, text
 from torch import nn
 
+from transfusion_pytorch import Latents
+
 NAN, INFINITY = float("nan"), float("inf")
 META, SOM, EOM, FOUR, COMMA = 6, (7, 8, 9, 10), (11, 12, 13, 14), 19, 25  # ids of `build`
 
@@ -216,7 +218,8 @@ def test_shape_that_the_modules_around_do_not_take_is_refused():
         ([[1, 2]], TypeError, r"integer tensor \(b, n\), got list"),
         (torch.tensor([1, 2]), ValueError, r"a batch of text is \(b, n\), got shape \(2,\)"),
         (torch.ones(2, 0, dtype=torch.long), ValueError, r"a batch of text is \(b, n\), got shape \(2, 0\)"),
-        (torch.tensor([[1, 4]]), ValueError, "token id 4 is outside the vocabulary"),
+        (torch.tensor([[1, 4]]), ValueError, "prompt 0, position 1: token id 4 is outside the vocabulary"),
+        (torch.tensor([[1, 2], [3, 9]]), ValueError, "prompt 1, position 1: token id 9 is outside the vocabulary"),
         (torch.tensor([[-1]]), ValueError, "token id -1"),
     ],
 )
@@ -247,6 +250,19 @@ def test_option_of_text_alone_is_refused(idle, options, error):
         (dict(modality_type=4), ValueError, r"unknown modality type 4, this model has 4 \(from 0\)"),
         (dict(modality_type="image"), TypeError, "modality_type: a modality type is an int"),
         (dict(modality_type=LINE), ValueError, "modality 1 has no default shape"),
+        (
+            dict(modality_type=LINE, init_modality=(IMAGE, torch.ones(2, 2, 1))),
+            ValueError,
+            "init_modality is of type 2 and modality_type is 1: give modality_type=2, or a modality of type 1",
+        ),
+        (
+            dict(init_modality=Latents(LINE, torch.ones(2, 3))),
+            ValueError,
+            "init_modality is of type 1 and modality_type is 0",
+        ),
+        (dict(init_modality=(9, torch.ones(2))), ValueError, "init_modality: unknown modality type 9"),
+        (dict(init_modality=torch.tensor([1])), TypeError, "init_modality: modality 0 must be floating point"),
+        (dict(init_modality=[1, 2]), TypeError, r"init_modality: expected .* \(type, tensor\), got list"),
         (
             dict(modality_type=LINE, fixed_modality_shape=(2, 2)),
             ValueError,

@@ -22,7 +22,8 @@ from generation_models import (
 )
 from torch import nn
 
-from transfusion_pytorch import EndReason
+from transfusion_pytorch import EndReason, Sample
+from transfusion_pytorch.sequence.samples import TypedModality
 
 options_with = options_over(cfg_scale=2.0)
 
@@ -99,7 +100,10 @@ def test_markers_around_a_prompt_are_added_where_they_are_missing():
 def test_prompts_of_every_form_are_taken():
     model = build(dim_latent=(2, 3), modality_num_dim=None)
     x = torch.randn(3, 2, dtype=torch.float64)
-    for one, other in [(text(1), [text(1)]), (torch.tensor(1), [text(1)]), (x, [(0, x)]), (None, []), ((0, x), [x])]:
+    pairs = [(text(1), [text(1)]), (torch.tensor(1), [text(1)]), (x, [(0, x)]), (None, []), ((0, x), [x])]
+    pairs += [([None, text(1)], text(1)), ([text(1), None, x], [text(1), x]), (TypedModality(0, x), x)]
+    pairs += [(Sample([text(1), x], name="a"), [text(1), x]), (Sample(text(1)), text(1)), (Sample([None]), None)]
+    for one, other in pairs:
         for sample in model.sample_many([one, other], **options_with(max_length=20)):
             assert_same(sample, model.sample(one, **options_with(max_length=20)))
 
@@ -244,3 +248,25 @@ def test_a_sample_without_its_prompt_is_the_rest_of_it(prompt):
         assert logarithms is None if isinstance(part, tuple) else len(logarithms) == len(part)
     every, last = (torch.cat([it for it in made.log_probabilities if it is not None]) for made in (whole, rest))
     torch.testing.assert_close(last, every[len(every) - len(last) :], equal_nan=True)
+
+
+@pytest.mark.parametrize("channel_first", [False, True])
+def test_latents_that_come_back_are_not_encoded_again(channel_first):
+    """As a prompt and as a training sample; they are tuples with names."""
+    encoder, decoder = nn.Linear(2, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+    if channel_first:
+        encoder, decoder = (nn.Conv1d(*sizes, 1, dtype=torch.float64) for sizes in ((2, 3), (3, 2)))
+    model = build(
+        modality_encoder=(None, encoder, None, None),
+        modality_decoder=(None, decoder, None, None),
+        channel_first_latent=(False, channel_first, False, False),
+    )
+    options = dict(plan=[(LINE, (2,))], modality_steps=1, return_unprocessed_modalities=True)
+    first = model.sample(text(1), **options)
+    again = model.sample(first, **options)
+    assert (first[1].modality_type, first[1].tensor.shape) == (LINE, (3, 2) if channel_first else (2, 3))
+    assert isinstance(first[1], tuple)
+    torch.testing.assert_close(again[1].tensor, first[1].tensor)
+    assert torch.isfinite(model([first]))
+    shown = model.sample(first, plan=[("text", 1)])[1].tensor
+    torch.testing.assert_close(shown, decoder(first[1].tensor[None])[0].detach())

@@ -495,4 +495,4 @@ def test_editors_see_every_option():
         shown = inspect.signature(method).parameters
         assert all(field.name in shown for field in fields(SamplingOptions))
         assert not any(it.kind is inspect.Parameter.VAR_KEYWORD for it in shown.values())
-    assert list(inspect.signature(model.sample_stream).parameters)[:2] == ["prompt", "cache_kv"]
+    assert list(inspect.signature(model.sample_stream).parameters)[:3] == ["prompt", "max_length", "cache_kv"]

@@ -2,13 +2,14 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfusion_pytorch.sequence.prompts import Prompt, parse_prompt, split_unfinished_modality, without_text
-from transfusion_pytorch.sequence.samples import Modality, Text, mark, merge_texts
+from transfusion_pytorch.sequence.samples import Condition, Modality, Sample, Text, mark, merge_texts
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=60)
@@ -45,15 +46,33 @@ def split(*parts):
 # what is taken
 
 
-@pytest.mark.parametrize("prompt", [None, [], [None]])
+@pytest.mark.parametrize("prompt", [None, [], [None], [None, None], Sample([None]), Sample(None), Sample([])])
 def test_nothing_is_an_empty_prompt(prompt):
     assert parse_prompt(prompt, VOCABULARY, "prompt 0") == []
 
 
-@pytest.mark.parametrize("prompt", [[None, None], [None, ids(1)], [ids(1), None], [[None]]])
-def test_nothing_beside_or_inside_something_is_refused(prompt):
-    with pytest.raises(TypeError, match=r"^prompt 0, part \d: expected an integer tensor .* got (NoneType|list)"):
+@pytest.mark.parametrize("prompt", [[None, ids(1)], [ids(1), None], [None, ids(1), None], Sample([None, ids(1)])])
+def test_nothing_beside_something_is_left_out(prompt):
+    assert seen(parse_prompt(prompt, VOCABULARY, "prompt 0")) == [[1]]
+
+
+def test_parts_are_counted_as_the_caller_has_them():
+    with pytest.raises(ValueError, match=r"^prompt 0, part 2: token id 999 is outside the vocabulary"):
+        parse_prompt([None, ids(1), ids(999)], VOCABULARY, "prompt 0")
+    with pytest.raises(TypeError, match=r"^prompt 0, part 1: .* got ndarray"):
+        parse_prompt([None, np.ones(3)], VOCABULARY, "prompt 0")
+
+
+@pytest.mark.parametrize("prompt", [[[None]], [Condition(None)], [(0, None)]])
+def test_nothing_inside_something_is_refused(prompt):
+    with pytest.raises(TypeError, match=r"^prompt 0, part 0: expected an integer tensor .* got .*(NoneType|list)"):
         parse_prompt(prompt, VOCABULARY, "prompt 0")
+
+
+def test_a_sample_with_a_name_is_a_prompt():
+    for parts in (ids(1, 2), [ids(1, 2)], [ids(1), ids(2)]):
+        plain, named = (parse_prompt(it, VOCABULARY, "prompt 0") for it in (parts, Sample(parts, name="a", weight=2.0)))
+        assert seen(named) == seen(plain)
 
 
 @pytest.mark.parametrize("part", [torch.tensor(7), ids(7), ids(7)[None], ids(7).int()])

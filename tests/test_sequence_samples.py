@@ -1,6 +1,7 @@
 """What users write becomes pieces, or an error that says where, what was expected and what came."""
 
 import copy
+import pickle
 from itertools import pairwise
 
 import numpy
@@ -14,13 +15,16 @@ from transfusion_pytorch.sequence.samples import (
     Modality,
     ModalitySpec,
     Text,
+    TypedModality,
     check_finite,
     check_ids,
     check_text_batch,
     find_openings,
+    is_typed,
     mark,
     merge_texts,
     parse_batch,
+    parse_sample,
     parse_samples,
     strip_markers,
 )
@@ -183,6 +187,46 @@ def test_a_batch_of_ids_is_a_text_in_each_row():
         assert [seen(sample) for sample in parse_batch(ids.to(dtype), 0, 1, 5)] == [[[1, 2]], [[3, 4]]]
 
 
+def test_rows_of_ids_are_padded_at_their_end():
+    for ignored in (-1, -7):
+        ids = torch.tensor([[1, 2, 3], [1, 2, ignored], [4, ignored, ignored], [0, 0, 0]])
+        parsed = parse_batch(ids, 0, 1, 5, ignored)
+        assert [seen(sample) for sample in parsed] == [[[1, 2, 3]], [[1, 2]], [[4]], [[0, 0, 0]]]
+        assert torch.equal(ids[1], torch.tensor([1, 2, ignored]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 2], [-1, -1]], "sample 1 is empty: all of its ids are -1, which is padding; leave it out"),
+        ([[1, 2, 3], [1, -1, 2]], r"sample 1, position 1: -1 \(ignore_index\) is padding, .* only at the end of a row"),
+        ([[-1, 2]], r"sample 0, position 0: -1 \(ignore_index\) is padding"),
+        ([[1, -1, -1], [1, 9, -1]], "sample 1, position 1: token id 9 is outside the vocabulary, expected 0 to 4"),
+        ([[1, -2], [1, 2]], "sample 0, position 1: token id -2 is outside the vocabulary"),
+    ],
+)
+def test_padding_anywhere_else_is_refused(rows, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse_batch(torch.tensor(rows), 0, 1, 5)
+
+
+def test_a_part_with_names_is_a_part_like_any_other():
+    image = torch.randn(2, 4)
+    part = TypedModality(1, image)
+    assert isinstance(part, tuple)
+    modality, tensor = part
+    assert (modality, part.modality_type, len(part)) == (1, 1, 2)
+    assert part.tensor is tensor is image
+    assert is_typed(part)
+    for sample, is_learned in ((part, True), ([part], True), ([Condition(part)], False)):
+        [piece] = parse_sample(sample, 2, "sample 0")
+        assert (piece.type, piece.is_learned) == (1, is_learned)
+        assert torch.equal(piece.tensor, image)
+    for copied in (copy.deepcopy(part), pickle.loads(pickle.dumps(part)), part._replace(modality_type=0)):
+        assert type(copied) is TypedModality
+        assert torch.equal(copied.tensor, image)
+
+
 def test_a_batch_of_floats_is_an_instance_in_each_row():
     batch = torch.randn(3, 2, 4)
     parsed = parse_batch(batch, 1, 2, 5)
@@ -198,7 +242,7 @@ def test_a_batch_of_floats_is_an_instance_in_each_row():
         (torch.rand(2, 4), 2, ValueError, "sample 0: unknown modality type 2, this model has 2"),
         (torch.tensor([1, 2]), 0, ValueError, r"a batch of text is \(b, n\), got shape \(2,\)"),
         (torch.zeros(2, 0, dtype=torch.long), 0, ValueError, r"a batch of text is \(b, n\), got shape \(2, 0\)"),
-        (torch.tensor([[1, 10]]), 0, ValueError, "text: token id 10 is outside the vocabulary, expected 0 to 9"),
+        (torch.tensor([[1, 10]]), 0, ValueError, "sample 0, position 1: token id 10 is outside .* 0 to 9"),
         (torch.tensor([[True]]), 0, TypeError, "a batch of text is an integer tensor .* got torch.bool"),
         (torch.ones(1, 2) * 1j, 0, TypeError, "a batch of text is an integer tensor .* got torch.complex64"),
     ],
@@ -225,6 +269,8 @@ def test_ids_are_held_to_the_vocabulary():
             check_ids(torch.tensor([3, wrong, 99]), 10, "here")
     with pytest.raises(ValueError, match="outside the vocabulary, which has no text"):
         check_ids(torch.tensor([0]), 0, "here")
+    with pytest.raises(ValueError, match=r"^row 1, position 2: token id 10 is outside the vocabulary"):
+        check_ids(torch.tensor([[3, 4, 5], [6, 7, 10], [-1, 10, 3]]), 10, "row")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

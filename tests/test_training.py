@@ -1,16 +1,19 @@
 """What trains: losses and their means over processes, data loading, the moving average; and what a model can tell."""
 
+import copy
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from checks import TYPECHECK
+from checks import TYPECHECK, no_typecheck
 from tiny import CHANNELS, NUM_TEXT, awake, ragged_batch, tiny
 from torch import nn, tensor
 
 import transfusion_pytorch
 from transfusion_pytorch import (
+    Batch,
     Sample,
     UNetDown,
     UNetUp,
@@ -52,7 +55,7 @@ def test_parts_are_combined_by_their_weights():
         flow={0: error_sum(8.0, 2.0), 2: error_sum(5.0, 1.0)},
         velocity={2: error_sum(4.0, 4.0)},
         recon={},
-        weights=LossWeights(text=0.5, flow=(1.0, 7.0, 2.0), velocity=10.0, recon=100.0),
+        weights=LossWeights(text=0.5, flow=(1.0, 7.0, 2.0), velocity=(20.0, 30.0, 10.0), recon=(100.0,) * 3),
     )
     assert parts.text == 3
     assert parts.flow.tolist() == [4, 0, 5]
@@ -93,6 +96,19 @@ def test_a_data_loader_shuffles_if_asked_and_passes_its_options_on():
     assert len(set(ids)) == 4
 
 
+def test_a_data_loader_takes_what_makes_its_batches():
+    """As torch's own does: by position, with a `collate_fn`, and with a `batch_sampler` in place of a size."""
+    model = awake(tiny())
+    for create in (model.create_dataloader, create_dataloader):
+        packed = list(create(Counted(), 2, False, collate_fn=model.packer()))
+        assert all(isinstance(batch, Batch) for batch in packed)
+        assert [len(batch) for batch in packed] == [2, 2, 1]
+        plain = list(create(Counted(), 2))
+        assert torch.equal(model(packed[0], return_loss=False), model(plain[0], return_loss=False))
+        chosen = create(Counted(), batch_sampler=[[4, 0], [1]])
+        assert [[sample[0].item() for sample in batch] for batch in chosen] == [[4, 0], [1]]
+
+
 def test_a_list_of_samples_is_a_dataset():
     (batch,) = create_dataloader([[tensor([1])], [tensor([2])]])
     assert batch == [[tensor([1])], [tensor([2])]]
@@ -127,6 +143,7 @@ def test_the_average_lies_between_the_old_and_the_new_weights():
 
 def test_the_default_average_remembers_a_hundred_steps():
     assert tiny().create_ema().beta == create_ema(tiny()).beta == 0.99
+    assert tiny().create_ema(0.5).beta == create_ema(tiny(), 0.5).beta == 0.5
 
 
 def test_an_average_shares_frozen_autoencoders_and_saves_them_once():
@@ -175,6 +192,51 @@ def test_an_average_samples_as_its_model_does():
     for parameter in model.parameters():
         parameter.data.mul_(0.5)
     assert torch.equal(ema.generate_modality_only(1, init_modality_noise=noise), before)
+
+
+@pytest.mark.parametrize("includes_model", [False, True])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+def test_an_average_can_be_copied_and_pickled(again, includes_model):
+    """It goes on as the average of a copy of its model; both are other objects than before."""
+    encoder = nn.Linear(3, 3)
+    model = tiny(modality_encoder=(encoder, None), modality_default_shape=(2,))
+    options = dict(update_after_step=0, update_every=1, include_online_model=includes_model)
+    ema = model.create_ema(beta=0.5, **options)
+    ema.update()
+    model.to_logits.weight.data.add_(1.0)
+    copied = again(ema)
+    assert type(copied) is type(ema)
+    assert copied.model is not model
+    assert copied.ema_model is not ema.ema_model
+    assert copied.ema_model.modalities[0].encoder is copied.model.modalities[0].encoder is not encoder
+    for each in (ema, copied):
+        each.update()
+        each.model.to_logits.weight.data.add_(1.0)
+        each.update()
+    assert copied.step == ema.step
+    for name, tensor_ in ema.state_dict().items():
+        assert torch.equal(tensor_, copied.state_dict()[name]), name
+    options = dict(max_length=12, text_temperature=0.0)
+    assert repr(copied.sample(tensor([1]), **options)) == repr(ema.sample(tensor([1]), **options))
+    before = repr(copied.sample(tensor([1]), text_temperature=0.0, max_length=12))
+    for parameter in ema.ema_model.parameters():
+        parameter.data.zero_()
+    assert repr(copied.sample(tensor([1]), text_temperature=0.0, max_length=12)) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(beta=1.5), ValueError, "beta must be at least 0 and at most 1, got 1.5"),
+        (dict(beta="a"), TypeError, "beta must be a number, got 'a'"),
+        (dict(update_every=0), ValueError, "update_every must be at least 1, got 0"),
+        (dict(update_after_step=-1), ValueError, "update_after_step must be at least 0, got -1"),
+    ],
+)
+@no_typecheck
+def test_an_average_of_nothing_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        tiny().create_ema(**options)
 
 
 def test_an_average_gives_losses_and_takes_no_gradient():
@@ -246,6 +308,10 @@ def test_a_modality_tells_what_it_is():
     for unknown in (2, -1, None):
         with pytest.raises(ValueError, match=f"unknown modality type {unknown}, this model has 2"):
             model.get_modality_info(unknown)
+    if not TYPECHECK:
+        with pytest.raises(TypeError, match="modality_type: a modality type is an int, got 'image'"):
+            model.get_modality_info("image")
+    assert model.get_all_modality_info() == [image, vector]
 
 
 def test_muon_is_for_the_hidden_matrices_of_the_trunk():

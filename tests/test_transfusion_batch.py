@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import TYPECHECK
+from checks import TYPECHECK, no_typecheck
 from tiny import NUM_TEXT, Spy, awake, latents_of, layout, noise_of, ragged_batch, targets, tiny
 from torch import nn, tensor
 from torch.utils.data import DataLoader
@@ -120,6 +120,42 @@ def test_a_span_budget_keeps_the_shape(model):
     with pytest.raises(ValueError, match="the batch has 21 modalities, more than the span budget of 20"):
         pack([[(1, torch.randn(2))] * 21])
     assert model.packer(token_budget=128)([[(1, torch.randn(2))] * 15]).stream.num_modulations == 16
+
+
+@pytest.mark.parametrize(
+    ("budgets", "error", "message"),
+    [
+        (dict(span_budget=1), ValueError, "span_budget goes with a token_budget"),
+        (dict(token_budget=128, span_budget=0), ValueError, "span_budget must be at least 1, got 0"),
+        (dict(token_budget=0), ValueError, "token_budget must be at least 1, got 0"),
+        (dict(token_budget=64.0), TypeError, "token_budget must be an int, got 64.0"),
+    ],
+)
+@no_typecheck
+def test_budgets_are_checked_at_once(model, budgets, error, message):
+    with pytest.raises(error, match=message):
+        model.packer(**budgets)
+
+
+class Square:
+    """A parser of shapes that can be neither copied nor pickled."""
+
+    def __call__(self, written):
+        return int(written), int(written)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("stays where it is")
+
+
+def test_packing_leaves_parsers_of_shapes_behind():
+    def local(written):
+        return int(written), int(written)
+
+    for parser in (lambda written: (1, int(written)), local, Square(), (None, local)):
+        model = awake(tiny(to_modality_shape_fn=parser))
+        batch = pickle.loads(pickle.dumps(model.packer()))(ragged_batch())
+        assert torch.equal(model(batch, return_loss=False), model(ragged_batch(), return_loss=False))
+        assert model.modalities[1].spec.parse_shape("3")[1] == 3  # the model still has it
 
 
 def test_padded_batches_have_one_shape(model):
@@ -336,7 +372,11 @@ def test_labels_are_shifted_inside(model, ignored):
         (torch.zeros(2, 4, dtype=torch.long), ValueError, r"of the shape of the batch, \(2, 5\), got .*\(2, 4\)"),
         (torch.ones(2, 5).bool(), ValueError, r"labels are ids"),
         (torch.zeros(2, 5), ValueError, r"labels are ids"),
-        (torch.full((2, 5), 999), ValueError, r"labels: token id 999 is outside the vocabulary"),
+        (
+            torch.full((2, 5), 999),
+            ValueError,
+            r"labels of sample 0, position 0: token id 999 is outside the vocabulary",
+        ),
     ],
 )
 def test_labels_that_are_none_are_refused(model, labels, error, message):
@@ -344,6 +384,66 @@ def test_labels_that_are_none_are_refused(model, labels, error, message):
         model(torch.randint(NUM_TEXT, (2, 5)), labels=labels)
     with pytest.raises(TypeError, match="labels go with a batch of ids"):
         model([[tensor([1, 2])]], labels=labels)
+
+
+@pytest.mark.parametrize("ignored", [-1, -7])
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_at_the_end_of_a_row_changes_nothing(ignored, training):
+    model = awake(tiny(ignore_index=ignored)).train(training)
+    rows = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+    ids = tensor([row + [ignored] * (5 - len(row)) for row in rows])
+    before = ids.clone()
+    plain = model.packer(adds_markers=False)([[tensor(row)] for row in rows])
+    for given in (ids, model.packer()(ids)):
+        batch = model._as_batch(given)
+        assert batch.stream.token.tolist() == [id for row in rows for id in row]
+        assert batch.stream.lengths == (4, 2, 3)
+        assert torch.equal(model(given), model(plain))
+        assert model.count_targets(given).text == 3 + 1 + 2
+        logits = model(given, return_loss=False)
+        assert torch.equal(logits, model(plain, return_loss=False))
+        assert logits.shape[:2] == (3, 4)
+    counts = model.count_targets(ids)
+    one_by_one = sum(model(tensor([row]), counts=counts) for row in rows)
+    torch.testing.assert_close(model(ids), one_by_one, **EXACT)
+    torch.testing.assert_close(model(ids, reduction="none").text, model(plain, reduction="none").text, **EXACT)
+    assert torch.equal(ids, before)
+
+
+@pytest.mark.parametrize("ignored", [-1, -100])
+def test_labels_of_padding_are_none(model, ignored):
+    ids = tensor([[1, 2, 3, 4], [5, 6, -1, -1]])
+    labels = tensor([[ignored, 9, ignored, 4], [5, 8, ignored, ignored]])
+    expected = sum(
+        model(tensor([row]), labels=tensor([of_row]), counts=model.count_targets(ids, labels=labels))
+        for row, of_row in (([1, 2, 3, 4], labels[0].tolist()), ([5, 6], [5, 8]))
+    )
+    torch.testing.assert_close(model(ids, labels=labels), expected, **EXACT)
+    assert model.count_targets(ids, labels=labels).text == 3
+    labels[1, 2] = 7
+    with pytest.raises(ValueError, match="labels of sample 1: its ids are padding from position 2 on, where labels"):
+        model(ids, labels=labels)
+
+
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_losses_of_samples_over_given_counts_add_up(model, has_teacher):
+    """Under `TYPECHECK`, too: one row of counts serves all samples."""
+    samples, options = ragged_batch(), dict(times=0.25)
+    if has_teacher:
+        options |= dict(velocity_consistency_ema_model=awake(tiny(), 0.1), velocity_consistency_delta_time=0.25)
+    counts = model.count_targets(samples, times=0.25)
+
+    def parts(**given):
+        generator = torch.Generator().manual_seed(1)
+        given = dict(return_breakdown=True) | given
+        made = model(samples, counts=counts, generator=generator, **options, **given)
+        return made[1] if given["return_breakdown"] else made
+
+    whole, rows = parts(), parts(reduction="none", return_breakdown=False)
+    assert (whole.velocity > 0).all() == has_teacher
+    for name in LossBreakdown._fields:
+        assert len(getattr(rows, name)) == len(samples)
+        torch.testing.assert_close(getattr(rows, name).sum(0), getattr(whole, name), **EXACT)
 
 
 def test_weights_weigh_samples_and_their_counts(model, same_noise):

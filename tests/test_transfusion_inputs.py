@@ -6,6 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from checks import no_typecheck
 from tiny import NUM_TEXT, Spy, awake, layout, ragged_batch, tiny
 from torch import nn, tensor
 
@@ -47,6 +48,15 @@ def test_every_documented_way_of_calling(model):
     longest = max(len(layout(model, sample)) for sample in batch)
     assert model(batch, return_loss=False).shape == (4, longest, model.vocabulary.num_logits)
     assert model(ids, return_loss=False).shape == (2, 6, model.vocabulary.num_logits)
+
+
+def test_times_may_come_second_without_their_name(model):
+    losses = [model(ragged_batch(), *a, generator=torch.Generator().manual_seed(1), **k) for a, k in TIMES_GIVEN]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+TIMES_GIVEN = [((0.25,), {}), ((), dict(times=0.25)), ((0.5,), {})]
 
 
 def test_a_float_tensor_is_modality_0_and_an_integer_tensor_is_text(model):
@@ -377,7 +387,13 @@ MALFORMED_BATCHES = {
     "ids of one axis": (IDS, ValueError, r"a batch of text is \(b, n\), got shape \(2,\)"),
     "ids of three axes": (IDS[None, None], ValueError, r"a batch of text is \(b, n\), got shape \(1, 1, 2\)"),
     "no ids": (IDS[None, :0], ValueError, r"a batch of text is \(b, n\), got shape \(1, 0\)"),
-    "ids too high": (IDS[None] + 9, ValueError, r"token id 10 is outside the vocabulary, expected 0 to 9"),
+    "ids too high": (IDS[None] + 9, ValueError, r"sample 0, position 0: token id 10 is outside .* 0 to 9"),
+    "an id too high in a later row": (
+        tensor([[1, 2, 3], [4, 5, 99]]),
+        ValueError,
+        r"sample 1, position 2: token id 99 is outside the vocabulary, expected 0 to 9",
+    ),
+    "padding inside a row": (tensor([[1, 2, 3], [1, -1, 2]]), ValueError, r"sample 1, position 1: -1 .* is padding"),
     "batch of bools": (IDS[None] > 0, TypeError, r"a batch of text is an integer tensor \(b, n\), got torch.bool"),
     "complex batch": (LATENTS + 1j, TypeError, r"a batch of text is an integer tensor \(b, n\), got torch.complex64"),
     "one float": (tensor(1.0), ValueError, r"a float batch is \(b, ...\), .* got shape \(\)"),
@@ -457,6 +473,13 @@ MALFORMED_OPTIONS = {
 def test_a_malformed_option_is_refused(strict, case):
     options, error, message = MALFORMED_OPTIONS[case]
     refuses(strict, OPTIONS, error, message, **options)
+
+
+@pytest.mark.parametrize("name", ["prob_uncond", "velocity_consistency_delta_time"])
+@no_typecheck
+def test_what_is_no_number_is_refused(strict, name):
+    options = {name: "a", "velocity_consistency_ema_model": strict}
+    refuses(strict, OPTIONS, TypeError, rf"{name} must be a number, got 'a'", **options)
 
 
 @pytest.mark.parametrize("ahead", [0.0, 1.0, -0.1])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from checks import no_typecheck
 from tiny import CHANNELS, NUM_TEXT, Spy, awake, latents_of, layout, noise_of, ragged_batch, tiny
 from torch import nn, tensor
 
@@ -277,7 +278,7 @@ def test_a_pair_may_change_the_number_of_axes_if_there_are_no_positions():
 # the constructor refuses
 
 UNFIT = {
-    "negative vocabulary": (dict(num_text_tokens=-1), r"num_text_tokens must not be negative"),
+    "negative vocabulary": (dict(num_text_tokens=-1), r"num_text_tokens must be at least 0, got -1"),
     "no modality": (dict(dim_latent=()), r"dim_latent must be the positive number of channels"),
     "no channels": (dict(dim_latent=(3, 0)), r"dim_latent must be the positive number of channels .* \(3, 0\)"),
     "axes against shape": (
@@ -297,6 +298,25 @@ UNFIT = {
     "encoders too few": (dict(modality_encoder=(None,)), r"modality_encoder: expected one value or 2"),
     "decoders too few": (dict(modality_decoder=[nn.Identity()]), r"modality_decoder: expected one value or 2"),
     "weights too many": (dict(flow_loss_weight=(1.0, 1.0, 1.0)), r"flow_loss_weight: expected one value or 2"),
+    "consistency weights too few": (
+        dict(velocity_consistency_loss_weight=(1.0,)),
+        r"velocity_consistency_loss_weight: expected one value or 2",
+    ),
+    "reconstruction weights too many": (
+        dict(reconstruction_loss_weight=(1.0, 1.0, 1.0)),
+        r"reconstruction_loss_weight: expected one value or 2",
+    ),
+    "negative text weight": (dict(text_loss_weight=-1.0), r"text_loss_weight must be at least 0, got -1.0"),
+    "negative flow weight": (dict(flow_loss_weight=(1.0, -2.0)), r"flow_loss_weight must be at least 0, got -2.0"),
+    "negative consistency weight": (
+        dict(velocity_consistency_loss_weight=-0.1),
+        r"velocity_consistency_loss_weight must be at least 0",
+    ),
+    "negative reconstruction weight": (
+        dict(reconstruction_loss_weight=(0.0, -0.1)),
+        r"reconstruction_loss_weight must be at least 0",
+    ),
+    "infinite weight": (dict(text_loss_weight=float("inf")), r"text_loss_weight must be finite, got inf"),
     "positions too many": (dict(add_pos_emb=(True,) * 3), r"add_pos_emb: expected one value or 2"),
     "positions without axes": (dict(add_pos_emb=True), r"modality 0: add_pos_emb needs the number of axes"),
     "positions of a vector": (dict(modality_num_dim=0, add_pos_emb=True), r"modality 0: add_pos_emb needs the number"),
@@ -353,6 +373,82 @@ def test_the_constructor_refuses(case):
 def test_the_constructor_takes_modules_where_it_needs_them(options, message):
     with pytest.raises(TypeError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_text_tokens="a"), r"num_text_tokens must be an int, got 'a'"),
+        (dict(num_text_tokens=10.0), r"num_text_tokens must be an int, got 10.0"),
+        (dict(num_text_tokens=True), r"num_text_tokens must be an int, got True"),
+        (dict(ignore_index="a"), r"ignore_index must be an int, got 'a'"),
+        (dict(prob_uncond="a"), r"prob_uncond must be a number, got 'a'"),
+        (dict(text_loss_weight=(1.0, 1.0)), r"text_loss_weight must be a number, got \(1.0, 1.0\)"),
+        (dict(flow_loss_weight=(1.0, None)), r"flow_loss_weight must be a number, got None"),
+        (dict(reconstruction_loss_weight="a"), r"reconstruction_loss_weight must be a number, got 'a'"),
+        (
+            dict(fallback_to_default_shape_if_invalid=(False, False)),
+            r"fallback_to_default_shape_if_invalid must be a bool, got \(False, False\)",
+        ),
+        (dict(model_output_clean=(True, False)), r"model_output_clean must be a bool, got \(True, False\)"),
+        (dict(tie_embeddings="no"), r"tie_embeddings must be a bool, got 'no'"),
+        (dict(freeze_text="no"), r"freeze_text must be a bool, got 'no'"),
+        (dict(channel_first_latent="no"), r"modality 0: channel_first_latent must be a bool, got 'no'"),
+        (
+            dict(modality_encoder_decoder_requires_batch_dim=(True, "no")),
+            r"modality 1: modality_encoder_decoder_requires_batch_dim must be a bool, got 'no'",
+        ),
+        (dict(add_pos_emb=(None, "no")), r"modality 1: add_pos_emb must be a bool, got 'no'"),
+        (dict(to_modality_shape_fn="h,w"), r"to_modality_shape_fn must be a function .* got 'h,w'"),
+        (dict(odeint_kwargs="euler"), r"odeint_kwargs must be a dict, .* got 'euler'"),
+        (dict(time_policy="beta"), r"time_policy must be a TimePolicy, got 'beta'"),
+    ],
+)
+@no_typecheck
+def test_the_constructor_takes_what_it_says(options, message):
+    with pytest.raises(TypeError, match=message):
+        tiny(**options)
+
+
+def test_the_vocabulary_is_a_plain_number():
+    assert type(tiny(num_text_tokens=numpy.int64(7)).vocabulary.num_text) is int
+
+
+@pytest.mark.parametrize("name", ["velocity_consistency_loss_weight", "reconstruction_loss_weight", "flow_loss_weight"])
+def test_weights_of_each_modality_weigh_its_loss(name):
+    """One number is meant for all."""
+    losses = {}
+    for weight in (0.5, (0.5, 0.5), (0.5, 2.0), (0.5, 0.0)):
+        off = dict(flow_loss_weight=0.0, velocity_consistency_loss_weight=0.0, reconstruction_loss_weight=0.0)
+        torch.manual_seed(1)
+        model = awake(tiny(text_loss_weight=0.0, **off | {name: weight}))
+        teacher = copy.deepcopy(model)
+        for parameter in teacher.modalities.parameters():
+            parameter.data.mul_(0.5)
+        generator = torch.Generator().manual_seed(3)
+        options = dict(velocity_consistency_ema_model=teacher, generator=generator)
+        losses[weight] = model(ragged_batch(), return_breakdown=True, **options)[1]
+    field = dict(flow_loss_weight="flow", velocity_consistency_loss_weight="velocity").get(name, "recon")
+    first, second = getattr(losses[0.5], field)
+    assert first > 0
+    assert second > 0
+    assert losses[0.5].total == losses[0.5, 0.5].total
+    torch.testing.assert_close(losses[0.5].total, 0.5 * (first + second), **EXACT)
+    torch.testing.assert_close(losses[0.5, 2.0].total, 0.5 * first + 2.0 * second, **EXACT)
+    torch.testing.assert_close(losses[0.5, 0.0].total, 0.5 * first, **EXACT)
+
+
+def test_what_has_no_reconstruction_weight_is_not_decoded():
+    decoders = [nn.Linear(channels, 5) for channels in CHANNELS]
+    spies = [Spy(decoder) for decoder in decoders]
+    model = tiny(modality_decoder=decoders, reconstruction_loss_weight=(0.0, 1.0))
+    loss, parts = model(ragged_batch(), return_breakdown=True)
+    assert loss.isfinite()
+    assert not spies[0].inputs
+    assert spies[1].inputs
+    assert (parts.recon > 0).tolist() == [False, True]
+    counts = model.count_targets(ragged_batch())
+    assert (counts.decoded > 0).tolist() == [False, True]
 
 
 class Listed(Sequence):

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.modalities.build import per_modality
 from transfusion_pytorch.modalities.shapes import LatentShapeFunction, ShapeFinder
 from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.checks import check_probability, per_modality
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
 from transfusion_pytorch.sequence.span_times import times_of_spans
@@ -71,7 +71,7 @@ class BatchingMethods:
         then `model(batch, counts=counts)` for each. The losses then add up to that of one large batch. Pack
         lists once, before: a list that is counted here and packed by `forward` later may drop other text.
         """
-        check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
+        check_probability(self.prob_uncond if prob_uncond is None else prob_uncond, "prob_uncond")
         times, times_fn = (options.pop(name, None) for name in ("times", "num_modalities_to_times_fn"))
         batch = self._as_batch(samples, **options)
         return self._settled(batch, times, times_fn, prob_uncond).count_targets()
@@ -79,11 +79,10 @@ class BatchingMethods:
     def _shape_finders(
         self, functions: Sequence[Any] | None = None, *, is_live: bool = False
     ) -> tuple[ShapeFinder, ...]:
-        measures = self.objective.weights.recon != 0
         functions = functions or [None] * len(self.modalities)
         return tuple(
-            ShapeFinder(io, measures_decoded=measures, latent_shape_fn=function, is_live=is_live)
-            for io, function in zip(self.modalities, functions, strict=True)
+            ShapeFinder(io, measures_decoded=weight != 0, latent_shape_fn=function, is_live=is_live)
+            for io, function, weight in zip(self.modalities, functions, self.objective.weights.recon, strict=True)
         )
 
     def _packer(
@@ -98,7 +97,7 @@ class BatchingMethods:
             modalities=shapes,
             dtype=self.precision,
             ignore_index=self.ignore_index,
-            prob_uncond=check_probability(self.prob_uncond if prob_uncond is None else prob_uncond),
+            prob_uncond=check_probability(self.prob_uncond if prob_uncond is None else prob_uncond, "prob_uncond"),
             prob_clean_captioned=self.time_policy.prob_clean,
             finds_blocks=self.device.type == "cuda",
             takes_tuples=not is_live,
@@ -146,9 +145,3 @@ class BatchingMethods:
             if times is None:
                 raise TypeError("num_modalities_to_times_fn: times must be a number or a tensor of them, got None")
         return None if times is None else times_of_spans(times, spans, len(batch))
-
-
-def check_probability(prob_uncond: float) -> float:
-    if not 0 <= prob_uncond <= 1:
-        raise ValueError(f"prob_uncond is a probability, got {prob_uncond}")
-    return prob_uncond

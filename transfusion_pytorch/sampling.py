@@ -3,6 +3,7 @@
 b samples, n and m tokens, d channels.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,34 @@ from transfusion_pytorch.evaluating import gathered
 from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, EngineOptions, Request
 from transfusion_pytorch.generation.events import Event, Sample
 from transfusion_pytorch.generation.options import (
+    Method,
     SamplingKeywords,
     SamplingOptions,
     checks_itself,
     takes_sampling_options,
 )
 from transfusion_pytorch.sequence.checks import check_int, check_type
-from transfusion_pytorch.sequence.samples import Shape, check_text_batch
+from transfusion_pytorch.sequence.samples import Modality, Shape, check_text_batch, parse_part
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+UNSET: Any = object()  # a `max_length` that was not given: it is that of the `options`
+
+
+def takes_max_length(method: Method) -> Method:
+    """Shows every field of `SamplingOptions` in `help`, as `takes_sampling_options` does, with `max_length` where the
+    method has it: second, and by position too.
+    """
+    own = inspect.signature(method)
+    others = [it for it in own.parameters.values() if it.name != "max_length"]
+    method.__signature__ = own.replace(parameters=others)  # type: ignore[attr-defined]
+    shown = dict(inspect.signature(takes_sampling_options(method)).parameters)
+    max_length = shown.pop("max_length").replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    myself, prompt, *rest = shown.values()
+    method.__signature__ = own.replace(parameters=[myself, prompt, max_length, *rest])  # type: ignore[attr-defined]
+    return method
 
 
 class SamplingMethods:
@@ -34,33 +53,36 @@ class SamplingMethods:
     vocabulary: Any
     modalities: Any
 
-    @takes_sampling_options
+    @takes_max_length
     @checks_itself
     def sample(
         self,
         prompt: Any = None,
+        max_length: int = UNSET,
         *,
         cache_kv: bool = True,
         progress: bool = False,
         options: SamplingOptions | None = None,
-        **keywords: "Unpack[SamplingKeywords]",
+        **keywords: "Unpack[SamplingKeywords]",  # type: ignore[misc] - `max_length` is one of them, by position too
     ) -> Sample:
         """Continues one prompt. See `sample_many`."""
+        keywords = _with_max_length(max_length, keywords)
         return self.sample_many([prompt], cache_kv=cache_kv, progress=progress, options=options, **keywords)[0]
 
     sample_one = sample
 
-    @takes_sampling_options
+    @takes_max_length
     @checks_itself
     def sample_many(
         self,
         prompts: Sequence[Any],
+        max_length: int = UNSET,
         *,
         max_batch: int = MAX_BATCH,
         cache_kv: bool = True,
         progress: bool = False,
         options: SamplingOptions | None = None,
-        **keywords: "Unpack[SamplingKeywords]",
+        **keywords: "Unpack[SamplingKeywords]",  # type: ignore[misc]
     ) -> list[Sample]:
         """Continues any mixture of prompts, up to `max_batch` of them at once, and returns a sample for each, in order.
 
@@ -77,22 +99,25 @@ class SamplingMethods:
         """
         with gathered(self):
             engine = self.create_engine(max_batch=max_batch, cache_kv=cache_kv)
+            keywords = _with_max_length(max_length, keywords)
             return engine.sample_many(prompts, progress=progress, options=options, **keywords)
 
-    @takes_sampling_options
+    @takes_max_length
     @checks_itself
     def sample_stream(
         self,
         prompt: Any = None,
+        max_length: int = UNSET,
         *,
         cache_kv: bool = True,
         options: SamplingOptions | None = None,
-        **keywords: "Unpack[SamplingKeywords]",
+        **keywords: "Unpack[SamplingKeywords]",  # type: ignore[misc]
     ) -> Iterator[Event]:
         """Continues one prompt and reports every step (`generation.events`): text as it is written, modalities as they
         are denoised. The last event has the sample. Closing or dropping the iterator cancels the request.
         """
         engine = self.create_engine(max_batch=1, cache_kv=cache_kv)
+        keywords = _with_max_length(max_length, keywords)
         return _while_gathered(self, engine.submit(prompt, options=options, **keywords))
 
     @checks_itself
@@ -105,21 +130,21 @@ class SamplingMethods:
         self,
         prompt: Int[Tensor, "b n"],
         seq_len: int,
-        *,
         temperature: float = 1.0,
         min_p: float = 0.1,
+        cache_kv: bool = True,
+        *,
         top_k: int | None = None,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         logits_processors: Sequence[Any] = (),
         generator: Any = None,
         max_batch: int = MAX_BATCH,
-        cache_kv: bool = True,
     ) -> Int[Tensor, "b m"]:
         """Continues plain text until it is `seq_len` long, prompt included. Returns the new ids, without the prompt.
         The options are those of `SamplingOptions` for text.
         """
-        check_text_batch(prompt, self.vocabulary.num_text)
+        check_text_batch(prompt, self.vocabulary.num_text, "prompt")
         check_int(seq_len, "seq_len", least=0)
         options = SamplingOptions(
             max_length=max(seq_len, prompt.shape[1]),
@@ -138,14 +163,14 @@ class SamplingMethods:
     def generate_modality_only(
         self,
         batch_size: int = 1,
-        *,
         modality_type: int = 0,
         fixed_modality_shape: Shape | None = None,
         modality_steps: int = 16,
+        *,
         time_shift: float = 1.0,
         odeint_kwargs: Mapping[str, Any] | None = None,
         init_modality_noise: Float[Tensor, "n d"] | None = None,
-        init_modality: Float[Tensor, "..."] | None = None,
+        init_modality: Any = None,
         strength: float = 1.0,
         modality_mask: Bool[Tensor, "..."] | None = None,
         generator: Any = None,
@@ -153,17 +178,20 @@ class SamplingMethods:
         return_unprocessed_modalities: bool = False,
     ) -> Tensor:
         """Generates `(batch_size, ...)` of one modality without any text, as `model(images, modality_type=...)` trains
-        it. The options are those of `SamplingOptions` for modalities; all begin from the same `init_modality`.
+        it. The options are those of `SamplingOptions` for modalities; all begin from the same `init_modality`, which is
+        of this type: a tensor without a type, `(type, tensor)` or `Latents`.
         """
         check_int(batch_size, "batch_size")
         check_type(modality_type, len(self.modalities), "modality_type")
+        if init_modality is not None:
+            init_modality = _of_type(init_modality, modality_type, len(self.modalities))
         options = SamplingOptions(
             fixed_modality_shape=fixed_modality_shape,
             modality_steps=modality_steps,
             time_shift=time_shift,
             odeint_kwargs=odeint_kwargs,
             init_modality_noise=init_modality_noise,
-            init_modality=None if init_modality is None else (modality_type, init_modality),
+            init_modality=init_modality,
             strength=strength,
             modality_mask=modality_mask,
             generator=generator,
@@ -172,6 +200,23 @@ class SamplingMethods:
         with gathered(self):
             drawn = self.create_engine(max_batch=max_batch).draw_only(batch_size, modality_type, options)
         return torch.stack(drawn)
+
+
+def _with_max_length(max_length: Any, keywords: Any) -> Any:
+    """The options of a call, with `max_length` where it was given."""
+    return keywords if max_length is UNSET else {**keywords, "max_length": max_length}
+
+
+def _of_type(init: Any, modality_type: int, num_modalities: int) -> Any:
+    """An `init_modality` that has a type. Raises `ValueError` where that is another than `modality_type`."""
+    init = (modality_type, init) if isinstance(init, Tensor) else init
+    given = parse_part(init, num_modalities, "init_modality")
+    if isinstance(given, Modality) and given.type != modality_type:
+        raise ValueError(
+            f"init_modality is of type {given.type} and modality_type is {modality_type}: give modality_type="
+            f"{given.type}, or a modality of type {modality_type}"
+        )
+    return init
 
 
 def _while_gathered(model: Any, request: Request) -> Iterator[Event]:

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from transfusion_pytorch.batching import BatchingMethods, check_probability
+from transfusion_pytorch.batching import BatchingMethods
 from transfusion_pytorch.conversations.chat import ChatMethods
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
 from transfusion_pytorch.forwarding import StreamMethods
 from transfusion_pytorch.modalities import preparation
-from transfusion_pytorch.modalities.build import build_modalities, count_modalities, per_modality
+from transfusion_pytorch.modalities.build import build_modalities, count_modalities
 from transfusion_pytorch.modalities.io import ModalityInfo
 from transfusion_pytorch.modalities.latents import LatentsByType, add_noise, latents_by_type, x_t_of
 from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_of_statistics
@@ -31,6 +31,7 @@ from transfusion_pytorch.pretrained.methods import LanguageModelMethods
 from transfusion_pytorch.sampling import SamplingMethods
 from transfusion_pytorch.saving.methods import SavingMethods
 from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.checks import check_bool, check_int, check_probability, check_type
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.samples import Piece, Shape, is_int
 from transfusion_pytorch.sequence.stream import Past, TokenStream, pack
@@ -78,7 +79,8 @@ class Transfusion(
     - `add_pos_emb`: axial positions are added to latents; on where the number of axes is known and positive
     - `to_modality_shape_fn`: what the model writes before a modality, `"4,6"`, to its axial shape; None or a
       `ValueError` where it is none, and then the default shape serves if `fallback_to_default_shape_if_invalid`
-    - `text_loss_weight`, `flow_loss_weight`, `velocity_consistency_loss_weight`, `reconstruction_loss_weight`
+    - `text_loss_weight`, and of each modality `flow_loss_weight`, `velocity_consistency_loss_weight` and
+      `reconstruction_loss_weight`; a modality whose last is 0 is not decoded in training
     - `model_output_clean`: the network predicts the clean latent instead of the velocity (arXiv 2511.13720)
     - `odeint_kwargs`: `method`, tolerances and options of `torchdiffeq.odeint`
     - `prob_uncond`: probability that the text before a sample's modalities is replaced by the null token in training,
@@ -97,7 +99,7 @@ class Transfusion(
     def __init__(
         self,
         *,
-        num_text_tokens: int,
+        num_text_tokens: Integral | int,
         transformer: Any,
         dim_latent: Integral | int | Sequence[Any] | None = None,
         modality_default_shape: Any = None,
@@ -112,8 +114,8 @@ class Transfusion(
         fallback_to_default_shape_if_invalid: bool = False,
         text_loss_weight: float = 1.0,
         flow_loss_weight: float | Sequence[float] = 1.0,
-        velocity_consistency_loss_weight: float = 0.1,
-        reconstruction_loss_weight: float = 0.0,
+        velocity_consistency_loss_weight: float | Sequence[float] = 0.1,
+        reconstruction_loss_weight: float | Sequence[float] = 0.0,
         model_output_clean: bool = False,
         odeint_kwargs: Mapping[str, Any] | None = None,
         prob_uncond: float = 0.1,
@@ -125,11 +127,21 @@ class Transfusion(
         freeze_text: bool = False,
     ):
         super().__init__()
-        if num_text_tokens < 0:
-            raise ValueError(f"num_text_tokens must not be negative, got {num_text_tokens}")
-        check_probability(prob_uncond)
+        num_text_tokens = check_int(num_text_tokens, "num_text_tokens", least=0)
+        check_probability(prob_uncond, "prob_uncond")
+        if not is_int(ignore_index):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative, all others are ids, got {ignore_index}")
+        if time_policy is not None and not isinstance(time_policy, TimePolicy):
+            raise TypeError(f"time_policy must be a TimePolicy, got {time_policy!r}")
+        check_bool(fallback_to_default_shape_if_invalid, "fallback_to_default_shape_if_invalid")
+        for name, value in (
+            ("model_output_clean", model_output_clean),
+            ("tie_embeddings", tie_embeddings),
+            ("freeze_text", freeze_text),
+        ):
+            check_bool(value, name)
         if tie_embeddings and not num_text_tokens:
             raise ValueError("tie_embeddings needs text, but num_text_tokens is 0")
         if eos_id is not None and not is_int(eos_id):
@@ -161,16 +173,18 @@ class Transfusion(
         self._reset_embeddings()
 
         self.objective = Objective(
-            LossWeights(
+            LossWeights.of(
+                len(self.modalities),
                 text=text_loss_weight,
-                flow=per_modality(flow_loss_weight, len(self.modalities), "flow_loss_weight"),
+                flow=flow_loss_weight,
                 velocity=velocity_consistency_loss_weight,
                 recon=reconstruction_loss_weight,
             ),
             of_clean=model_output_clean,
         )
-        self.odeint_kwargs = dict(odeint_kwargs or dict(atol=1e-5, rtol=1e-5, method="midpoint"))
-        check_method(self.odeint_kwargs)
+        odeint_kwargs = odeint_kwargs or dict(atol=1e-5, rtol=1e-5, method="midpoint")
+        check_method(odeint_kwargs)
+        self.odeint_kwargs = dict(odeint_kwargs)
         self.fallback_to_default_shape_if_invalid = fallback_to_default_shape_if_invalid
         self.model_output_clean = model_output_clean
         self.prob_uncond = prob_uncond
@@ -200,8 +214,8 @@ class Transfusion(
     def forward(
         self,
         samples: Any,
-        *,
         times: Any = None,
+        *,
         num_modalities_to_times_fn: Any = None,
         modality_type: Any = None,
         labels: Any = None,
@@ -222,7 +236,8 @@ class Transfusion(
 
         - a list of samples, each a list of integer tensors (text), float tensors (modality 0), `(type, tensor)`,
           `Latents` and `Condition`s, or a `Sample` of such a list
-        - ids `(b, n)` for text alone, or floats `(b, ...)` for `modality_type` alone
+        - ids `(b, n)` for text alone, or floats `(b, ...)` for `modality_type` alone. `ignore_index` at the end of a
+          row of ids is padding: neither read nor learned
         - a `Batch` that `packer()` made of any of these
 
         Targets and their weights:
@@ -253,7 +268,7 @@ class Transfusion(
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        check_probability(self.prob_uncond if prob_uncond is None else prob_uncond)
+        check_probability(self.prob_uncond if prob_uncond is None else prob_uncond, "prob_uncond")
         teacher = as_teacher(self, velocity_consistency_ema_model, velocity_consistency_delta_time)
         check_options(counts, generator)
         times_fn = num_modalities_to_times_fn
@@ -316,9 +331,13 @@ class Transfusion(
     def get_modality_info(self, modality_type: int | None = None) -> ModalityInfo:
         """What one modality looks like; `modality_type` may be left out if there is only one."""
         modality_type = 0 if modality_type is None and self.num_modalities == 1 else modality_type
-        if modality_type is None or not 0 <= modality_type < self.num_modalities:
-            raise ValueError(f"unknown modality type {modality_type}, this model has {self.num_modalities} (from 0)")
-        return self.modalities[modality_type].info(self.vocabulary)
+        if modality_type is None:
+            raise ValueError(f"unknown modality type None, this model has {self.num_modalities} (from 0)")
+        return self.modalities[check_type(modality_type, self.num_modalities, "modality_type")].info(self.vocabulary)
+
+    def get_all_modality_info(self) -> list[ModalityInfo]:
+        """What each modality looks like, by its type."""
+        return [io.info(self.vocabulary) for io in self.modalities]
 
     def _reset_embeddings(self) -> None:
         for embedding in self.text_embedding.modules():

@@ -1,7 +1,7 @@
 """Samples out of datasets, with errors that say which one it was; and plain batches of them."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -120,8 +120,22 @@ def _as_parts(sample: Any) -> list[Any]:
     return list(sample) if isinstance(sample, (list, tuple)) and not is_typed(sample) else [sample]
 
 
-def create_dataloader(dataset: Any, *, batch_size: int = 16, shuffle: bool = False, **options: Any) -> DataLoader:
-    """Batches that `Transfusion` takes as they are, of a `Dataset` or a list of samples. `options` are those of
+def create_dataloader(
+    dataset: Any,
+    batch_size: int | None = 16,
+    shuffle: bool | None = False,
+    *,
+    batch_sampler: Any = None,
+    collate_fn: Callable[[list[Any]], Any] = collate_fn,
+    **options: Any,
+) -> DataLoader:
+    """Batches that `Transfusion` takes as they are, of a `Dataset` or a list of samples.
+
+    A `collate_fn` of your own, such as `model.packer()`, replaces the one that makes lists of samples. A
+    `batch_sampler` chooses the samples of each batch in place of `batch_size` and `shuffle`. `options` are those of
     `DataLoader`.
     """
-    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=collate_fn, **options)
+    batching = (
+        dict(batch_size=batch_size, shuffle=shuffle) if batch_sampler is None else dict(batch_sampler=batch_sampler)
+    )
+    return DataLoader(dataset, collate_fn=collate_fn, **batching, **options)

@@ -47,7 +47,11 @@ OTHER_METHODS = ADAPTIVE_METHODS | {"explicit_adams", "implicit_adams", "fixed_a
 
 
 def check_method(options: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a solver, or an argument of one, that torchdiffeq does not have."""
+    """Raises `ValueError` for a solver, or an argument of one, that torchdiffeq does not have, and `TypeError` for what
+    is no dict of such arguments.
+    """
+    if not isinstance(options, Mapping):
+        raise TypeError(f"odeint_kwargs must be a dict, such as dict(method='euler'), got {options!r}")
     if unknown := sorted(set(options) - {"method", "atol", "rtol", "options"}):
         raise ValueError(f"unknown arguments of an ODE solver: {unknown}; there are method, atol, rtol and options")
     known = SINGLE_STEP_METHODS | OTHER_METHODS

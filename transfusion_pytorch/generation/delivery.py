@@ -14,7 +14,7 @@ from transfusion_pytorch.failures import Halving, caught
 from transfusion_pytorch.generation.events import Ended, EndReason, Event, FinishedModality, ModalityDone, Sample
 from transfusion_pytorch.generation.request import RequestState
 from transfusion_pytorch.network.precision import precise
-from transfusion_pytorch.sequence.samples import Modality, as_text, merge_texts
+from transfusion_pytorch.sequence.samples import Modality, TypedModality, UnprocessedModality, as_text, merge_texts
 
 
 class EngineInUse(RuntimeError):
@@ -160,13 +160,14 @@ def sample_of(request: RequestState) -> Sample:
     device, parts, chosen = request.model.device, [], request.log_probabilities
     log_probabilities: list[Tensor | None] = []
     dtype = precise(request.model.dtype)
+    kind = UnprocessedModality if request.options.return_unprocessed_modalities else TypedModality
     numbers, start = iter(range(request.num_modalities)), 0  # of modalities, and of the first id of a text
     left_out = request.num_prompted if request.options.return_without_prompt else 0  # tokens to come
     for piece in merge_texts([*request.pieces, *as_text(request.ids)]):
         if isinstance(piece, Modality):
             number, size = next(numbers), request.num_tokens(piece.type, piece.shape)
             if not left_out:
-                parts.append((piece.type, request.shown[number].detach().clone().to(device)))
+                parts.append(kind(piece.type, request.shown[number].detach().clone().to(device)))
                 log_probabilities.append(None)
             left_out = max(0, left_out - size)
             continue

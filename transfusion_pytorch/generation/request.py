@@ -56,7 +56,7 @@ class RequestState:
     - `opening`: the characters of a shape so far, None in text; `denoising`: the current modality
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
     - `seen`: ids that came before, where they are to be penalised; `log_probabilities` of all ids, where asked for
-    - `shown`: modalities by their number in the sample, as users see them
+    - `shown`: modalities by their number in the sample, as users see them; latents are decoded first
     - `deadline`: in `time.monotonic()`; `is_cancelled`: the next step ends it
     - `cache_tokens`: the most tokens of the cache that it may need
     """
@@ -77,30 +77,28 @@ class RequestState:
         self.plan: Plan = options.plan
         self.vocabulary = model.vocabulary
         self.grammar = _grammar(options, model)
-        self.is_framed, self.is_observed = is_framed, is_observed
+        self.is_framed, self.is_observed, self.is_cancelled = is_framed, is_observed, False
         self.phase = Phase.TEXT
         self.pieces: list[Piece] = []
         self.ids: list[int] = []
-        self.length = self.num_text = self.num_chosen = self.num_modalities = 0
+        self.length = self.num_text = self.num_chosen = self.num_modalities = self.part = self.part_length = 0
         self.num_given = len(given)
         self.branch = Branch(is_written=True)
         self.without_text: Branch | None = None
         self.opening: str | None = None
         self.denoising: Denoising | None = None
-        self.part = self.part_length = 0
         self.seen: Bool[Tensor, " v"] | None = None
         self.log_probabilities: list[float] | None = [] if options.log_probabilities else None
-        is_raw = options.return_unprocessed_modalities
-        self.shown: dict[int, Tensor] = {} if is_raw else {i: piece.tensor for i, piece in enumerate(given)}
+        self.shown: dict[int, Tensor] = {}
+        if not options.return_unprocessed_modalities:
+            self.shown |= {i: it.tensor for i, it in enumerate(given) if not self._is_encoded(it)}
         self.events: list[Event | FinishedModality] = []
         self.reason: EndReason | None = None
         self.error: BaseException | None = None
         self.deadline: float | None = None
-        self.is_cancelled = False
-        self.cache_tokens = self.num_prompted = 0
+        self.cache_tokens = self.num_prompted = self._num_buffered = 0
         self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
-        self._num_buffered = 0
 
     @property
     def is_done(self) -> bool:
@@ -209,9 +207,8 @@ class RequestState:
         elif token in self.options.stop_ids:
             self.end(EndReason.STOP)
         elif is_planned:
-            part = self._planned
             self.part_length += 1
-            if self.part_length == getattr(part, "most", None) or self._is_full:
+            if self.part_length == getattr(self._planned, "most", None) or self._is_full:
                 self._leave_part()
         else:
             self._check_length()
@@ -388,6 +385,9 @@ class RequestState:
         begin = mark([Text(as_ids(text))] if text else [], vocabulary, complete=False)
         ids = [token for piece in begin if isinstance(piece, Text) for token in piece.ids.tolist()]
         return Branch(ids=[*ids, *vocabulary.opening(modality, shape).tolist()])
+
+    def _is_encoded(self, piece: Modality) -> bool:
+        return piece.is_encoded and self.model.modalities[piece.type].encoder is not None
 
     def num_tokens(self, modality: int, shape: Shape) -> int:
         return prod(self.model.modalities[modality].token_shape(shape))

@@ -10,6 +10,7 @@ from torch import nn
 from transfusion_pytorch.modalities.adapters import LinearAdapter, PairAdapter
 from transfusion_pytorch.modalities.io import ModalityIO
 from transfusion_pytorch.modalities.timing import KINDS, TimeConditioning
+from transfusion_pytorch.sequence.checks import check_bool, per_modality
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, is_int, is_sequence
 from transfusion_pytorch.sequence.vocabulary import parse_shape
 
@@ -76,10 +77,18 @@ def build_modalities(
     first = per_modality(channel_first_latent, count, "channel_first_latent")
     encoders = per_modality(modality_encoder, count, "modality_encoder")
     decoders = per_modality(modality_decoder, count, "modality_decoder")
-    batched = per_modality(modality_encoder_decoder_requires_batch_dim, count, "requires_batch_dim")
+    batched = per_modality(
+        modality_encoder_decoder_requires_batch_dim, count, "modality_encoder_decoder_requires_batch_dim"
+    )
     pairs = per_modality(pre_post_transformer_enc_dec, count, "pre_post_transformer_enc_dec", is_one=_is_pair)
     positions = per_modality(add_pos_emb, count, "add_pos_emb")
     parsers = per_modality(to_modality_shape_fn, count, "to_modality_shape_fn")
+
+    flags = dict(channel_first_latent=first, modality_encoder_decoder_requires_batch_dim=batched, add_pos_emb=positions)
+    for name, values in flags.items():
+        for i, value in enumerate(values):
+            if value is not None:
+                check_bool(value, f"modality {i}: {name}")
 
     modules, seen = [], set()
     for i in range(count):
@@ -139,17 +148,6 @@ def count_modalities(dim_latent: Any) -> int:
     return len(dim_latent) if is_sequence(dim_latent) else 1
 
 
-def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], bool] | None = None) -> tuple[Any, ...]:
-    """One entry for each modality: a single value is meant for all of them."""
-    if is_one(value) if is_one is not None else not is_sequence(value):
-        return (value,) * count
-    if value is None:
-        return (None,) * count
-    if len(value) != count:
-        raise ValueError(f"{name}: expected one value or {count}, one for each entry of dim_latent, got {len(value)}")
-    return tuple(value)
-
-
 def resolve_num_dim(modality: int, num_dim: Any, default_shape: Any) -> int | None:
     """The number of axes, given or that of the default shape."""
     if num_dim is not None and not (is_int(num_dim) and 0 <= num_dim <= MAX_AXES):
@@ -170,9 +168,11 @@ def resolve_num_dim(modality: int, num_dim: Any, default_shape: Any) -> int | No
 
 
 def shape_parser(parse: Callable[[str], Any] | None) -> Callable[[str], Shape | None]:
-    """A user's own parser, made safe: whatever is no shape is None."""
+    """A user's own parser, made safe: whatever is no shape is None. Raises `TypeError` for what is no function."""
     if parse is None:
         return parse_shape
+    if not callable(parse):
+        raise TypeError(f"to_modality_shape_fn must be a function of the written shape, got {parse!r}")
     return _SafeParser(parse)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transfusion_pytorch.modalities.io import ModalityIO
-from transfusion_pytorch.sequence.samples import Modality, Piece, Text, check_finite
+from transfusion_pytorch.sequence.samples import Modality, Piece, Text, TypedModality, check_finite
 
 
 def encode(
@@ -40,7 +40,7 @@ def encode(
 
 def decode(
     samples: Sequence[Sequence[Piece]], modalities: Iterable[ModalityIO], *, device: torch.device, raw: bool = False
-) -> list[list[Tensor | tuple[int, Tensor]]]:
+) -> list[list[Tensor | TypedModality]]:
     """The inverse of `encode`: samples as users see them, or their latents in the encoder's scale if `raw`."""
     decoded: list[list[Any]] = [
         [piece.ids.to(device) if isinstance(piece, Text) else piece.tensor for piece in sample] for sample in samples
@@ -50,7 +50,7 @@ def decode(
         latents = [instance.tensor for instance in instances.values()]
         data = [io.shown(part) for part in latents] if raw else io.decode(latents)
         for (i, j), instance in zip(instances, data, strict=True):
-            decoded[i][j] = (io.spec.type, instance)
+            decoded[i][j] = TypedModality(io.spec.type, instance)
     return decoded
 
 

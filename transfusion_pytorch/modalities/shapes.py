@@ -1,8 +1,9 @@
 """Shapes behind the encoder, adapter and decoder of a modality, found without their parameters, for packing."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -15,6 +16,7 @@ from transfusion_pytorch.modalities.adapters import PairAdapter
 from transfusion_pytorch.modalities.autoencoder import run_half
 from transfusion_pytorch.modalities.io import ModalityIO
 from transfusion_pytorch.sequence.samples import ModalitySpec, Shape
+from transfusion_pytorch.sequence.vocabulary import parse_shape
 
 LatentShapeFunction = Callable[[Shape], Shape]
 
@@ -35,7 +37,8 @@ class ShapeFinder:
         latent_shape_fn: LatentShapeFunction | None = None,
         is_live: bool = False,
     ):
-        self.spec: ModalitySpec = io.spec
+        # packing parses no shapes that a model wrote: a finder apart from its model can be pickled whoever parses those
+        self.spec: ModalitySpec = io.spec if is_live else replace(io.spec, parse_shape=parse_shape)
         self.measures_decoded, self.latent_shape_fn = measures_decoded, latent_shape_fn
         self.live = io if is_live else None
         self._has_encoder = io.encoder is not None
@@ -60,7 +63,7 @@ class ShapeFinder:
         needed = {"encoder": self.latent_shape_fn is None, "decoder": self.measures_decoded}
         left_out = [getattr(io, name) for name, is_needed in needed.items() if not is_needed]
         try:
-            return on_meta(io, left_out)
+            return on_meta(io, {id(io.spec): self.spec} | {id(part): None for part in left_out if part is not None})
         except Exception as error:
             if self.live is not None:
                 return io
@@ -153,9 +156,11 @@ def _unvalidated() -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
-def on_meta(module: nn.Module, left_out: Sequence[nn.Module | None] = ()) -> Any:
-    """A copy of a module without its numbers, which are never copied, and without some of its parts (None instead)."""
-    memo: dict[int, Any] = {id(part): None for part in left_out if part is not None}
+def on_meta(module: nn.Module, replaced: Mapping[int, Any]) -> Any:
+    """A copy of a module without its numbers, which are never copied; `replaced` has what takes the place of some of
+    its parts, by their `id`.
+    """
+    memo = dict(replaced)
     for tensor in (*module.parameters(), *module.buffers()):
         blank = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank

@@ -1,5 +1,6 @@
 """Checks of numbers, shapes and types that a user hands over."""
 
+from collections.abc import Callable
 from math import inf, isfinite
 from numbers import Real
 from typing import Any
@@ -42,6 +43,14 @@ def check_bool(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
+def check_probability(value: Any, name: str) -> float:
+    """A plain float. Raises `TypeError` or `ValueError` unless `value` is a number from 0 to 1."""
+    try:
+        return check_number(value, name, least=0, most=1)
+    except ValueError as error:
+        raise ValueError(f"{name} is a probability, got {value}") from error
+
+
 def check_shape(shape: Any, name: str) -> Shape:
     """A shape as a tuple of ints. Raises `ValueError` unless all of them are positive."""
     is_shape = is_sequence(shape) and all(map(is_int, shape))
@@ -57,3 +66,14 @@ def check_type(modality: Any, num_modalities: int, name: str) -> int:
     if not 0 <= int(modality) < num_modalities:
         raise ValueError(f"{name}: unknown modality type {modality}, this model has {num_modalities} (from 0)")
     return int(modality)
+
+
+def per_modality(value: Any, count: int, name: str, *, is_one: Callable[[Any], bool] | None = None) -> tuple[Any, ...]:
+    """One entry for each modality: a single value is meant for all of them."""
+    if is_one(value) if is_one is not None else not is_sequence(value):
+        return (value,) * count
+    if value is None:
+        return (None,) * count
+    if len(value) != count:
+        raise ValueError(f"{name}: expected one value or {count}, one for each entry of dim_latent, got {len(value)}")
+    return tuple(value)

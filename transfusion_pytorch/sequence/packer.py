@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
+from transfusion_pytorch.sequence.checks import check_int
 from transfusion_pytorch.sequence.moving import on_cpu
 from transfusion_pytorch.sequence.prompts import split_unfinished_modality
 from transfusion_pytorch.sequence.randomness import StateNumbers, seeded_numbers
@@ -91,6 +92,15 @@ class Packer:
     live_device: torch.device | None = None
     numbers: StateNumbers = field(default_factory=StateNumbers)
 
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "span_budget"):
+            if getattr(self, name) is not None:
+                check_int(getattr(self, name), name)
+        if self.span_budget is not None and self.token_budget is None:
+            raise ValueError(
+                "span_budget goes with a token_budget: only a batch that is padded has a span table to fill"
+            )
+
     def __call__(
         self,
         samples: Any,
@@ -105,7 +115,8 @@ class Packer:
         seeds: Sequence[Any] | None = None,
         refuses_gradients: bool = True,
     ) -> Batch:
-        """Packs a list of samples, ids `(b, n)`, or floats `(b, ...)` of one `modality_type`.
+        """Packs a list of samples, ids `(b, n)`, or floats `(b, ...)` of one `modality_type`. Rows of ids may be padded
+        at their end with `ignore_index`.
 
         `labels` replace ids as targets (see `Transfusion.forward`), `times` are those of the modalities, and
         `sample_weights` `(b,)`, `names` and `sources` override those of each `Sample`. With `seeds`, one for each
@@ -175,7 +186,7 @@ class Packer:
         if labels is not None:
             return self._labelled(samples, labels)
         if isinstance(samples, Tensor):
-            return parse_batch(samples, int(modality_type or 0), count, vocabulary.num_text)
+            return parse_batch(samples, int(modality_type or 0), count, vocabulary.num_text, self.ignore_index)
         parsed = parse_samples(samples, count)
         return [without_markers(sample, vocabulary, f"sample {i}") for i, sample in enumerate(parsed)]
 
@@ -184,15 +195,23 @@ class Packer:
             raise TypeError(
                 f"labels go with a batch of ids (b, n), got {type(samples).__name__}; use Condition in lists"
             )
-        parsed = parse_batch(samples, 0, len(self.modalities), self.vocabulary.num_text)
+        parsed = parse_batch(samples, 0, len(self.modalities), self.vocabulary.num_text, self.ignore_index)
         if not isinstance(labels, Tensor) or not is_integer(labels) or labels.shape != samples.shape:
             came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels are ids of the shape of the batch, {tuple(samples.shape)}, got {came}")
         labels = labels.detach().to("cpu", torch.long)
         ignored = (labels == self.ignore_index) | (labels == IGNORED)
-        check_ids(labels[~ignored], self.vocabulary.num_logits, "labels")
+        check_ids(labels.masked_fill(ignored, 0), self.vocabulary.num_logits, "labels of sample")
         rows = labels.masked_fill(ignored, self.ignore_index)
-        return [[piece._replace(labels=row)] for [piece], row in zip(parsed, rows, strict=True)]
+        texts = [piece for [piece] in parsed if isinstance(piece, Text)]
+        lengths = [len(text.ids) for text in texts]
+        for i, (length, is_ignored) in enumerate(zip(lengths, ignored, strict=True)):
+            if not is_ignored[length:].all():
+                raise ValueError(
+                    f"labels of sample {i}: its ids are padding from position {length} on, where labels must "
+                    f"be {self.ignore_index} or {IGNORED}"
+                )
+        return [[text._replace(labels=row[:length])] for text, row, length in zip(texts, rows, lengths, strict=True)]
 
     def _shaped(self, samples: list[list[Piece]], refuses_gradients: bool) -> tuple[list[list[Piece]], list[str]]:
         """Checks every instance, puts its channels last, and finds the axial shape of what is raw. Also says where each

@@ -8,11 +8,13 @@ import torch
 from transfusion_pytorch.sequence.samples import (
     Modality,
     Piece,
+    Sample,
     Text,
     as_ids,
     check_ids,
     find_openings,
-    parse_sample,
+    parse_part,
+    parts_of,
     strip_markers,
 )
 from transfusion_pytorch.sequence.vocabulary import Vocabulary
@@ -33,18 +35,21 @@ class Prompt(NamedTuple):
 
 
 def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> list[Piece]:
-    """The parts of a prompt, markers included; none for None, `[]` and `[None]`.
+    """The parts of a prompt, markers included. None stands for nothing: None, `[]` and `[None]` have no parts, and of
+    `[None, ids]` only the ids are left. Of a `Sample` its parts are the prompt.
 
     Tensors are copied: a request may wait, and its caller may use their memory again. Raises `TypeError` or
     `ValueError` that names the part at fault.
     """
-    if prompt is None or (isinstance(prompt, list) and len(prompt) < 2 and all(part is None for part in prompt)):
-        return []
-    pieces = parse_sample(prompt, vocabulary.num_modalities, where)
-    for i, piece in enumerate(pieces):
-        if isinstance(piece, Text):
-            check_ids(piece.ids, vocabulary.num_logits, f"{where}, part {i}")
-    return [_copied(piece) for piece in pieces]
+    prompt = prompt.parts if isinstance(prompt, Sample) else prompt
+    pieces = []
+    for i, part in enumerate(parts_of(prompt)):
+        if part is not None:
+            piece = parse_part(part, vocabulary.num_modalities, f"{where}, part {i}")
+            if isinstance(piece, Text):
+                check_ids(piece.ids, vocabulary.num_logits, f"{where}, part {i}")
+            pieces.append(_copied(piece))
+    return pieces
 
 
 def _copied(piece: Piece) -> Piece:

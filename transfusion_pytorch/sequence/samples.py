@@ -56,6 +56,22 @@ class Sample:
     weight: float = 1.0
 
 
+class TypedModality(NamedTuple):
+    """A modality as users see it, beside its type: the `(type, modality)` of returned samples, with names.
+
+    It is a tuple, and a part of a sample like any other `(type, tensor)`.
+    """
+
+    modality_type: int
+    tensor: Float[Tensor, "..."]
+
+
+class UnprocessedModality(TypedModality):
+    """Latents in a returned sample. As a part of a sample they are `Latents`: their encoder is not called."""
+
+    __slots__ = ()
+
+
 class Text(NamedTuple):
     """Ids of text or of markers, on the CPU.
 
@@ -164,10 +180,15 @@ def parse_samples(samples: Any, num_modalities: int) -> list[list[Piece]]:
 
 def parse_sample(sample: Any, num_modalities: int, where: str) -> list[Piece]:
     """Reads one sample; a lone part counts as a sample of one part."""
-    parts = sample if isinstance(sample, list) and not is_typed(sample) else [sample]
+    parts = parts_of(sample)
     if not parts:
         raise ValueError(f"{where} is empty, expected at least one part")
     return [parse_part(part, num_modalities, f"{where}, part {i}") for i, part in enumerate(parts)]
+
+
+def parts_of(sample: Any) -> list[Any]:
+    """The parts of a sample: those of a list, or the sample itself where it is a lone part."""
+    return sample if isinstance(sample, list) and not is_typed(sample) else [sample]
 
 
 def is_sequence(value: Any) -> bool:
@@ -190,6 +211,8 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
         if isinstance(part.part, Condition):
             raise TypeError(f"{where}: a Condition holds one part, got another Condition")
         return parse_part(part.part, num_modalities, where)._replace(is_learned=False)
+    if isinstance(part, UnprocessedModality):
+        part = Latents(*part)
     if isinstance(part, Latents):
         if not isinstance(part.type, Integral):
             raise TypeError(f"{where}: Latents have an int for their type, got {type(part.type).__name__}")
@@ -232,12 +255,15 @@ def parse_text(ids: Tensor, where: str) -> Text:
     return Text(ids.detach().reshape(-1).to("cpu", torch.long))
 
 
-def check_ids(ids: Int[Tensor, "..."], limit: int, where: str) -> None:
-    """Raises `ValueError` where an id lies outside `[0, limit)`."""
+def check_ids(ids: Int[Tensor, "*b n"], limit: int, where: str) -> None:
+    """Raises `ValueError` where an id lies outside `[0, limit)`. `where` names the ids; for a batch `(b, n)` it is what
+    a row is called, such as `"sample"`, and the error adds which row, and the position in it.
+    """
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
-        wrong = ids[(ids < 0) | (ids >= limit)].flatten()[0].item()
+        place = ((ids < 0) | (ids >= limit)).nonzero()[0].tolist()
         expected = f"expected 0 to {limit - 1}" if limit else "which has no text"
-        raise ValueError(f"{where}: token id {wrong} is outside the vocabulary, {expected}")
+        where = f"{where} {place[0]}, position {place[1]}" if len(place) == 2 else where
+        raise ValueError(f"{where}: token id {ids[tuple(place)].item()} is outside the vocabulary, {expected}")
 
 
 def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = True) -> list[Piece]:
@@ -345,29 +371,59 @@ def check_finite(
         raise ValueError(f"{places[int(finite.int().argmin())]}: the tensor contains NaN or infinity")
 
 
-def parse_batch(batch: Tensor, modality: int, num_modalities: int, num_text: int) -> list[list[Piece]]:
+def parse_batch(
+    batch: Tensor, modality: int, num_modalities: int, num_text: int, ignore_index: int = -1
+) -> list[list[Piece]]:
     """Reads a batch of one kind: ids `(b, n)` as text, or floats `(b, ...)` as one modality. Samples stay without
-    markers.
+    markers. Rows of ids may be padded at their end with `ignore_index`, which is left out: `[1 2 -1]` -> `[1 2]`.
     """
     if batch.is_floating_point():
         if batch.ndim < 2 or not batch.numel():
             raise ValueError(f"a float batch is (b, ...), one instance in each row, got shape {tuple(batch.shape)}")
         return [[parse_part((modality, row), num_modalities, f"sample {i}")] for i, row in enumerate(batch.unbind())]
-    check_text_batch(batch, num_text)
-    return [[Text(ids)] for ids in batch.detach().to("cpu", torch.long).unbind()]
+    check_text_shape(batch)
+    ids = batch.detach().to("cpu", torch.long)
+    lengths = _lengths_without_padding(ids, ignore_index)
+    check_ids(ids.masked_fill(torch.arange(ids.shape[1], device="cpu") >= lengths[:, None], 0), num_text, "sample")
+    return [[Text(row[:length])] for row, length in zip(ids, lengths.tolist(), strict=True)]
 
 
 def is_integer(tensor: Tensor) -> bool:
     return not (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex())
 
 
-def check_text_batch(ids: Any, num_text: int) -> None:
-    """Raises `TypeError` or `ValueError` unless this is a batch of text `(b, n)`."""
+def _lengths_without_padding(ids: Int[Tensor, "b n"], ignore_index: int) -> Int[Tensor, " b"]:
+    """How long each row is without the `ignore_index` at its end: `[[1 2 3] [1 -1 -1]]` -> `[3 1]`.
+
+    Raises `ValueError` for one that has nothing else, and for padding in front of ids.
+    """
+    is_id = ids != ignore_index
+    lengths = (is_id * torch.arange(1, ids.shape[1] + 1, device="cpu")).amax(1)
+    if not lengths.all():
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"sample {row} is empty: all of its ids are {ignore_index}, which is padding; leave it out")
+    if not torch.equal(is_id.sum(1), lengths):
+        is_inside = ~is_id & (torch.arange(ids.shape[1], device="cpu") < lengths[:, None])
+        row, position = is_inside.nonzero()[0].tolist()
+        raise ValueError(
+            f"sample {row}, position {position}: {ignore_index} (ignore_index) is padding, which stands only at the "
+            "end of a row; for what is read and not learned give labels, or lists with Condition"
+        )
+    return lengths
+
+
+def check_text_batch(ids: Any, num_text: int, name: str = "sample") -> None:
+    """Raises `TypeError` or `ValueError` unless this is a batch of text `(b, n)`; `name` is what a row is called."""
+    check_text_shape(ids)
+    check_ids(ids.long(), num_text, name)
+
+
+def check_text_shape(ids: Any) -> None:
+    """Raises `TypeError` or `ValueError` unless this is an integer tensor `(b, n)`."""
     if not isinstance(ids, Tensor) or not is_integer(ids):
         raise TypeError(f"a batch of text is an integer tensor (b, n), got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"a batch of text is (b, n), got shape {tuple(ids.shape)}; wrap ragged text in lists")
-    check_ids(ids.long(), num_text, "text")
 
 
 def _name_of(part: Any) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from transfusion_pytorch.evaluating import weights_changed
+from transfusion_pytorch.sequence.checks import check_int, check_number
 
 SAMPLING_METHODS = (
     "sample",
@@ -24,6 +25,10 @@ SAMPLING_METHODS = (
 
 class MovingAverage(EMA):
     """An `EMA` that tells engines when it has changed weights: it writes to `.data`, where torch does not see it."""
+
+    def __new__(cls, *args: Any, **options: Any) -> "MovingAverage":
+        """`EMA.__new__` wants the model, which `copy.deepcopy` and `pickle` do not hand over."""
+        return nn.Module.__new__(cls)
 
     def copy_params_from_model_to_ema(self) -> None:
         super().copy_params_from_model_to_ema()
@@ -41,7 +46,7 @@ class MovingAverage(EMA):
 
 
 def create_ema(
-    model: nn.Module, *, beta: float = 0.99, update_every: int = 10, update_after_step: int = 100, **options: Any
+    model: nn.Module, beta: float = 0.99, *, update_every: int = 10, update_after_step: int = 100, **options: Any
 ) -> EMA:
     """An `ema_pytorch.EMA` of `model` with such sampling methods as it has; call `.update()` after each optimizer step.
 
@@ -53,7 +58,11 @@ def create_ema(
     without the model (`include_online_model=True` adds it). `options` are those of `EMA`.
 
     Raises `TypeError` for a model that `fully_shard` has split already: create the average first, then shard both.
+    Raises `TypeError` or `ValueError` for a `beta` outside of 0 to 1, and for numbers of updates that are none.
     """
+    check_number(beta, "beta", least=0, most=1)
+    check_int(update_every, "update_every")
+    check_int(update_after_step, "update_after_step", least=0)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise TypeError("a sharded model cannot be copied: call create_ema before fully_shard, then shard both")
     shared = re.compile(r"(\.encoder|\.decoder|modalities\.\d+\.statistics)$")
@@ -68,7 +77,7 @@ def create_ema(
         beta=beta,
         update_every=update_every,
         update_after_step=update_after_step,
-        forward_method_names=[name for name in SAMPLING_METHODS if hasattr(model, name)],
+        forward_method_names=tuple(name for name in SAMPLING_METHODS if hasattr(model, name)),
         ignore_startswith_names=ignored,
         **options,
     )

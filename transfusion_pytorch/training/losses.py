@@ -3,7 +3,7 @@
 b samples, e errors of one kind, n tokens, m spans, k latents of one modality, c channels, d model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from transfusion_pytorch.flow.path import FlowSample, estimate_clean, velocity_t
 from transfusion_pytorch.modalities.latents import LatentsByType, latent_times, unflatten
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.batch import Batch
+from transfusion_pytorch.sequence.checks import check_number, per_modality
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.training.cross_entropy import cross_entropy_per_target, summed_cross_entropy
 from transfusion_pytorch.training.distributed import Processes, zero_gradients
@@ -24,8 +25,8 @@ from transfusion_pytorch.training.distributed import Processes, zero_gradients
 class LossBreakdown(NamedTuple):
     """What the total is made of.
 
-    `total = text_loss_weight * text + sum(flow_loss_weight * flow) + velocity_consistency_loss_weight * sum(velocity)
-    + reconstruction_loss_weight * sum(recon)`. `text` is a scalar in nats per token; `flow`, `velocity` and `recon`
+    `total = text_loss_weight * text + sum(flow_loss_weight * flow) + sum(velocity_consistency_loss_weight * velocity)
+    + sum(reconstruction_loss_weight * recon)`. `text` is a scalar in nats per token; `flow`, `velocity` and `recon`
     have one entry for each modality, zero where a batch had none of it. With `reduction="none"` each has a row for
     every sample in front.
     """
@@ -56,10 +57,24 @@ class SpanLosses(NamedTuple):
 
 
 class LossWeights(NamedTuple):
+    """Of the parts of a `LossBreakdown`: `text`, and an entry for each modality of the others."""
+
     text: float
-    flow: Sequence[float]
-    velocity: float
-    recon: float
+    flow: tuple[float, ...]
+    velocity: tuple[float, ...]
+    recon: tuple[float, ...]
+
+    @classmethod
+    def of(cls, num_modalities: int, *, text: Any, flow: Any, velocity: Any, recon: Any) -> "LossWeights":
+        """The weights that `Transfusion` was given. Raises `TypeError` or `ValueError` unless they are numbers of at
+        least 0, one or one for each modality.
+        """
+        given = dict(flow_loss_weight=flow, velocity_consistency_loss_weight=velocity, reconstruction_loss_weight=recon)
+        each = [
+            tuple(check_number(weight, name, least=0) for weight in per_modality(value, num_modalities, name))
+            for name, value in given.items()
+        ]
+        return cls(check_number(text, "text_loss_weight", least=0), *each)
 
 
 class Errors(NamedTuple):
@@ -114,15 +129,12 @@ def combine(
         if len(counts.latents) != len(weights.flow):
             raise ValueError(f"counts are of {len(counts.latents)} modalities, this model has {len(weights.flow)}")
         given = torch.cat((counts.text[None], counts.latents, counts.latents, counts.decoded)).to(totals)
+        given = given.expand_as(totals)  # of one row, which all samples of `reduction="none"` share
         means = divided(totals, given) if processes is None else processes.means_over(totals, given, counts.processes)
     of_text, (of_flow, of_velocity, of_recon) = means[..., 0], means[..., 1:].unflatten(-1, (3, -1)).unbind(-2)
-    weighted = [each * weight for each, weight in zip(of_flow.unbind(-1), weights.flow, strict=True)]
-    total = (
-        weights.text * of_text
-        + sum(weighted)
-        + weights.velocity * of_velocity.sum(dim=-1)
-        + weights.recon * of_recon.sum(dim=-1)
-    )
+    total = weights.text * of_text
+    for means_of, weights_of in ((of_flow, weights.flow), (of_velocity, weights.velocity), (of_recon, weights.recon)):
+        total = total + sum(mean * weight for mean, weight in zip(means_of.unbind(-1), weights_of, strict=True))
     # copies: FSDP hooks into what a module returns, and views would lose that
     return LossBreakdown(total, *(part.clone() for part in (of_text, of_flow, of_velocity, of_recon)))
 
@@ -183,8 +195,9 @@ class Objective:
         rows = len(batch) if reduction == "none" else None
         consistency = consistency_errors(velocities, flow, batch, teacher, t, of_clean=self.of_clean)
         recon = {}
-        if self.weights.recon:
-            recon = reconstruction_errors(velocities, flow, batch, model.modalities, of_clean=self.of_clean)
+        if any(self.weights.recon):
+            rebuilt = {kind: sample for kind, sample in flow.items() if self.weights.recon[kind]}
+            recon = reconstruction_errors(velocities, rebuilt, batch, model.modalities, of_clean=self.of_clean)
         breakdown = combine(
             text=text_errors(predictions.hidden, batch, model.to_logits, per_sample=rows is not None),
             flow={modality: ErrorSum.of(each, rows) for modality, each in errors.items()},
@@ -316,6 +329,6 @@ def as_teacher(student: Any, ema: Any, ahead: float) -> Teacher | None:
     dims = [io.spec.dim_latent for io in student.modalities]
     if not isinstance(model, type(student)) or [io.spec.dim_latent for io in model.modalities] != dims:
         raise TypeError(f"velocity_consistency_ema_model must be an EMA of this model, got {type(ema).__name__}")
-    if not 0 < ahead < 1:
+    if not 0 < check_number(ahead, "velocity_consistency_delta_time") < 1:
         raise ValueError(f"velocity_consistency_delta_time must lie between 0 and 1, got {ahead}")
     return Teacher(model, ahead)

@@ -36,9 +36,13 @@ class TrainingMethods(nn.Module):
         """A moving average that can sample. It starts after 100 updates; `options` as in `training.ema.create_ema`."""
         return create_ema(self, beta=beta, **options)
 
-    def create_dataloader(self, dataset: Any, **options: Any) -> DataLoader:
-        """Batches of a dataset of samples, as this model takes them."""
-        return create_dataloader(dataset, **options)
+    def create_dataloader(
+        self, dataset: Any, batch_size: int | None = 16, shuffle: bool | None = False, **options: Any
+    ) -> DataLoader:
+        """Batches of a dataset of samples, as this model takes them. `options` are those of `data.create_dataloader`,
+        such as `collate_fn=model.packer()`, and of `DataLoader`.
+        """
+        return create_dataloader(dataset, batch_size, shuffle, **options)
 
     def parameters_without_encoder_decoder(self) -> list[nn.Parameter]:
         """What is to be trained: all parameters but those of the frozen autoencoders."""
