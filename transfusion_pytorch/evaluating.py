@@ -1,7 +1,9 @@
 """Evaluation mode, whole parameters of sharded models, and notices of changed weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -159,25 +161,31 @@ class WeightVersions:
         """Finds everything anew. Takes longer than `have_changed`."""
         modules = list(self._model.modules())
         tables = [table for module in modules for table in (module._parameters, module._buffers)]
-        self._tensors = [(table, name) for table in tables for name in table]
-        self._modules = [(module._modules, name) for module in modules for name in module._modules]
+        self._tensors = [table for table in tables if table]
+        self._children = [module._modules for module in modules if module._modules]
+        self._found = list(_values(self._children))
 
     def have_changed(self) -> bool:
         """Whether there was a change since the last call."""
-        if self._now() == self._versions:
+        children = list(_values(self._children))
+        are_same = len(children) == len(self._found) and all(map(is_, children, self._found))
+        if are_same and self._now() == self._versions:
             return False
         self.look_again()  # what has changed may have more parameters now
         self._versions = self._now()
         return True
 
-    def _now(self) -> tuple[list[int], list[Any] | None]:
-        """The modules, and the tensors with their counts."""
-        modules = [id(table.get(name)) for table, name in self._modules]
-        tensors = [table.get(name) for table, name in self._tensors]
+    def _now(self) -> tuple[list[int], list[int] | None]:
+        """Which tensors there are, and how often they have changed. It is asked for every step."""
+        tensors = list(_values(self._tensors))
         try:
-            return modules, [(id(it), it._version) for it in tensors if it is not None]
+            return [*map(id, tensors)], [it._version for it in tensors if it is not None]
         except RuntimeError:  # an inference tensor
-            return modules, None
+            return [*map(id, tensors)], None
+
+
+def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, tables))
 
 
 @contextmanager
