@@ -69,6 +69,7 @@ from transfusion_pytorch.training.config import TrainConfig
 from transfusion_pytorch.training.ema import create_ema
 from transfusion_pytorch.training.losses import LossBreakdown, SpanLosses
 from transfusion_pytorch.training.random_states import random_states, set_random_states
+from transfusion_pytorch.training.representation import SelfMaskedRepTraining
 from transfusion_pytorch.training.trainer import Fitted, Trainer, TrainingError
 from transfusion_pytorch.transfusion import Transfusion
 
@@ -114,6 +115,7 @@ __all__ = [
     "SampleError",
     "SampleReference",
     "SamplingOptions",
+    "SelfMaskedRepTraining",
     "SkipSample",
     "SpanLosses",
     "StepLoader",

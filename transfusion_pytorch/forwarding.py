@@ -66,9 +66,10 @@ class StreamMethods:
         t: Float[Tensor, " m"],
         cache: CacheView | DecodeView | None = None,
         conditioning: Conditioning | None = None,
+        hidden_states: dict[int, Any] | None = None,
     ) -> StreamOutput:
         """Embeds a stream, whose latents stand at the times `t`, and runs the transformer over it. `conditioning` is
-        what follows from these times, where that was made before.
+        what follows from these times, where that was made before. `hidden_states`: see `Transformer.forward`.
         """
         condition = self._condition(stream, t) if conditioning is None else conditioning.spans
         conditioning = self._conditioning(stream, condition) if conditioning is None else conditioning
@@ -91,6 +92,7 @@ class StreamMethods:
             conditioning=conditioning,
             cache=cache,
             **self._routing(stream),
+            **({} if hidden_states is None else dict(hidden_states=hidden_states)),
         )
         return StreamOutput(hidden, condition, adapter_state)
 

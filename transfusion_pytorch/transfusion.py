@@ -3,7 +3,7 @@
 b samples, n tokens of the packed stream, m spans (instances of a modality), d model, v vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +16,7 @@ from transfusion_pytorch.batching import BatchingMethods
 from transfusion_pytorch.conversations.chat import ChatMethods
 from transfusion_pytorch.flow.solver import check_method
 from transfusion_pytorch.flow.times import CLEAN, TimePolicy
-from transfusion_pytorch.forwarding import StreamMethods
+from transfusion_pytorch.forwarding import StreamMethods, StreamOutput
 from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.build import build_modalities, count_modalities
 from transfusion_pytorch.modalities.io import ModalityInfo
@@ -47,6 +47,8 @@ from transfusion_pytorch.training.losses import (
     as_teacher,
 )
 from transfusion_pytorch.training.methods import TrainingMethods
+
+RunNetwork = Callable[[Batch, LatentsByType, Tensor, torch.Generator | None], StreamOutput]
 
 
 class Transfusion(
@@ -229,6 +231,7 @@ class Transfusion(
         velocity_consistency_ema_model: Any = None,
         velocity_consistency_delta_time: float = 1e-3,
         prob_uncond: float | None = None,
+        run_network: RunNetwork | None = None,
     ) -> Tensor | tuple[Tensor, LossBreakdown] | LossBreakdown | SpanLosses:
         """The loss of a batch, or its logits.
 
@@ -260,6 +263,8 @@ class Transfusion(
         - `velocity_consistency_ema_model` (from `create_ema`): adds the velocity consistency loss against this model at
           `t + velocity_consistency_delta_time`; times below 1 are at most 1 minus that
         - `prob_uncond` replaces the model's, or that of the packer
+        - `run_network`: called instead of `forward_stream`, with the settled batch, `x_t` by modality, the times of the
+          spans and the generator, for objectives that look inside the network (`SelfMaskedRepTraining`)
 
         Returns the total loss; with `return_breakdown` also its parts. Without `return_loss`, returns the logits `(b,
         n, vocabulary)` of every slot, markers included, zero behind the end of shorter samples; modalities are then
@@ -278,7 +283,7 @@ class Transfusion(
             return self._all_logits(batch, self._times_of_spans(batch, times, times_fn), noise, generator)
         batch = self._settled(batch, times, times_fn, prob_uncond)
         latest = CLEAN if teacher is None else CLEAN - teacher.ahead
-        predictions = self._predict(batch, noise, generator, latest=latest)
+        predictions = self._predict(batch, noise, generator, latest=latest, run_network=run_network)
         losses = self.objective(
             self, batch, predictions, teacher=teacher, counts=counts, reduction=reduction, processes=self._processes()
         )
@@ -350,14 +355,25 @@ class Transfusion(
     def _token_shape(self, modality: int, shape: Shape) -> Shape:
         return self.modalities[modality].token_shape(shape)
 
-    def _predict(self, batch: Batch, noise: Any, generator: torch.Generator | None, *, latest: float) -> Predictions:
+    def _predict(
+        self,
+        batch: Batch,
+        noise: Any,
+        generator: torch.Generator | None,
+        *,
+        latest: float,
+        run_network: RunNetwork | None = None,
+    ) -> Predictions:
         """Noises every latent at its time, which is drawn if need be, and predicts the velocities."""
         if self.training and batch.has_times and noise is not None:
             torch.rand((), generator=generator)  # nothing else moves it, and the next batch is to drop other text
         t = self._draw_times(batch, latest, generator)
         noise = batch.noise if noise is None else noise
         flow = add_noise(self._latents(batch, generator), batch.stream, t, noise=noise, generator=generator)
-        output = self.forward_stream(batch.stream, x_t_of(flow), t)
+        if run_network is None:
+            output = self.forward_stream(batch.stream, x_t_of(flow), t)
+        else:
+            output = run_network(batch, x_t_of(flow), t, generator)
         velocities = self.velocities(output, batch.stream, x_t_of(flow), t)
         return Predictions(output.hidden, velocities, flow, t)
 

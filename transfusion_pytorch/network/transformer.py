@@ -175,18 +175,19 @@ class Transformer(nn.Module):
         conditioning: Conditioning | None = None,
         routing: Routing | None = None,
         cache: CacheView | DecodeView | None = None,
+        hidden_states: dict[int, Any] | None = None,
     ) -> Shaped[Tensor, "n d"]:
         """Runs a packed stream; with a `cache` its samples continue the rows of that.
 
         `position` are rotary positions, `conditioning` is that of the spans (None for text alone). `routing` says which
         expert reads which token, where weights are untied; without it all is text. Nothing is read from the device that
-        computes.
+        computes. `hidden_states` is filled with the outputs `(n, d)` of the layers that are its keys, without a cache.
         """
         if cache is not None and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             # A decode step is hundreds of tiny operations: without counting versions and views each takes less time.
             with torch.inference_mode():
                 return self._run(x, position, layout, conditioning, routing, cache)
-        return self._run(x, position, layout, conditioning, routing, cache)
+        return self._run(x, position, layout, conditioning, routing, cache, hidden_states)
 
     def _run(
         self,
@@ -196,6 +197,7 @@ class Transformer(nn.Module):
         conditioning: Conditioning | None,
         routing: Routing | None,
         cache: CacheView | DecodeView | None,
+        states: dict[int, Any] | None = None,
     ) -> Shaped[Tensor, "n d"]:
         trains = self.attention == "flex" and self._trains(x, conditioning)
         plan = plan_attention(layout.to(x.device), cache, kind=self.attention, trains=trains)
@@ -221,13 +223,15 @@ class Transformer(nn.Module):
         if conditioning is not None and self._adds_up_by_segments(plan):
             conditioning = conditioning.with_segments()
         if expert is not None:
-            x = self._through(self.expand_streams(x), conditioning, phases, plan, expert=expert)
+            x = self._through(self.expand_streams(x), conditioning, phases, plan, states, expert=expert)
             return self._normed(self.reduce_streams(x), expert, conditioning)
         assert routing is not None
         assert conditioning is not None
-        return self._through_experts(x, conditioning, routing, phases, plan)
+        return self._through_experts(x, conditioning, routing, phases, plan, states)
 
-    def _through(self, x: Any, conditioning: Any, phases: Any, plan: Any, *, expert: int | None = None) -> Any:
+    def _through(
+        self, x: Any, conditioning: Any, phases: Any, plan: Any, states: Any, *, expert: int | None = None
+    ) -> Any:
         """The residual streams behind all layers. Without the `expert` that reads all, everything comes in parts."""
         chosen = (expert,) if self.untied else ()
         call_layer = layer_caller(plan, self.use_checkpoint, self.compile_options)
@@ -237,16 +241,24 @@ class Transformer(nn.Module):
             skipped = None if layer.skip is None else skips.pop()
             x, values = call_layer(layer, x, skipped, first_values, conditioning, phases, plan, *chosen)
             first_values = values if first_values is None else first_values
+            if states is not None and index in states:
+                states[index] = self._joined(x, plan)
             if index < self.depth // 2:
                 skips.append(x)
         return x
 
+    def _joined(self, x: Any, plan: AttentionPlan | RoutedAttention) -> Tensor:
+        """One vector for each token of the stream, from its residual streams."""
+        if not isinstance(plan, RoutedAttention):
+            return self.reduce_streams(x)
+        return plan.routing.join([self.reduce_streams(x[i]) for i in plan.routing.taken])
+
     def _through_experts(
-        self, x: Tensor, conditioning: Conditioning, routing: Routing, phases: Tensor, plan: AttentionPlan
+        self, x: Tensor, conditioning: Conditioning, routing: Routing, phases: Tensor, plan: AttentionPlan, states: Any
     ) -> Tensor:
         parts = tuple(self.expand_streams(part) for part in routing.split(x))
         conditionings, routed = routing.conditionings(conditioning), RoutedAttention(plan, routing)
-        made = self._through(parts, conditionings, routing.split(phases), routed)
+        made = self._through(parts, conditionings, routing.split(phases), routed, states)
         parts = tuple(self.reduce_streams(part) for part in made)
         if "norms" not in self.untied:
             return self._normed(routing.join([parts[i] for i in routing.taken]), TEXT, conditioning)
