@@ -3,7 +3,6 @@
 b samples, n and m tokens, d channels.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from transfusion_pytorch.evaluating import gathered
 from transfusion_pytorch.generation.engine import MAX_BATCH, Engine, EngineOptions, Request
 from transfusion_pytorch.generation.events import Event, Sample
 from transfusion_pytorch.generation.options import (
-    Method,
     SamplingKeywords,
     SamplingOptions,
     checks_itself,
@@ -32,20 +30,6 @@ if TYPE_CHECKING:
 UNSET: Any = object()  # a `max_length` that was not given: it is that of the `options`
 
 
-def takes_max_length(method: Method) -> Method:
-    """Shows every field of `SamplingOptions` in `help`, as `takes_sampling_options` does, with `max_length` where the
-    method has it: second, and by position too.
-    """
-    own = inspect.signature(method)
-    others = [it for it in own.parameters.values() if it.name != "max_length"]
-    method.__signature__ = own.replace(parameters=others)  # type: ignore[attr-defined]
-    shown = dict(inspect.signature(takes_sampling_options(method)).parameters)
-    max_length = shown.pop("max_length").replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    myself, prompt, *rest = shown.values()
-    method.__signature__ = own.replace(parameters=[myself, prompt, max_length, *rest])  # type: ignore[attr-defined]
-    return method
-
-
 class SamplingMethods:
     """The sampling methods of `Transfusion`: thin calls of the engine."""
 
@@ -53,7 +37,7 @@ class SamplingMethods:
     vocabulary: Any
     modalities: Any
 
-    @takes_max_length
+    @takes_sampling_options
     @checks_itself
     def sample(
         self,
@@ -71,7 +55,7 @@ class SamplingMethods:
 
     sample_one = sample
 
-    @takes_max_length
+    @takes_sampling_options
     @checks_itself
     def sample_many(
         self,
@@ -102,7 +86,7 @@ class SamplingMethods:
             keywords = _with_max_length(max_length, keywords)
             return engine.sample_many(prompts, progress=progress, options=options, **keywords)
 
-    @takes_max_length
+    @takes_sampling_options
     @checks_itself
     def sample_stream(
         self,

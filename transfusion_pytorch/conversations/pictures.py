@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transfusion_pytorch.data.images import ImageReader, _turned_size, size_of_image
+from transfusion_pytorch.data.images import ImageReader, size_of_image, turned_size
 from transfusion_pytorch.data.model_images import PICTURE_CHANNELS
 from transfusion_pytorch.data.optional import import_optional
 
@@ -105,7 +105,7 @@ def _decode_data_url(address: str) -> bytes:
 
 def shape_on_meta(image: Any, reader: ImageReader) -> Tensor:
     """What the reader would make of an image, on the `meta` device; of a file only the header is read."""
-    size = size_of_image(image) if isinstance(image, bytes) else _turned_size(image)
+    size = size_of_image(image) if isinstance(image, bytes) else turned_size(image)
     return torch.empty(reader.shape_of(size), device="meta")
 
 

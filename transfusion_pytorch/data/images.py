@@ -192,7 +192,7 @@ def decode_image(data: bytes, *, mode: Mode = "RGB") -> "Image":
 
 def size_of_image(data: bytes) -> Size:
     """Height and width as `decode_image` would give them, from the header alone. Errors as there."""
-    return _reading(data, _turned_size)
+    return _reading(data, turned_size)
 
 
 def fit(image: "Image", size: Size) -> "Image":
@@ -223,7 +223,8 @@ def _reading(data: bytes, read: Callable[["Image"], Any]) -> Any:
             raise SkipSample(f"not a whole image: {error}") from error
 
 
-def _turned_size(image: "Image") -> Size:
+def turned_size(image: "Image") -> Size:
+    """Height and width of an image once it is turned as its EXIF orientation says."""
     is_turned = image.getexif().get(ORIENTATION, 1) >= 5
     return (image.width, image.height) if is_turned else (image.height, image.width)
 

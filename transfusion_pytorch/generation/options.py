@@ -60,13 +60,15 @@ def checks_itself(method: Method) -> Method:
 
 
 def takes_sampling_options(method: Method) -> Method:
-    """Shows every field of `SamplingOptions` in `help`, in place of `**keywords`."""
-    own = [it for it in inspect.signature(method).parameters.values() if it.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(it.name, inspect.Parameter.KEYWORD_ONLY, default=it.default, annotation=it.type)
+    """Shows every field of `SamplingOptions` in `help`: where the method names it, or else in place of `**keywords`."""
+    signature = inspect.signature(method)
+    own = [it for it in signature.parameters.values() if it.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = {
+        it.name: inspect.Parameter(it.name, inspect.Parameter.KEYWORD_ONLY, default=it.default, annotation=it.type)
         for it in fields(SamplingOptions)
-    ]
-    method.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    }
+    shown = [options.pop(it.name).replace(kind=it.kind) if it.name in options else it for it in own]
+    method.__signature__ = signature.replace(parameters=[*shown, *options.values()])  # type: ignore[attr-defined]
     return method
 
 
