@@ -75,6 +75,7 @@ ALLOWED["policy"] = [
     "sequence.samples",
     "flow",
     "evaluating",
+    "network.precision",
     "saving",
     "mmdit",
     "display.terminal",

@@ -49,8 +49,10 @@ def percentage(pattern: str, output: str) -> float:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_the_common_options(script):
-    output = run(script, "--help")
+def test_help_names_the_common_options(monkeypatch, capsys, script):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--help", script=script)
+    output = capsys.readouterr().out
     assert all(option in output for option in ("--steps", "--seed", "--device", "--results"))
 
 
@@ -315,18 +317,25 @@ def test_bars_are_drawn_for_the_tracker(tmp_path):
     assert callback.on_sample(run_at(tmp_path, nothing)) == {}
 
 
+SEE = ("train_understanding.py", ("--score", 2), r"name: [\d.]+% of 2 held-out images answered rightly")
+DRAW = (
+    "train_generation.py",
+    ("--draw-per-class", 1, "--modality-steps", 2, "--autoencoder-steps", 2),
+    r"drawing: [\d.]+% of 10 recognised",
+)
+
+
 @pytest.mark.parametrize(
-    ("script", "options", "said"),
+    ("script", "options", "said", "kind"),
     [
-        ("train_understanding.py", ("--score", 2), r"name: [\d.]+% of 2 held-out images answered rightly"),
-        (
-            "train_generation.py",
-            ("--draw-per-class", 1, "--modality-steps", 2, "--autoencoder-steps", 2),
-            r"drawing: [\d.]+% of 10 recognised",
-        ),
+        (*SEE, "experts"),
+        (*SEE, "lora"),
+        (*SEE, "everything"),
+        (*DRAW, "experts"),
+        pytest.param(*DRAW, "lora", marks=pytest.mark.slow),
+        pytest.param(*DRAW, "everything", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kind", ["experts", "lora", "everything"])
 def test_a_language_model_learns_to_see_and_to_draw(tmp_path, monkeypatch, capsys, script, options, said, kind):
     pytest.importorskip("transformers")
     pytest.importorskip("peft" if kind == "lora" else "transformers")

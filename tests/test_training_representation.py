@@ -293,6 +293,7 @@ def test_checkpointing_changes_nothing(kind):
         torch.testing.assert_close(gradient, expected[name], **EXACT)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")

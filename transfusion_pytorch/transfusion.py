@@ -25,6 +25,7 @@ from transfusion_pytorch.modalities.statistics import StatisticsMethods, names_o
 from transfusion_pytorch.modalities.timing import TimeConditioning
 from transfusion_pytorch.network.linear import Linear
 from transfusion_pytorch.network.norms import TimeEmbedding
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.network.transformer import Transformer, as_trunk, check_trunk
 from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits, TiedLogits
 from transfusion_pytorch.pretrained.methods import LanguageModelMethods
@@ -323,7 +324,7 @@ class Transfusion(
     @property
     def precision(self) -> torch.dtype:
         """Of times, latents and losses, whatever the parameters have: single precision at least."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return precise(self.dtype)
 
     @property
     def loss_weights(self) -> LossWeights:

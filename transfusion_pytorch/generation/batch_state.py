@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.generation.sampler import SamplingColumns, sample_tokens
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.hashing import content_key, uniform
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.samples import Piece, Text, as_text
@@ -192,7 +193,7 @@ class BatchState:
         dtype: torch.dtype,
     ) -> "BatchState":
         """`requests` write text; `dtype` is that of the model's logits."""
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = precise(dtype)
         branches = [request.branch for request in requests]
         masks = [request.allowed for request in requests]
         seen = None

@@ -21,6 +21,7 @@ from transfusion_pytorch.generation.events import EndReason
 from transfusion_pytorch.generation.request import Phase, RequestState
 from transfusion_pytorch.generation.runner import Model, create_runner
 from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, to_host
+from transfusion_pytorch.network.precision import precise
 
 
 class Limits(NamedTuple):
@@ -248,7 +249,7 @@ class Scheduler:
         """Logits after the processors of each row. One that raises an error ends its own request."""
         if not any(request.options.logits_processors for request in requests):
             return logits
-        rows = list(logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind())
+        rows = list(logits.to(precise(logits.dtype)).unbind())
         for i, request in enumerate(requests):
             if not request.options.logits_processors:
                 continue

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion_pytorch.network.linear import is_plain_linear
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.network.shortcuts import is_plain
 
 
@@ -130,7 +131,7 @@ def check_times(timestep: object, batch: torch.Size, total: int, num_times: int,
 
 
 def _one_time(time: object, batch: torch.Size, total: int, name: str, like: Tensor) -> Tensor:
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = precise(like.dtype)
     if not isinstance(time, Tensor):
         if isinstance(time, bool) or not isinstance(time, (int, float, Real)):
             raise TypeError(f"{name} must be a number or a tensor of numbers, got {type(time).__name__}")

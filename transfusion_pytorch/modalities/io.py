@@ -15,6 +15,7 @@ from transfusion_pytorch.modalities.adapters import AxialPositions, LinearAdapte
 from transfusion_pytorch.modalities.autoencoder import drawing_from, run_half
 from transfusion_pytorch.modalities.statistics import LatentStatistics, ScaleCheck
 from transfusion_pytorch.modalities.timing import TimeConditioning, Timing
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.batch import ModalityData, RawInstances
 from transfusion_pytorch.sequence.positions import axial_coordinates
 from transfusion_pytorch.sequence.samples import MAX_AXES, ModalitySpec, Shape, check_finite
@@ -232,8 +233,8 @@ class ModalityIO(nn.Module):
         """
         tokens, memory = self.adapter.embed(latents, shapes, condition)
         if positions is None:
-            precise = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 cannot count beyond 256
-            positions = self.embed_positions(shapes, device=tokens.device, dtype=precise)
+            dtype = precise(latents.dtype)  # bfloat16 cannot count beyond 256
+            positions = self.embed_positions(shapes, device=tokens.device, dtype=dtype)
         tokens = tokens if positions is None else tokens + positions
         return tokens if self.timing is None else self.timing.embed(tokens, self._counts(shapes), condition), memory
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.samples import is_int
 
 RESOLUTION = 1e-6  # of a mean in single precision: a channel that varies by less is constant
@@ -64,16 +65,16 @@ class LatentStatistics(nn.Module):
         if self.mean is None or self.std is None:
             return latents
         self._move_to(latents.device)
-        precise = torch.promote_types(latents.dtype, torch.float32)
-        return ((latents.to(precise) - self.mean) / self.std).to(latents.dtype)
+        dtype = precise(latents.dtype)
+        return ((latents.to(dtype) - self.mean) / self.std).to(latents.dtype)
 
     def denormalize(self, latents: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
         """The inverse of `normalize`."""
         if self.mean is None or self.std is None:
             return latents
         self._move_to(latents.device)
-        precise = torch.promote_types(latents.dtype, torch.float32)
-        return (latents.to(precise) * self.std + self.mean).to(latents.dtype)
+        dtype = precise(latents.dtype)
+        return (latents.to(dtype) * self.std + self.mean).to(latents.dtype)
 
     def _move_to(self, device: torch.device) -> None:
         """Once, after a `state_dict` of another device was loaded."""

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from transfusion_pytorch.network.precision import precise
+
 LEAST_STD = 1e-4  # of a channel, in its own unit: one that hardly moves is not blown up
 
 
@@ -30,7 +32,7 @@ class Normalization(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        dtype = at_least_single(torch.get_default_dtype())
+        dtype = precise(torch.get_default_dtype())
         self.register_buffer("mean", torch.zeros(dim, dtype=dtype))
         self.register_buffer("std", torch.ones(dim, dtype=dtype))
 
@@ -39,7 +41,7 @@ class Normalization(nn.Module):
 
         def kept_precise(tensor: Tensor) -> Tensor:
             made = fn(tensor)
-            dtype = at_least_single(made.dtype)
+            dtype = precise(made.dtype)
             return made if made.dtype == dtype else tensor.to(made.device, dtype)
 
         return super()._apply(kept_precise, recurse)
@@ -70,7 +72,3 @@ class Normalization(nn.Module):
     def denormalize(self, values: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The inverse of `normalize`."""
         return values * self.std + self.mean
-
-
-def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
