@@ -14,7 +14,11 @@ from transfusion_pytorch import Transfusion
 
 TEXT = dict(plan=[("text", 1000)])
 IMAGE = dict(plan=[0], modality_steps=50, cfg_scale=3.0, odeint_kwargs=dict(method="euler"))
-LIMITS = {"text": (36, 38, 0), "image": (40, 31, 1)}  # per layer; besides; besides, for each row
+LIMITS = {  # per layer; besides; besides, for each row
+    ("text", "adaptive"): (36, 38, 0),
+    ("text", "rms"): (40, 35, 0),
+    ("image", "adaptive"): (40, 31, 1),
+}
 
 
 class CountOperations(TorchDispatchMode):
@@ -27,11 +31,15 @@ class CountOperations(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
-def operations_of_a_step(depth: int, rows: int, options: dict) -> int:
+def operations_of_a_step(depth: int, rows: int, norm: str, options: dict) -> int:
     """Of the engine, views included."""
     torch.manual_seed(0)
     model = Transfusion(
-        num_text_tokens=200, dim_latent=4, modality_default_shape=(4, 4), transformer=dict(dim=64, depth=depth)
+        num_text_tokens=200,
+        dim_latent=4,
+        modality_default_shape=(4, 4),
+        time_conditioning="norms" if norm == "adaptive" else "added",
+        transformer=dict(dim=64, depth=depth, norm=norm),
     ).eval()
     engine = model.create_engine()
     requests = [
@@ -46,11 +54,12 @@ def operations_of_a_step(depth: int, rows: int, options: dict) -> int:
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("kind", "options"), [("text", TEXT), ("image", IMAGE)], ids=["text", "image"])
-def test_step_dispatches_few_operations(kind, options, rows):
-    shallow, deep = (operations_of_a_step(depth, rows, options) for depth in (2, 4))
+@pytest.mark.parametrize(("kind", "norm"), LIMITS)
+def test_step_dispatches_few_operations(kind, norm, rows):
+    options = TEXT if kind == "text" else IMAGE
+    shallow, deep = (operations_of_a_step(depth, rows, norm, options) for depth in (2, 4))
     per_layer = (deep - shallow) / 2
     besides = shallow - 2 * per_layer
-    most_per_layer, most_besides, most_of_rows = LIMITS[kind]
+    most_per_layer, most_besides, most_of_rows = LIMITS[kind, norm]
     assert 20 < per_layer <= most_per_layer
     assert 10 < besides <= most_besides + most_of_rows * rows

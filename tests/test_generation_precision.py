@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch import Transfusion
+from transfusion_pytorch.network.inference import LinearWeights
 
 NUM_TEXT, IMAGE = 12, 1
 CHANNELS = (3, 2)
@@ -116,3 +117,14 @@ def test_a_cache_rounds_no_worse_than_reading_everything_again(precision):
 def test_low_precision_is_at_work(precision):
     """Otherwise the tests above would compare single precision with itself."""
     assert error(*logits_of(build(), precision)[1:]) > 100 * error(*logits_of(build(), "float32")[1:])
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(5)])
+def test_autocast_rounds_products_and_not_what_they_are_added_to(bias):
+    layer = LinearWeights.of(torch.randn(5, 3), bias, None, 2)
+    x, total = torch.randn(2, 3), torch.randn(2, 5)
+    torch.testing.assert_close(layer.add_to(total, x), total + torch.nn.functional.linear(x, layer.weight, bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, product = layer.add_to(total, x), layer(x)
+    assert product.dtype == torch.bfloat16
+    assert torch.equal(out, total + product)

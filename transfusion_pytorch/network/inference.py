@@ -26,7 +26,7 @@ from transfusion_pytorch.network.cpu.reordered import ReorderedWeights, reordere
 from transfusion_pytorch.network.layer import ACTIVATIONS, Attention, FeedForward, Layer
 from transfusion_pytorch.network.linear import is_plain_linear
 from transfusion_pytorch.network.norms import AdaptiveNorm, Conditioning, IndexedModulation, PlainNorm, RMSNorm
-from transfusion_pytorch.network.precision import LAYER_NORM_EPS, precise
+from transfusion_pytorch.network.precision import LAYER_NORM_EPS, precise, working_dtype
 from transfusion_pytorch.network.shortcuts import forces_plain_formulas, is_untouched
 from transfusion_pytorch.sequence.positions import rotate
 
@@ -80,7 +80,11 @@ class NormOfLayer(NamedTuple):
         normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
         return torch.addcmul(self._of_tokens(self.shift), normed, self._of_tokens(self.scale))
 
-    def add_gated(self, x: Shaped[Tensor, "... d"], out: Tensor) -> Shaped[Tensor, "... d"]:
+    def add_product(self, x: Shaped[Tensor, "... d"], layer: "LinearWeights", inner: Tensor) -> Shaped[Tensor, "... d"]:
+        """`x` and what this `layer` makes of the `inner` features of its branch, gated."""
+        return self.add_output(x, layer(inner))
+
+    def add_output(self, x: Shaped[Tensor, "... d"], out: Tensor) -> Shaped[Tensor, "... d"]:
         return torch.addcmul(x, out, self._of_tokens(self.gate))
 
     def _of_tokens(self, rows: Tensor) -> Tensor:
@@ -119,7 +123,11 @@ class RMSNormOfLayer(NamedTuple):
             return F.rms_norm(x, shape, weight=self.gain, eps=self.eps)
         return F.rms_norm(x, shape, eps=self.eps).mul_(self.gain)
 
-    def add_gated(self, x: Shaped[Tensor, "... d"], out: Tensor) -> Shaped[Tensor, "... d"]:
+    def add_product(self, x: Shaped[Tensor, "... d"], layer: "LinearWeights", inner: Tensor) -> Shaped[Tensor, "... d"]:
+        """`x` and what this `layer` makes of the `inner` features of its branch."""
+        return layer.add_to(x, inner)
+
+    def add_output(self, x: Shaped[Tensor, "... d"], out: Tensor) -> Shaped[Tensor, "... d"]:
         return x + out
 
 
@@ -161,7 +169,11 @@ class LinearWeights(NamedTuple):
     def add_to(self, total: Shaped[Tensor, "... o"], x: Shaped[Tensor, "... i"]) -> Shaped[Tensor, "... o"]:
         """The total of what was there and this layer's output, in one product where that can be."""
         is_plain = self.bias is None and self.reordered is None and not torch.compiler.is_compiling()
-        return torch.addmm(total, x, self.transposed) if is_plain and x.ndim == 2 else total + self(x)
+        if (
+            is_plain and x.ndim == 2 and working_dtype(total) == x.dtype == total.dtype
+        ):  # autocast would round the total
+            return torch.addmm(total, x, self.transposed)
+        return total + self(x)
 
 
 class LayerWeights(NamedTuple):
@@ -342,14 +354,14 @@ def _finish(
         gates = layer.to_gates(normed).sigmoid_()
         gathered = gathered * gates.view(*gathered.shape[:-1], 1)
     # how the output of attention lies in memory differs from kernel to kernel
-    out = layer.to_out(gathered.reshape(*normed.shape[:-1], -1))
-    x = before_attention.add_gated(x, out)
-    return before_ff.add_gated(x, _feedforward(layer, before_ff.normed(x), scratch))
-
-
-def _feedforward(layer: LayerWeights, x: Shaped[Tensor, "... d"], scratch: Scratch | None) -> Shaped[Tensor, "... d"]:
+    x = before_attention.add_product(x, layer.to_out, gathered.reshape(*normed.shape[:-1], -1))
+    normed = before_ff.normed(x)
     if scratch is None:
-        return layer.from_hidden(_activated(layer, layer.to_hidden(x)))
+        return before_ff.add_product(x, layer.from_hidden, _activated(layer, layer.to_hidden(normed)))
+    return before_ff.add_output(x, _feedforward_in_parts(layer, normed, scratch))
+
+
+def _feedforward_in_parts(layer: LayerWeights, x: Shaped[Tensor, "... d"], scratch: Scratch) -> Shaped[Tensor, "... d"]:
     out, at_once = torch.empty_like(x), len(scratch.hidden)
     rows = zip(x.view(-1, x.shape[-1]).split(at_once), out.view(-1, x.shape[-1]).split(at_once), strict=True)
     for part, target in rows:
