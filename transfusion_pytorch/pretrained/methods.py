@@ -18,7 +18,7 @@ from transfusion_pytorch.network.transformer import Transformer
 from transfusion_pytorch.network.vocabulary_layers import TextEmbedding, TextLogits
 from transfusion_pytorch.pretrained.families import rotary_bound, transformer_arguments
 from transfusion_pytorch.pretrained.language_model import LanguageModel, find_language_model
-from transfusion_pytorch.pretrained.weights import load_trunk, load_vocabulary
+from transfusion_pytorch.pretrained.weights import Weights, load_trunk, load_vocabulary
 from transfusion_pytorch.saving.methods import checked_device_and_dtype
 from transfusion_pytorch.saving.weights import build_without_weights
 
@@ -99,14 +99,7 @@ class LanguageModelMethods:
         of rotary positions that change in long samples.
         """
         target = checked_device_and_dtype(device, dtype)
-        if torch.get_default_device().type == "meta":
-            raise ValueError('weights cannot be loaded inside of torch.device("meta"): call from_pretrained_lm outside')
-        if num_experts is not None and not untied:
-            raise ValueError(f"num_experts={num_experts} are of untied weights; set untied=True")
-        if num_experts is not None and num_experts < 2:
-            raise ValueError(f"num_experts is at least 2, text and one for modalities, got {num_experts}")
-        if given := [name for name in OF_THE_LANGUAGE_MODEL if name in arguments]:
-            raise ValueError(f"{', '.join(given)}: the language model says that; leave it out")
+        check_arguments(untied, num_experts, arguments)
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         with torch.inference_mode(False):
             source = find_language_model(name_or_model, gguf_file=gguf_file, **hub)
@@ -135,16 +128,7 @@ class LanguageModelMethods:
             build_without_weights(build)  # what is wrong is found before weights are downloaded and read
             weights = source.weights()
             model = build(tie_embeddings=weights.is_tied)
-            dtype = weights.dtype if dtype is None else dtype
-            load_vocabulary(weights, model.text_embedding, model.to_logits, dtype)
-            load_trunk(source.config, weights.tensors, transformer, dtype)
-        _begin_at_zero(transformer, dtype)
-        for module in (
-            model.time_embedding,
-            model.type_embedding,
-            *(it for io in model.modalities for it in io.trained),
-        ):
-            module.to(dtype)
+            fill(model, source.config, weights, weights.dtype if dtype is None else dtype)
         model.tokenizer = tokenizer
         if freeze_text:
             model.freeze_text()  # again: the weights are other parameters
@@ -223,6 +207,28 @@ class LanguageModelMethods:
             modules_to_save=["time_embedding", "type_embedding", *markers, *modalities, *norms],
         )
         return peft.LoraConfig(**(arguments | options))
+
+
+def check_arguments(untied: bool | Sequence[str], num_experts: int | None, arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` for what is wrong with any language model."""
+    if torch.get_default_device().type == "meta":
+        raise ValueError('weights cannot be loaded inside of torch.device("meta"): call from_pretrained_lm outside')
+    if num_experts is not None and not untied:
+        raise ValueError(f"num_experts={num_experts} are of untied weights; set untied=True")
+    if num_experts is not None and num_experts < 2:
+        raise ValueError(f"num_experts is at least 2, text and one for modalities, got {num_experts}")
+    if given := [name for name in OF_THE_LANGUAGE_MODEL if name in arguments]:
+        raise ValueError(f"{', '.join(given)}: the language model says that; leave it out")
+
+
+def fill(model: Any, config: Any, weights: Weights, dtype: torch.dtype) -> None:
+    """Gives a model whose trunk is on the meta device the language model's weights, and all parameters this dtype."""
+    load_vocabulary(weights, model.text_embedding, model.to_logits, dtype)
+    load_trunk(config, weights.tensors, model.transformer, dtype)
+    _begin_at_zero(model.transformer, dtype)
+    adapters = [module for io in model.modalities for module in io.trained]
+    for module in (model.time_embedding, model.type_embedding, *adapters):
+        module.to(dtype)
 
 
 def check_sizes(source: LanguageModel, tokenizer: ChatTokenizer | None) -> None:
