@@ -61,7 +61,7 @@ from transfusion_pytorch.saving.components import register_component
 from transfusion_pytorch.sequence.batch import Batch
 from transfusion_pytorch.sequence.counts import TargetCounts
 from transfusion_pytorch.sequence.packer import Packer
-from transfusion_pytorch.sequence.samples import Condition, Latents, Sample
+from transfusion_pytorch.sequence.samples import Condition, Latents, Sample, WithCleanCopy
 from transfusion_pytorch.serving import AsyncEngine
 from transfusion_pytorch.training.callbacks import Callback
 from transfusion_pytorch.training.checkpoint import Checkpoints
@@ -132,6 +132,7 @@ __all__ = [
     "UNetDown",
     "UNetUp",
     "VisionEncoder",
+    "WithCleanCopy",
     "cache_latents",
     "collate_fn",
     "create_dataloader",

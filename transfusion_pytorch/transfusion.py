@@ -406,7 +406,7 @@ class Transfusion(
         if batch.has_times:
             x_t = x_t_of(add_noise(x_t, batch.stream, t, noise=noise, generator=generator))
         logits = self.logits(self.forward_stream(batch.stream, x_t, t).hidden)
-        rows = logits[: batch.num_tokens].split(batch.stream.lengths)
+        rows = logits[: sum(batch.stream.lengths)].split(batch.stream.lengths)
         return pad_sequence(list(rows), batch_first=True)
 
     def _processes(self) -> Processes | None:

@@ -18,7 +18,16 @@ from transfusion_pytorch.modalities import preparation
 from transfusion_pytorch.modalities.autoencoder import drawing_from
 from transfusion_pytorch.saving.components import qualified_name
 from transfusion_pytorch.saving.files import load_json, open_tensors, remove_partial, save_json, save_tensors
-from transfusion_pytorch.sequence.samples import Condition, Latents, Modality, Piece, Sample, Text, parse_sample
+from transfusion_pytorch.sequence.samples import (
+    Condition,
+    Latents,
+    Modality,
+    Piece,
+    Sample,
+    Text,
+    WithCleanCopy,
+    parse_sample,
+)
 
 FORMAT = 1
 INDEX = "index.json"  # written last: where it is, everything is
@@ -132,6 +141,7 @@ class CachedLatents(Dataset):
             else:
                 tensor = file.get_tensor(name)
             restored = tensor if is_text else Latents(part["type"], tensor)
+            restored = WithCleanCopy(restored) if part["has_clean_copy"] else restored
             parts.append(restored if part["is_learned"] else Condition(restored))
         return Sample(parts, name=entry["name"], source=entry["source"], weight=entry["weight"])
 
@@ -197,8 +207,8 @@ def _write_shard(dataset: Any, model: Any, folder: Path, number: int, batch_size
         for entry, pieces in loaded:
             for i, piece in enumerate(next(encoded) if pieces else []):
                 tensors[f"{len(entries)}.{i}"] = _kept(piece, model)
-                kind = piece.type if isinstance(piece, Modality) else None
-                entry["parts"].append({"type": kind, "is_learned": piece.is_learned})
+                kind, is_copied = (piece.type, piece.has_clean_copy) if isinstance(piece, Modality) else (None, False)
+                entry["parts"].append({"type": kind, "is_learned": piece.is_learned, "has_clean_copy": is_copied})
             entries.append(entry)
     save_tensors(_shard(folder, number), tensors, {"samples": json.dumps(entries)})
 

@@ -8,7 +8,7 @@ from transfusion_pytorch.data.loading import SampleError, SkipSample, as_sample,
 from transfusion_pytorch.data.mixture import Mixture
 from transfusion_pytorch.data.order import SampleReference, generator_of, generators_kept, sample_seed
 from transfusion_pytorch.sequence.packer import Packer
-from transfusion_pytorch.sequence.samples import Condition, Latents
+from transfusion_pytorch.sequence.samples import Condition, Latents, WithCleanCopy
 
 
 class Lengths:
@@ -75,6 +75,8 @@ def _shape_of(part: Any) -> Any:
         return part.is_floating_point(), part.shape
     if isinstance(part, Condition):
         return _shape_of(part.part)
+    if isinstance(part, WithCleanCopy):
+        return "twice", _shape_of(part.part)
     if isinstance(part, Latents):
         return "latents", part.type, part.latents.shape
     return part[0], part[1].shape

@@ -155,12 +155,12 @@ class ModalityIO(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "k c"]:
         """The latents of a batch as the network sees them: flat, in the order of their spans, normalised. See
-        `encoded_latents`.
+        `encoded_latents`; noised copies have those of their clean copies.
         """
         encoded = self.encoded_latents(data, placement, dtype, generator)
         if self.training:
             self.check_scale(encoded)
-        return self.statistics.normalize(encoded)
+        return placement.with_copies(self.statistics.normalize(encoded))
 
     def check_scale(self, latents: Float[Tensor, "k c"] | None) -> None:
         """Warns once where latents in the encoder's scale are far from unit variance, and nothing normalises them."""
@@ -196,7 +196,7 @@ class ModalityIO(nn.Module):
                     f"{packed}; if that depends on the data, encode them before and hand over Latents"
                 )
             parts |= zip(group.order, rows.flatten(1, -2) if rows.ndim > 2 else rows[:, None], strict=True)
-        return torch.cat([parts[span] for span in range(len(placement.shapes))])
+        return torch.cat([parts[span] for span in range(len(parts))])
 
     def _encode_stacked(self, group: RawInstances) -> Float[Tensor, "g ..."]:
         assert self.encoder is not None

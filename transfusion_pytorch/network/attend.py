@@ -53,10 +53,13 @@ class RaggedAttention(NamedTuple):
             return PackedAttention.apply(q, k, v, self.runs)  # type: ignore[return-value]
         lengths = [run.tokens.stop - run.tokens.start for run in self.runs]
         split = (part.split(lengths) for part in (q, k, v))
-        outs = [
-            attend_chunks(run.chunks, run.batched(q_run), run.batched(k_run), run.batched(v_run), softcap)
-            for run, q_run, k_run, v_run in zip(self.runs, *split, strict=True)
-        ]
+        outs = []
+        for run, q_run, k_run, v_run in zip(self.runs, *split, strict=True):
+            if run.past is None:
+                keys, values = run.batched(k_run), run.batched(v_run)
+            else:
+                keys, values = run.keys(k), run.keys(v)
+            outs.append(attend_chunks(run.chunks, run.batched(q_run), keys, values, softcap))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

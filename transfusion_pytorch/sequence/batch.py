@@ -75,7 +75,7 @@ class Batch(Moving):
     """A packed batch: what `Packer` makes of samples, and `Transfusion` takes instead of them.
 
     - `stream`: tokens, who sees whom, and the span table
-    - `data`: latents or raw instances of each modality that occurs
+    - `data`: latents or raw instances of each modality that occurs, without repeating them for noised copies
     - `targets`: what the text loss predicts
     - `times`: the time of every span, NaN where it is to be drawn; `has_times` if the caller gave them
     - `span_weight`: the weight of the sample of every span
@@ -114,7 +114,7 @@ class Batch(Moving):
     @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
-        return sum(self.stream.lengths)
+        return len(self.stream.token) - self.stream.num_padding
 
     def with_times(self, times: Float[Tensor, " m"]) -> "Batch":
         """The same at these times, NaN where one is to be drawn."""

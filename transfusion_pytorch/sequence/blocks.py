@@ -73,6 +73,44 @@ def block_tables(start: Int64[Tensor, " n"], end: Int64[Tensor, " n"], block: in
     return BlockTables(*_rows(partial_or_full, full), *_rows(partial_or_full.transposed(), full.transposed()))
 
 
+def block_tables_with_past(
+    start: Int64[Tensor, " n"],
+    end: Int64[Tensor, " n"],
+    past: tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]],
+    block: int = BLOCK,
+) -> BlockTables:
+    """The same where query q also sees the keys `past[0][q] <= k < past[1][q]`, on the CPU.
+
+    By counting, for each pair of blocks, the queries that see some keys and those that see all: the blocks that a row
+    sees are no interval here. An empty past is from 0 to 0. Between both intervals of a query there must be a key that
+    is in neither, so that it sees a whole block by one of them or not at all.
+    """
+    blocks, row = -(-len(start) // block), (torch.arange(len(start)) // block).repeat(2)
+    start, end = torch.cat((start, past[0])), torch.cat((end, past[1]))
+    full_start = _ceil(start, block)
+    seen = _count(row, _floor(start, block), _ceil(end, block), blocks) > 0
+    full = _count(row, full_start, torch.maximum(full_start, _floor(end, block)), blocks) == block
+    partial = seen & ~full
+    return BlockTables(*_listed(partial), *_listed(full), *_listed(partial.T), *_listed(full.T))
+
+
+def _count(row: Tensor, start: Tensor, stop: Tensor, blocks: int) -> Tensor:
+    """How often each block of each row is in `start <= block < stop`: rows 0 0 with [0, 2) [1, 2) -> 1 2 in row 0."""
+    change = torch.zeros(blocks, blocks + 1, dtype=torch.int32)
+    one = torch.ones(len(row), dtype=torch.int32)
+    change.index_put_((row, start.long()), one, accumulate=True)
+    change.index_put_((row, stop.long()), -one, accumulate=True)
+    return change.cumsum(1)[:, :blocks]
+
+
+def _listed(is_in: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row, how many blocks are in it, and which, in ascending order; zeros behind them."""
+    row, block = is_in.nonzero().unbind(1)
+    rank = is_in.cumsum(1)[row, block] - 1
+    indices = torch.zeros(is_in.shape, dtype=torch.int32).index_put_((row, rank), block.int())
+    return is_in.sum(1, dtype=torch.int32), indices
+
+
 def _check_bounds(start: Tensor, end: Tensor) -> None:
     slot = torch.arange(len(start))
     if not ((start <= slot) & (slot < end)).all():

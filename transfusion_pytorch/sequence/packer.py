@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transfusion_pytorch.sequence.batch import Batch, ModalityData, RawInstances, TextTargets
 from transfusion_pytorch.sequence.checks import check_int
+from transfusion_pytorch.sequence.copies import with_noised_copies
 from transfusion_pytorch.sequence.moving import on_cpu
 from transfusion_pytorch.sequence.prompts import split_unfinished_modality
 from transfusion_pytorch.sequence.randomness import StateNumbers, seeded_numbers
@@ -143,11 +144,13 @@ class Packer:
             else:
                 batch = batch.with_times(times_of_spans(times, stream.spans, len(pieces)))
             batch = self._with_numbers(batch, generator) if seeds is None else self._seeded(batch, seeds)
-            return self._padded(batch)
+            instances = [piece for sample in pieces for piece in sample if isinstance(piece, Modality)]
+            copied = [span for span, instance in enumerate(instances) if instance.has_clean_copy]
+            return self._padded(with_noised_copies(batch, copied))
 
     def num_tokens(self, sample: Any) -> int:
-        """The tokens that a sample takes in a batch, markers included, from its shapes alone: modalities may be on the
-        `meta` device. Raises `TypeError` or `ValueError` as packing does.
+        """The tokens that a sample takes in a batch, with markers and noised copies, from its shapes alone: modalities
+        may be on the `meta` device. Raises `TypeError` or `ValueError` as packing does.
         """
         with on_cpu():
             samples, _ = _described([sample], takes_tuples=True)
@@ -156,10 +159,12 @@ class Packer:
                 piece if isinstance(piece, Text) else piece._replace(axes=self._axes(piece, f"sample 0, part {i}"))
                 for i, piece in enumerate(pieces)
             ]
-            return sum(
-                len(piece.ids) if isinstance(piece, Text) else prod(self._token_shape(piece.type, piece.shape))
-                for piece in self._framed([pieces])[0]
-            )
+            return sum(map(self._num_tokens, self._framed([pieces])[0]))
+
+    def _num_tokens(self, piece: Piece) -> int:
+        if isinstance(piece, Text):
+            return len(piece.ids)
+        return prod(self._token_shape(piece.type, piece.shape)) * (2 if piece.has_clean_copy else 1)
 
     def _axes(self, piece: Modality, where: str) -> Shape:
         """The axial shape of the latents of an instance."""

@@ -1,7 +1,8 @@
 """Samples as users write them, parsed into pieces: text and modalities.
 
 A sample is a list. An integer tensor is text, a floating point tensor is modality 0, and `(type, tensor)` is any
-modality. `Latents` are a modality that has been encoded already, and a `Condition` is read but not learned.
+modality. `Latents` are a modality that has been encoded already, a `Condition` is read but not learned, and what is
+learned `WithCleanCopy` is read clean by what follows it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,18 @@ class Condition:
     `part` is what a sample may contain: text, a modality, `(type, tensor)` or `Latents`. Its text, the markers that
     open its modality and the marker that follows it are no targets. Its modality is clean (t = 1) and has no flow loss.
     Gradients flow into its tensor, so a trainable encoder may stand in front of the model.
+    """
+
+    part: Any
+
+
+@dataclass(frozen=True)
+class WithCleanCopy:
+    """A modality that is learned, and that later parts of its sample see clean, as in sampling (arXiv 2505.14683).
+
+    `part` is a modality, `(type, tensor)` or `Latents`. It stands in the stream twice and costs its tokens twice: clean
+    (t = 1), and as a noised copy, which is learned and which nothing else sees. Without this, later parts see it as
+    noised as it is learned. The last part of a sample needs none. In a prompt it is a plain part.
     """
 
     part: Any
@@ -87,8 +100,9 @@ class Text(NamedTuple):
 class Modality(NamedTuple):
     """One instance of a modality: raw data first, channel-last latents `(*axes, c)` once encoded.
 
-    - `is_captioned`: text follows it in its sample, and none stands before
+    - `is_captioned`: text follows it in its sample, sees it as it is noised, and none stands before
     - `is_learned`: it is noised and has a flow loss
+    - `has_clean_copy`: not the instance itself is noised then, but a copy of it
     - `is_encoded`: `tensor` are latents although the modality has an encoder
     - `axes`: the axial shape of the latents while `tensor` is raw data
     - `key`: equal for equal data, where it was made while that was on the CPU (`hashing.content_key`)
@@ -101,6 +115,7 @@ class Modality(NamedTuple):
     is_encoded: bool = False
     axes: Shape | None = None
     key: bytes | None = None
+    has_clean_copy: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -210,7 +225,16 @@ def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
     if isinstance(part, Condition):
         if isinstance(part.part, Condition):
             raise TypeError(f"{where}: a Condition holds one part, got another Condition")
+        if isinstance(part.part, WithCleanCopy):
+            raise TypeError(f"{where}: a Condition is clean itself, without a WithCleanCopy inside")
         return parse_part(part.part, num_modalities, where)._replace(is_learned=False)
+    if isinstance(part, WithCleanCopy):
+        if isinstance(part.part, (Condition, WithCleanCopy)):
+            raise TypeError(f"{where}: a WithCleanCopy holds what is learned, got a {_name_of(part.part)}")
+        piece = parse_part(part.part, num_modalities, where)
+        if isinstance(piece, Text):
+            raise TypeError(f"{where}: a WithCleanCopy holds a modality, got text, which is never noised")
+        return piece._replace(has_clean_copy=True)
     if isinstance(part, UnprocessedModality):
         part = Latents(*part)
     if isinstance(part, Latents):
@@ -282,7 +306,8 @@ def mark(pieces: Sequence[Piece], vocabulary: Vocabulary, *, complete: bool = Tr
             continue
         opening = Text(vocabulary.opening(piece.type, piece.shape), is_learned)
         closing = Text(vocabulary.closing(piece.type), is_learned)
-        marked += [opening, piece._replace(is_captioned=bool(texts) and i < texts[0]), closing]
+        is_captioned = bool(texts) and i < texts[0] and not piece.has_clean_copy
+        marked += [opening, piece._replace(is_captioned=is_captioned), closing]
     last = marked[-1]
     ends = not vocabulary.is_framed and isinstance(last, Text) and int(last.ids[-1]) == vocabulary.eos
     # behind a condition nobody asked the model to stop

@@ -11,7 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.sequence.masks import Layout
@@ -34,6 +34,7 @@ class Placement(Moving):
     - `slots`: slots of the stream that its tokens take
     - `span_of_latent`: the row of the span table of every latent
     - `shapes`, `token_shapes`: axial shapes of each span's latents, and of its tokens (fewer behind a U-Net half)
+    - `source`: of every latent, which of the latents without noised copies it is; None where there are no copies
     """
 
     spans: Int[Tensor, " s"]
@@ -41,23 +42,29 @@ class Placement(Moving):
     span_of_latent: Int[Tensor, " k"]
     shapes: tuple[Shape, ...]
     token_shapes: tuple[Shape, ...]
+    source: Int[Tensor, " k"] | None = None
 
     @property
     def sizes(self) -> list[int]:
         """Latents of each span."""
         return list(map(prod, self.shapes))
 
+    def with_copies(self, latents: Shaped[Tensor, "_ c"]) -> Shaped[Tensor, "k c"]:
+        """Those of all spans, of which noised copies have the ones of their clean copies."""
+        return latents if self.source is None else latents.index_select(0, self.source)
+
 
 @dataclass(frozen=True, eq=False)
 class Spans(Moving):
-    """The span table: a row for each modality instance, in the order of the stream.
+    """The span table: a row for each modality instance, and for each noised copy of one, in the order of the stream.
 
     - `modality`, `sample`: its type, and its sample
     - `index`: which of its sample's modalities it is
     - `is_captioned`: text follows it in its sample, and none stands before
-    - `is_learned`: it is noised and has a flow loss; a `Condition` is clean
-    - `first_slot`: the slot of its first token
-    - `types`, `first`, `shapes`, `token_shapes`: type, first slot, and axial shapes of latents and tokens, for the host
+    - `is_learned`: it is noised and has a flow loss; a `Condition` is clean, and so is what has a noised copy
+    - `first_slot`: the slot of its first token; of a noised copy that of its clean copy, behind what conditions it
+    - `types`, `first`, `shapes`, `token_shapes`: type, slot of its own first token, and axial shapes of latents and
+      tokens, for the host
     - `most`: how many modalities a sample has at most
     """
 
@@ -117,7 +124,7 @@ class TokenStream(Moving):
     - `label`: the text id to predict there, `ignore_index` where there is none
 
     `layout` says who sees whom. `lengths` and `past` are those of the samples. `placements` has an entry for each
-    modality that occurs.
+    modality that occurs. Noised copies stand behind the samples (`copies.py`).
 
     A stream may be padded at its end: then `num_padding` tokens belong to no sample and see only themselves, and
     `num_modulations`, if given, is the number of spans to which the span table is filled up. `position_embeddings` are
@@ -276,6 +283,7 @@ def pad_stream(stream: TokenStream, length: int, *, num_modulations: int | None 
         end=torch.cat((stream.layout.end, stream.layout.end.new_ones(missing))),
         lengths=(*stream.layout.lengths, *[1] * missing),
         past=(*stream.layout.past, *[0] * missing),
+        past_slots=stream.layout.past_slots,
     )
     return replace(stream, **filled, layout=layout, num_padding=missing, num_modulations=num_modulations)
 

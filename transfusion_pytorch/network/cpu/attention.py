@@ -46,7 +46,7 @@ def flash_outputs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> tuple
     logsumexp = q.new_empty(q.shape[:2], dtype=precise(q.dtype))
     for run in runs:
         q_run, out_run, sum_run = (run.batched(part[run.tokens]) for part in (q, out, logsumexp))
-        k_run, v_run = (one_for_each_head(q_run, run.batched(part[run.tokens])) for part in (k, v))
+        k_run, v_run = (one_for_each_head(q_run, run.keys(part)) for part in (k, v))
         for queries, num_keys, is_causal, mask in run.chunks:
             seen = k_run[:, :, :num_keys], v_run[:, :, :num_keys]
             made = flash(q_run[:, :, queries], *seen, 0.0, is_causal, attn_mask=_bias(mask, q.dtype))
@@ -67,11 +67,9 @@ def flash_gradients(
     grad, q, k, v, out = (_with_neighbouring_channels(part).to(dtype) for part in (grad, q, k, v, out))
     grads = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
     for run in runs:
-        grad_run, q_run, out_run, k_run, v_run = (run.batched(part[run.tokens]) for part in (grad, q, out, k, v))
-        k_run, v_run = (one_for_each_head(q_run, part) for part in (k_run, v_run))
-        sum_run, *grads_run = (run.batched(part[run.tokens]) for part in (logsumexp, *grads))
-        of_queries = grad_run, q_run, out_run, sum_run, grads_run[0]
-        of_keys = k_run, v_run, *grads_run[1:]
+        of_queries = [run.batched(part[run.tokens]) for part in (grad, q, out, logsumexp, grads[0])]
+        k_run, v_run, *grads_run = (run.keys(part) for part in (k, v, *grads[1:]))
+        of_keys = *(one_for_each_head(of_queries[1], part) for part in (k_run, v_run)), *grads_run
         for queries, num_keys, is_causal, mask in run.chunks:
             grad_out, some_q, some_out, some_sum, grad_q = (part[:, :, queries] for part in of_queries)
             keys, values, grad_k, grad_v = (part[:, :, :num_keys] for part in of_keys)
@@ -81,6 +79,8 @@ def flash_gradients(
             grad_q[:] = made[0]
             grad_k += one_for_each_key(made[1], grad_k)
             grad_v += one_for_each_key(made[2], grad_v)
+        for part, grad_run in zip(grads[1:], grads_run, strict=True):
+            run.put_keys(part, grad_run)
     of_q, of_k, of_v = (made.to(own) for made, own in zip(grads, dtypes, strict=True))
     return of_q, of_k, of_v
 
