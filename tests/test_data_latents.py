@@ -10,7 +10,16 @@ from PIL import Image
 from tiny import tiny
 from torch import nn, tensor
 
-from transfusion_pytorch import Condition, DataPlan, Latents, Sample, SampleError, SkipSample, StepLoader
+from transfusion_pytorch import (
+    Condition,
+    DataPlan,
+    Latents,
+    Sample,
+    SampleError,
+    SkipSample,
+    StepLoader,
+    WithCleanCopy,
+)
 from transfusion_pytorch.data import latents
 from transfusion_pytorch.data.captioned import CaptionedImages
 from transfusion_pytorch.data.images import ImageReader
@@ -90,6 +99,17 @@ def test_a_model_reads_latents_as_it_reads_the_data(tmp_path):
     cached = cache_latents(Data(), model, tmp_path)
     read = [model([data[2], data[1]], return_loss=False) for data in (Data(), cached)]
     assert torch.allclose(*read, atol=1e-5)
+
+
+def test_cached_latents_keep_what_is_said_of_a_part(tmp_path):
+    class Marked(Data):
+        def __getitem__(self, index):
+            image = self.images[index % len(self.images)]
+            return Sample([WithCleanCopy(image), Condition(image), image, tensor([1])])
+
+    made = cache_latents(Marked(), model_with(Encoder()), tmp_path)[2].parts
+    assert [type(part) for part in made] == [WithCleanCopy, Condition, Latents, torch.Tensor]
+    assert torch.equal(made[0].part.latents, made[2].latents)
 
 
 def test_a_second_call_encodes_nothing(tmp_path):

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from tiny import ragged_batch, tiny
 from torch import tensor
 
-from transfusion_pytorch import Condition, DataPlan, Latents, Mixture, Sample, SampleError, SampleReference, SkipSample
+from transfusion_pytorch import (
+    Condition,
+    DataPlan,
+    Latents,
+    Mixture,
+    Sample,
+    SampleError,
+    SampleReference,
+    SkipSample,
+    WithCleanCopy,
+)
 from transfusion_pytorch.data.lengths import Lengths
 from transfusion_pytorch.data.order import generators_kept, seed_generators, seed_of, shuffled
 from transfusion_pytorch.data.packing import best_fit
@@ -444,6 +454,7 @@ def test_outlines_are_told_apart_by_all_that_matters():
         [torch.ones(2, 3), tensor([1, 2])],
         [Condition(tensor([1, 2, 3])), Latents(0, torch.ones(2, 3))],
         (1, torch.ones(2, 2)),
+        [tensor([1, 2]), WithCleanCopy(torch.ones(2, 3))],
     ]
     packer = tiny().packer()
     lengths = Lengths(Mixture({"a": AsItIs(samples)}), packer, 0)

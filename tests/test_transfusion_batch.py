@@ -339,7 +339,7 @@ def test_gradients_flow_into_a_condition_and_nowhere_else(model):
             model([[tensor([1]), part]])
     with torch.no_grad():
         model([[tensor([1]), source]])
-    with pytest.raises(TypeError, match="sample 0, part 0: a Condition holds one part, got another Condition"):
+    with pytest.raises(TypeError, match="sample 0, part 0: a Condition holds one part, got a Condition"):
         model([[Condition(Condition(source))]])
 
 

@@ -140,8 +140,8 @@ class BatchingMethods:
             raise TypeError(f"num_modalities_to_times_fn must be a function, got {type(times_fn).__name__}")
         spans = batch.stream.spans
         if times_fn is not None and len(spans):
-            ones = torch.ones_like(spans.sample)
-            times = times_fn(ones.new_zeros(len(batch)).index_add(0, spans.sample, ones))
+            zeros = spans.index.new_zeros(len(batch))
+            times = times_fn(zeros.scatter_reduce(0, spans.sample, spans.index + 1, "amax"))
             if times is None:
                 raise TypeError("num_modalities_to_times_fn: times must be a number or a tensor of them, got None")
         return None if times is None else times_of_spans(times, spans, len(batch))

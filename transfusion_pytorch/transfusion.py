@@ -239,7 +239,7 @@ class Transfusion(
         `samples` is one of:
 
         - a list of samples, each a list of integer tensors (text), float tensors (modality 0), `(type, tensor)`,
-          `Latents` and `Condition`s, or a `Sample` of such a list
+          `Latents`, `Condition`s and what is `WithCleanCopy`, or a `Sample` of such a list
         - ids `(b, n)` for text alone, or floats `(b, ...)` for `modality_type` alone. `ignore_index` at the end of a
           row of ids is padding: neither read nor learned
         - a `Batch` that `packer()` made of any of these
@@ -259,7 +259,8 @@ class Transfusion(
         - `times` of the modalities: a scalar, `(b,)` or `(b, m)`; else `num_modalities_to_times_fn` takes the number of
           modalities of each sample `(b,)` and gives `(b, m)`; else the time policy draws them. Modalities whose
           `times` you set to 1 are read and have no loss.
-        - `noise`: `(k, c)` for the flat latents of a modality, in a dict if there are several
+        - `noise`: `(k, c)` for the flat latents of a modality, in a dict if there are several; those of noised copies
+          stand behind all others
         - `generator`: draws everything random, so that two evaluations with equal generators are equal
         - `velocity_consistency_ema_model` (from `create_ema`): adds the velocity consistency loss against this model at
           `t + velocity_consistency_delta_time`; times below 1 are at most 1 minus that

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from transfusion_pytorch.sequence.samples import Condition, Latents, Sample, is_typed
+from transfusion_pytorch.sequence.samples import Condition, Latents, Sample, WithCleanCopy, is_typed
 
 DEFAULT_VISION = 0.3
 
@@ -74,6 +74,8 @@ def condition_type(part: Any) -> int | None:
 
 def modality_of(part: Any) -> int | None:
     """The type of a modality that is learned, None for any other part."""
+    if isinstance(part, WithCleanCopy):
+        return modality_of(part.part)
     if isinstance(part, Latents):
         return part.type
     if is_typed(part):

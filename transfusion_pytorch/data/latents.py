@@ -29,7 +29,7 @@ from transfusion_pytorch.sequence.samples import (
     parse_sample,
 )
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"  # written last: where it is, everything is
 SHARD_SIZE = 512  # samples in a file
 

@@ -1,8 +1,8 @@
 """Samples as users write them, parsed into pieces: text and modalities.
 
 A sample is a list. An integer tensor is text, a floating point tensor is modality 0, and `(type, tensor)` is any
-modality. `Latents` are a modality that has been encoded already, a `Condition` is read but not learned, and what is
-learned `WithCleanCopy` is read clean by what follows it.
+modality. `Latents` are a modality that has been encoded already, a `Condition` is read but not learned, and a modality
+`WithCleanCopy` is learned, and read clean by what follows it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +37,8 @@ class Condition:
 class WithCleanCopy:
     """A modality that is learned, and that later parts of its sample see clean, as in sampling (arXiv 2505.14683).
 
-    `part` is a modality, `(type, tensor)` or `Latents`. It stands in the stream twice and costs its tokens twice: clean
-    (t = 1), and as a noised copy, which is learned and which nothing else sees. Without this, later parts see it as
-    noised as it is learned. The last part of a sample needs none. In a prompt it is a plain part.
+    `part` is a modality, `(type, tensor)` or `Latents`. Its tokens stand in the stream twice: clean (t = 1), and as a
+    noised copy, which is learned and which nothing else sees. In a prompt it is a plain part.
     """
 
     part: Any
@@ -222,19 +221,13 @@ def is_typed(part: Any) -> bool:
 
 
 def parse_part(part: Any, num_modalities: int, where: str) -> Piece:
-    if isinstance(part, Condition):
-        if isinstance(part.part, Condition):
-            raise TypeError(f"{where}: a Condition holds one part, got another Condition")
-        if isinstance(part.part, WithCleanCopy):
-            raise TypeError(f"{where}: a Condition is clean itself, without a WithCleanCopy inside")
-        return parse_part(part.part, num_modalities, where)._replace(is_learned=False)
-    if isinstance(part, WithCleanCopy):
+    if isinstance(part, (Condition, WithCleanCopy)):
         if isinstance(part.part, (Condition, WithCleanCopy)):
-            raise TypeError(f"{where}: a WithCleanCopy holds what is learned, got a {_name_of(part.part)}")
+            raise TypeError(f"{where}: a {_name_of(part)} holds one part, got a {_name_of(part.part)}")
         piece = parse_part(part.part, num_modalities, where)
-        if isinstance(piece, Text):
-            raise TypeError(f"{where}: a WithCleanCopy holds a modality, got text, which is never noised")
-        return piece._replace(has_clean_copy=True)
+        if isinstance(part, WithCleanCopy) and isinstance(piece, Text):
+            raise TypeError(f"{where}: WithCleanCopy is for modalities, got text, which is never noised")
+        return piece._replace(is_learned=False) if isinstance(part, Condition) else piece._replace(has_clean_copy=True)
     if isinstance(part, UnprocessedModality):
         part = Latents(*part)
     if isinstance(part, Latents):
