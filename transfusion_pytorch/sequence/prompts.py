@@ -55,7 +55,7 @@ def parse_prompt(prompt: Any, vocabulary: Vocabulary, where: str) -> list[Piece]
 def _copied(piece: Piece) -> Piece:
     if isinstance(piece, Text):
         return Text(piece.ids.clone())
-    return piece._replace(tensor=piece.tensor.detach().clone(), has_clean_copy=False)
+    return piece._replace(tensor=piece.tensor.detach().clone())
 
 
 def split_unfinished_modality(pieces: Sequence[Piece], vocabulary: Vocabulary, where: str) -> Prompt:
