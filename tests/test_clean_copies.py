@@ -9,7 +9,15 @@ from tiny import CHANNELS, Spy, awake, tiny
 from torch import nn, randn, tensor
 from torch.utils.data import DataLoader
 
-from transfusion_pytorch import Condition, SelfMaskedRepTraining, UNetDown, UNetUp, WithCleanCopy
+from transfusion_pytorch import (
+    Condition,
+    SelfMaskedRepTraining,
+    TrainConfig,
+    Trainer,
+    UNetDown,
+    UNetUp,
+    WithCleanCopy,
+)
 from transfusion_pytorch.training.flops import FlopCounter
 from transfusion_pytorch.training.representation import masked
 
@@ -292,6 +300,29 @@ def test_data_workers_pack_copies():
         for packed in DataLoader(batch, batch_size=4, collate_fn=pack, num_workers=workers):
             made = model(packed, times=0.5, noise=noise_for(samples(), True))
             torch.testing.assert_close(made, expected, **EXACT)
+
+
+def test_a_run_is_the_same_in_other_batches_and_with_workers(tmp_path):
+    """Times and noise of a copy depend on its sample alone: a step is one batch, or two, packed anywhere."""
+    batch, made = [[_single(part) for part in sample] for sample in marked(samples())], []
+    for i, options in enumerate((dict(), dict(accumulation=2, num_workers=1))):
+        model = tiny()
+        model.load_state_dict(made[0][0] if made else model.state_dict())
+        before = copy.deepcopy(model.state_dict())
+        config = TrainConfig(
+            steps=3, batch_size=4, velocity_consistency=True, ema_every=1, ema_start=0, device="cpu", **options
+        )
+        Trainer(model, batch, config, folder=tmp_path / str(i)).fit()
+        made.append((before, model.state_dict()))
+    (before, one), (_, other) = made
+    torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+    assert any((one[name] - before[name]).abs().max() > 1e-3 for name in one)
+
+
+def _single(part):
+    if isinstance(part, (Condition, WithCleanCopy)):
+        return type(part)(_single(part.part))
+    return (part[0], part[1].float()) if isinstance(part, tuple) else part
 
 
 def test_copies_take_part_in_budgets():
