@@ -72,9 +72,10 @@ def sample(engine: Any, numbers: Sequence[int], count: int, *, is_forced: bool) 
     for error in (state.error for state in states if state.error is not None):
         raise error
     log_p = torch.tensor([each for state in states for each in state.log_probabilities]).nan_to_num(0.0)
-    pieces = [piece for state in states for piece in state.pieces if hasattr(piece, "type")]
+    pieces = [piece for state in states for piece in state.modalities]
     drawn = [piece.tensor.flatten().float().cpu() for piece in pieces]
-    return Sampled([list(state.ids) for state in states], log_p, torch.cat([*drawn, torch.empty(0)]))
+    ids = [[item for item in state.branch.items if isinstance(item, int)] for state in states]
+    return Sampled(ids, log_p, torch.cat([*drawn, torch.empty(0)]))
 
 
 def engine_of(model: Any, *, captures: bool | None = None, **options: Any) -> Any:

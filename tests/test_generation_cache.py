@@ -28,11 +28,11 @@ from generation_models import (
 from torch import Tensor, nn
 
 from transfusion_pytorch import UNetDown, UNetUp
-from transfusion_pytorch.generation.batch_state import Branch
+from transfusion_pytorch.generation.batch_state import Branch, as_items, as_pieces, fingerprint
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.runner import CachedRunner, fingerprint
+from transfusion_pytorch.generation.runner import CachedRunner
 from transfusion_pytorch.sequence.prompts import without_text
-from transfusion_pytorch.sequence.samples import Piece, Text, merge_texts
+from transfusion_pytorch.sequence.samples import Piece, Text
 
 PROMPTS = {
     "nothing": None,
@@ -145,7 +145,7 @@ class Kept(NamedTuple):
 
 def kept_by(branch: Branch) -> Kept:
     tensors = [tensor[branch.row.index, :, : branch.row.length].clone() for tensor in branch.row.block.tensors()]
-    return Kept(merge_texts(branch.everything()), branch.row.length, tensors)
+    return Kept(as_pieces(branch.items[: branch.num_read]), branch.row.length, tensors)
 
 
 def spied_rows(monkeypatch) -> list[Kept]:
@@ -162,9 +162,7 @@ def spied_rows(monkeypatch) -> list[Kept]:
 
 
 def read_fresh(model, pieces) -> Kept:
-    runner, branch = CachedRunner(model), Branch()
-    for piece in pieces:
-        branch.append(piece)
+    runner, branch = CachedRunner(model), Branch(as_items(pieces))
     with torch.no_grad():
         runner.prefill([branch])
     return kept_by(branch)
@@ -188,7 +186,11 @@ def test_cache_holds_clean_latents_after_drawing(monkeypatch):
         assert len(drawn(sample)) > 1
         pieces = to_pieces(sample)
         for read in (pieces, without_text(pieces, model.vocabulary)):
-            [row] = [it for it in rows if fingerprint(it.pieces) == fingerprint(up_to(read, it.length, model))]
+            [row] = [
+                it
+                for it in rows
+                if fingerprint(as_items(it.pieces)) == fingerprint(as_items(up_to(read, it.length, model)))
+            ]
             assert row.length >= len(slots_of(model, sample[:2])), "a drawing is in there"
             fresh = read_fresh(model, row.pieces)
             assert fresh.length == row.length

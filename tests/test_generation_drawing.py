@@ -190,18 +190,13 @@ def test_guided_and_unguided_rows_stand_in_one_batch(monkeypatch):
 
 def tokens_read(monkeypatch) -> list[tuple[Branch, int]]:
     """For everything that is read and kept from now on: the branch, and how many tokens."""
-    read, mark_read, mark_id_read = [], Branch.mark_read, Branch.mark_id_read
+    read, mark_read = [], Branch.mark_read
 
-    def spy(self, share, length):
+    def spy(self, num_items, length):
         read.append((self, length))
-        mark_read(self, share, length)
-
-    def spy_on_id(self):
-        read.append((self, 1))
-        mark_id_read(self)
+        mark_read(self, num_items, length)
 
     monkeypatch.setattr(Branch, "mark_read", spy)
-    monkeypatch.setattr(Branch, "mark_id_read", spy_on_id)
     return read
 
 

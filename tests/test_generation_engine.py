@@ -972,7 +972,7 @@ def test_what_is_drawn_holds_the_memory_of_nothing_else():
     requests += [engine.submit(text(i), plan=[(LINE, (2,)), "text"], max_length=20) for i in range(3)]
     while not any(isinstance(event, ModalityDone) for event in requests[0].new_events()):
         engine.step()
-    [piece] = [piece for piece in requests[0]._request.pieces if not hasattr(piece, "ids")]
+    [piece] = requests[0]._request.modalities
     assert piece.tensor.untyped_storage().nbytes() == piece.tensor.numel() * piece.tensor.element_size()
 
 

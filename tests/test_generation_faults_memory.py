@@ -224,7 +224,7 @@ def test_every_modality_is_decoded_once_and_those_of_a_shape_together(listen, as
     for request, one, other, heard in zip(requests, first, again, events, strict=True):
         assert_same(one, other, tolerance=0)
         [(_, raw)] = drawn(one)
-        assert torch.equal(raw, 2 * request._request.pieces[1].tensor)
+        assert torch.equal(raw, 2 * request._request.modalities[0].tensor)
         if ask != "result alone":
             assert_same(heard[-1].sample, one, tolerance=0)
             finished = [it.modality for it in heard if isinstance(it, ModalityDone)]

@@ -43,7 +43,7 @@ def submit(engine, *prompts, **options):
 
 def outcome(requests):
     assert [request.error for request in requests] == [None] * len(requests)
-    return [request.ids for request in requests]
+    return [request.branch.items for request in requests]
 
 
 PROMPTS = text(1), text(2, 3, 0, 1, 2), text(*[3] * 70)
@@ -62,7 +62,7 @@ def test_replayed_steps_are_eager_steps(transformer, options):
     model = build(transformer=transformer, push=dict(eos=-3.0, meta=-9.0))
     plain, captured = (run(engine_of(model, graphs=graphs), **options) for graphs in (False, True))
     assert outcome(captured) == outcome(plain)
-    assert max(len(request.ids) for request in captured) > 150
+    assert max(len(request.branch.items) for request in captured) > 150
     assert RecordedGraph.replays > 100
     for one, other in zip(captured, plain, strict=True):
         wanted = torch.tensor(other.log_probabilities)

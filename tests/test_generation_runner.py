@@ -20,7 +20,7 @@ from generation_models import (
 )
 
 from transfusion_pytorch.generation import runner as runner_module
-from transfusion_pytorch.generation.batch_state import Branch
+from transfusion_pytorch.generation.batch_state import Branch, as_items
 from transfusion_pytorch.generation.runner import CachedRunner, UncachedRunner, create_runner
 from transfusion_pytorch.sequence.samples import Modality, Text
 
@@ -36,10 +36,7 @@ def alone(model, prompt, **options):
 
 
 def branch_of(*pieces) -> Branch:
-    branch = Branch()
-    for piece in pieces:
-        branch.append(Modality(*piece) if isinstance(piece, tuple) else Text(piece))
-    return branch
+    return Branch(as_items(Modality(*piece) if isinstance(piece, tuple) else Text(piece) for piece in pieces))
 
 
 def rows_of(runner, branch):

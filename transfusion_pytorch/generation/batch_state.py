@@ -3,7 +3,7 @@
 r rows, v vocabulary.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,9 +16,10 @@ from transfusion_pytorch.generation.sampler import SamplingColumns, sample_token
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.hashing import content_key, uniform
 from transfusion_pytorch.sequence.masks import Layout
-from transfusion_pytorch.sequence.samples import Piece, Text, as_text
+from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
 from transfusion_pytorch.sequence.stream import NO_SPANS, Past, TokenStream
 
+Item = int | Modality  # an id of text or of a marker, or a modality
 STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
 
 
@@ -35,113 +36,61 @@ class Decoded(NamedTuple):
 class Branch:
     """One sequence that the transformer reads for a request: the sample itself, or a version of it for guidance.
 
-    - `pieces`, `ids`: pending, in this order
-    - `is_written`: the model writes an id next, so the last one that is pending is left to a decode step
-    - `read`: pieces and single ids that were read, in order; `past`: how many tokens and positions those are
+    - `items`: its ids and modalities, markers included; of these the first `num_read`, `length` tokens, are read
+    - `is_decoding`: the model chooses an id next, so the last item is read by a decode step and not by a prefill
     - `row`: its row in the cache; `prefix_key`: the fingerprint of its prompt, until that is read
     """
 
-    pieces: list[Piece] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    is_written: bool = False
-    read: list[Piece | int] = field(default_factory=list)
-    past: Past = field(default_factory=Past)
+    items: list[Item] = field(default_factory=list)
+    num_read: int = 0
+    length: int = 0
+    is_decoding: bool = False
     row: Any = None
     prefix_key: Hashable = None
 
-    def append(self, piece: Piece) -> None:
-        if isinstance(piece, Text):
-            self.ids += piece.ids.tolist()
-        else:
-            self.pieces = [*self.pending, piece]
-            self.ids = []
+    @property
+    def past(self) -> Past:
+        """What is read, in tokens and in positions: a modality takes one position, as an id does."""
+        return Past(self.length, self.num_read)
 
     @property
-    def pending(self) -> list[Piece]:
-        return [*self.pieces, *as_text(self.ids)]
+    def prefill_items(self) -> list[Item]:
+        """What a prefill reads."""
+        return self.items[self.num_read : len(self.items) - self.is_decoding]
 
     @property
     def needs_prefill(self) -> bool:
-        """Whether more is pending than the single id of a decode step."""
-        return bool(self.pieces) or len(self.ids) > self.is_written
+        return len(self.items) - self.num_read > self.is_decoding
 
-    def share(self, most: int | None = None, num_tokens: Callable[[Piece], int] | None = None) -> "Share":
-        """What a prefill reads; with `most` the first pieces of it, of at most so many tokens, but at least one id or
-        span. Text may be split, a span is not. `num_tokens` counts the tokens of a piece. Nothing changes yet.
-        """
-        count = len(self.ids) - self.is_written
-        taken: list[Piece] = []
-        rest, left = [*self.pieces, *as_text(self.ids[:count])], self.ids[count:]
-        if most is None or num_tokens is None:
-            return Share(rest, [], left)
-        while rest:
-            piece, size = rest[0], num_tokens(rest[0])
-            if size <= most or (not taken and not isinstance(piece, Text)):
-                taken.append(rest.pop(0))
-                most = max(0, most - size)
-                continue
-            if isinstance(piece, Text) and (most or not taken):
-                cut = max(1, most)
-                taken.append(Text(piece.ids[:cut]))
-                rest[0] = Text(piece.ids[cut:])
-            break
-        pieces, ids = _with_last_ids(rest)
-        return Share(taken, pieces, [*ids, *left])
-
-    def mark_read(self, share: "Share", length: int) -> None:
-        """Notes that a share, `length` tokens, is read. A span takes one position. This cannot fail."""
-        positions = sum(len(piece.ids) if isinstance(piece, Text) else 1 for piece in share.taken)
-        past, read = Past(self.past.length + length, self.past.position + positions), [*self.read, *share.taken]
-        self.pieces, self.ids, self.read, self.past = share.pieces, share.ids, read, past  # all, or none
-
-    def mark_id_read(self) -> None:
-        """A decode step has read the first id that is pending, and chosen those behind it."""
-        self.read.append(self.ids.pop(0))
-        self.past = Past(self.past.length + 1, self.past.position + 1)
-
-    def everything(self) -> list[Piece]:
-        """What was read, as pieces."""
-        pieces: list[Piece] = []
-        for is_id, group in groupby(self.read, key=lambda each: isinstance(each, int)):
-            members: list[Any] = list(group)
-            pieces += as_text(members) if is_id else members
-        return pieces
+    def mark_read(self, num_items: int, length: int) -> None:
+        """Notes that the next `num_items`, which are `length` tokens, are read. This cannot fail."""
+        self.num_read, self.length = self.num_read + num_items, self.length + length  # both, or none
 
     def rewind(self) -> None:
-        """Makes everything pending again."""
-        pieces, ids = _with_last_ids([*self.everything(), *self.pending])
-        self.pieces, self.ids, self.read, self.past, self.prefix_key = pieces, ids, [], Past(), None
+        """Everything is to be read again."""
+        self.num_read, self.length, self.prefix_key = 0, 0, None
 
 
-class Share(NamedTuple):
-    """What is read of a branch at once, `taken`, and what is then pending: `pieces`, and `ids` behind them."""
+def as_pieces(items: Iterable[Item]) -> list[Piece]:
+    """Neighbouring ids become one text."""
+    pieces: list[Piece] = []
+    for is_id, group in groupby(items, key=lambda item: isinstance(item, int)):
+        members: list[Any] = list(group)
+        pieces += as_text(members) if is_id else members
+    return pieces
 
-    taken: list[Piece]
-    pieces: list[Piece]
-    ids: list[int]
+
+def as_items(pieces: Iterable[Piece]) -> list[Item]:
+    """The inverse of `as_pieces`."""
+    return [item for piece in pieces for item in (piece.ids.tolist() if isinstance(piece, Text) else [piece])]
 
 
-def fingerprint(pieces: Iterable[Piece]) -> Hashable:
-    """Equal for equal pieces, to the bit. Latents without a `key` are read back from their device."""
+def fingerprint(items: Iterable[Item]) -> Hashable:
+    """Equal for equal items, to the bit. Latents without a `key` are read back from their device."""
     return tuple(
-        tuple(piece.ids.tolist())
-        if isinstance(piece, Text)
-        else (piece.type, piece.shape, piece.key or content_key(piece.tensor))
-        for piece in pieces
+        item if isinstance(item, int) else (item.type, item.shape, item.key or content_key(item.tensor))
+        for item in items
     )
-
-
-def _with_last_ids(pieces: Sequence[Piece]) -> tuple[list[Piece], list[int]]:
-    """Pieces up to the last span, neighbouring text joined, and the ids behind it."""
-    joined: list[Piece] = []
-    ids: list[int] = []
-    for piece in pieces:
-        if isinstance(piece, Text):
-            ids = ids + piece.ids.tolist()
-        else:
-            joined += [*as_text(ids), piece]
-            ids = []
-    return joined, ids
 
 
 @dataclass(eq=False)
@@ -196,14 +145,16 @@ class BatchState:
         dtype = precise(dtype)
         branches = [request.branch for request in requests]
         masks = [request.allowed for request in requests]
-        seen = None
-        if any(request.seen is not None for request in requests):
-            none = torch.zeros_like(masks[0])
-            seen = _to(torch.stack([none if it.seen is None else it.seen for it in requests]), device)
+        num_text, seen = requests[0].vocabulary.num_text, None
+        if any(request.options.text_repetition_penalty != 1 for request in requests):
+            seen = torch.zeros(len(requests), len(masks[0]), dtype=torch.bool, device="cpu")
+            for row, branch in zip(seen, branches, strict=True):
+                row[[item for item in branch.items if isinstance(item, int) and item < num_text]] = True
+            seen = _to(seen, device)
         first = torch.tensor([request.num_chosen for request in requests], device="cpu")
         counters = _to(first + torch.arange(STEPS_OF_NUMBERS, device="cpu")[:, None], device)
         seeds = _to(torch.tensor([request.seed for request in requests], device="cpu"), device)
-        token = _to(torch.tensor([it.ids[-1] for it in branches], device="cpu"), device)
+        token = _to(torch.tensor([it.items[-1] for it in branches], device="cpu"), device)
         return cls(
             requests=list(requests),
             branches=branches,
@@ -219,7 +170,7 @@ class BatchState:
             numbers=_numbers(seeds, counters),
             step=torch.zeros(1, dtype=torch.long, device=device),
             seen=seen,
-            num_text=requests[0].vocabulary.num_text,
+            num_text=num_text,
             reordered=reordered,
         )
 

@@ -5,16 +5,18 @@ n ids.
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transfusion_pytorch.failures import Halving, caught
+from transfusion_pytorch.generation.batch_state import as_pieces
 from transfusion_pytorch.generation.events import Ended, EndReason, Event, FinishedModality, ModalityDone, Sample
 from transfusion_pytorch.generation.request import RequestState
 from transfusion_pytorch.network.precision import precise
-from transfusion_pytorch.sequence.samples import Modality, TypedModality, UnprocessedModality, as_text, merge_texts
+from transfusion_pytorch.sequence.samples import Modality, TypedModality, UnprocessedModality
 
 
 class EngineInUse(RuntimeError):
@@ -115,8 +117,7 @@ class EventStream(Iterator[Event]):
 
 def undecoded(request: RequestState) -> list[tuple[int, Modality]]:
     """Finished modalities that are not decoded yet, by their number in the sample."""
-    modalities = [piece for piece in request.pieces if isinstance(piece, Modality)]
-    return [(i, piece) for i, piece in enumerate(modalities) if i not in request.shown]
+    return [(i, piece) for i, piece in enumerate(request.modalities) if i not in request.shown]
 
 
 def decode_modalities(
@@ -146,11 +147,10 @@ def decode_modalities(
 
 def shown_events(request: RequestState) -> Iterator[Event]:
     """Its events as clients see them. Finished modalities have to be decoded before."""
-    kinds = [piece.type for piece in request.pieces if isinstance(piece, Modality)]
     for event in request.events:
         if isinstance(event, FinishedModality):
             shown = request.shown[event.number].clone()
-            yield ModalityDone(kinds[event.number], shown, event.num_evaluations)
+            yield ModalityDone(request.modalities[event.number].type, shown, event.num_evaluations)
         else:
             yield event
 
@@ -161,9 +161,9 @@ def sample_of(request: RequestState) -> Sample:
     log_probabilities: list[Tensor | None] = []
     dtype = precise(request.model.dtype)
     kind = UnprocessedModality if request.options.return_unprocessed_modalities else TypedModality
-    numbers, start = iter(range(request.num_modalities)), 0  # of modalities, and of the first id of a text
+    numbers, start = count(), 0  # of modalities, and of the first id of a text
     left_out = request.num_prompted if request.options.return_without_prompt else 0  # tokens to come
-    for piece in merge_texts([*request.pieces, *as_text(request.ids)]):
+    for piece in as_pieces(request.branch.items):
         if isinstance(piece, Modality):
             number, size = next(numbers), request.num_tokens(piece.type, piece.shape)
             if not left_out:

@@ -260,7 +260,8 @@ class Engine:
                 for i, (ids, seed) in enumerate(zip(prompt.cpu(), seeds, strict=True))
             ]
             self._finish(requests)
-        return torch.tensor([request.ids[prompt.shape[1] :] for request in requests], device=self.model.device).long()
+        ids = [request.branch.items[prompt.shape[1] :] for request in requests]
+        return torch.tensor(ids, device=self.model.device).long()
 
     def draw_only(self, batch_size: int, modality: int, options: SamplingOptions) -> list[Tensor]:
         """Draws `batch_size` instances of a modality without any text around them."""

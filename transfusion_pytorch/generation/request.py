@@ -6,13 +6,14 @@ v vocabulary, n ids.
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum, auto
+from itertools import islice
 from math import nan, prod
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transfusion_pytorch.generation.batch_state import Branch
+from transfusion_pytorch.generation.batch_state import Branch, Item, as_items
 from transfusion_pytorch.generation.denoiser import Denoising
 from transfusion_pytorch.generation.events import (
     DrawingProgress,
@@ -27,8 +28,8 @@ from transfusion_pytorch.generation.resolve import allowed_axes, initial_noise, 
 from transfusion_pytorch.generation.runner import Model
 from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
 from transfusion_pytorch.sequence.plan import ModalityPart, Plan, TextPart
-from transfusion_pytorch.sequence.prompts import Prompt, without_text
-from transfusion_pytorch.sequence.samples import Modality, Piece, Shape, Text, as_ids, as_text, mark, merge_texts
+from transfusion_pytorch.sequence.prompts import Prompt
+from transfusion_pytorch.sequence.samples import Modality, Shape, Text, as_ids, mark
 from transfusion_pytorch.sequence.vocabulary import format_shape
 
 MOST_PROGRESS = 16  # events of a request that wait to be taken
@@ -49,13 +50,12 @@ class RequestState:
     - `where`: its name in error messages; `given`: the modalities of its prompt, as the user has them
     - `is_framed`: it is a sample with markers, not plain text or a single modality
     - `is_observed`: its `events` are collected
-    - `pieces`: the sample so far, markers included, but for the `ids` written behind the last of them; `length` is how
-      many tokens that makes, `num_text` how many of those are text, `num_chosen` how many the model wrote and
-      `num_prompted` how many its prompt has
-    - `branch`: the sample as the transformer reads it; `without_text`: its unconditional version for guidance
+    - `branch`: the sample so far, markers included; `length` is how many tokens that makes, `num_chosen` how many of
+      them the model wrote, and `num_prompted` how many its prompt has; `modalities` are those in it
+    - `without_text`: the unconditional version of the sample, for guidance
     - `opening`: the characters of a shape so far, None in text; `denoising`: the current modality
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
-    - `seen`: ids that came before, where they are to be penalised; `log_probabilities` of all ids, where asked for
+    - `log_probabilities` of all ids, where asked for
     - `shown`: modalities by their number in the sample, as users see them; latents are decoded first
     - `deadline`: in `time.monotonic()`; `is_cancelled`: the next step ends it
     - `cache_tokens`: the most tokens of the cache that it may need
@@ -79,15 +79,13 @@ class RequestState:
         self.grammar = _grammar(options, model)
         self.is_framed, self.is_observed, self.is_cancelled = is_framed, is_observed, False
         self.phase = Phase.TEXT
-        self.pieces: list[Piece] = []
-        self.ids: list[int] = []
-        self.length = self.num_text = self.num_chosen = self.num_modalities = self.part = self.part_length = 0
+        self.branch = Branch(is_decoding=True)
+        self.modalities: list[Modality] = []
         self.num_given = len(given)
-        self.branch = Branch(is_written=True)
+        self.length = self.num_chosen = self.part = self.part_length = 0
         self.without_text: Branch | None = None
         self.opening: str | None = None
         self.denoising: Denoising | None = None
-        self.seen: Bool[Tensor, " v"] | None = None
         self.log_probabilities: list[float] | None = [] if options.log_probabilities else None
         self.shown: dict[int, Tensor] = {}
         if not options.return_unprocessed_modalities:
@@ -97,7 +95,6 @@ class RequestState:
         self.error: BaseException | None = None
         self.deadline: float | None = None
         self.cache_tokens = self.num_prompted = self._num_buffered = 0
-        self._all_ids: list[int] = []
         self._ids_buffer: Int[Tensor, " n"] | None = None
 
     @property
@@ -169,10 +166,8 @@ class RequestState:
 
     def begin(self, prompt: Prompt) -> "RequestState":
         """Takes its prompt, and starts what that or the plan opens. Raises `ValueError` for an invalid opening."""
-        if self.options.text_repetition_penalty != 1:
-            self.seen = torch.zeros(self.vocabulary.num_logits, dtype=torch.bool, device="cpu")
-        for piece in mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces:
-            self._append(piece)
+        framed = mark(prompt.pieces, self.vocabulary, complete=False) if self.is_framed else prompt.pieces
+        self._append(*as_items(framed))
         self.events.clear()  # a prompt is no news
         opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
         self.num_prompted = self.length + len(opening)
@@ -185,7 +180,7 @@ class RequestState:
             self._follow_plan()
         self._check_length()
         if self.reason is EndReason.LENGTH and prompt.is_complete and self.is_framed:
-            self._append_id(self.vocabulary.eos)  # it comes back as it is
+            self._append(self.vocabulary.eos)  # it comes back as it is
         return self
 
     def accept(self, token: int, log_probability: float | None = None) -> None:
@@ -199,7 +194,7 @@ class RequestState:
             self._leave_part()
             return
         self.opening = self.grammar.advance(self.opening, token)
-        self._append_id(token, log_probability)
+        self._append(token, log_probability=log_probability)
         if token in self.vocabulary.som:
             self._try_to_draw(self.vocabulary.som.index(token), shape)
         elif token == self.vocabulary.eos and self.is_framed:
@@ -231,14 +226,14 @@ class RequestState:
         assert it is not None
         piece = Modality(it.type, it.latents().to(self.model.dtype, copy=True))  # no view that keeps others alive
         if self.is_observed:
-            self.events.append(FinishedModality(self.num_modalities, it.num_evaluations))
+            self.events.append(FinishedModality(len(self.modalities), it.num_evaluations))
         self.denoising = None
         self._append(piece)
         if not self.is_framed:
             self.end(EndReason.PLAN)
             return
-        self._append_id(self.vocabulary.eom[piece.type])
-        self.phase, self.branch.is_written = Phase.TEXT, True
+        self._append(self.vocabulary.eom[piece.type])
+        self.phase, self.branch.is_decoding = Phase.TEXT, True
         if isinstance(self._planned, ModalityPart):
             self._leave_part()
         self._check_length()
@@ -272,20 +267,19 @@ class RequestState:
             self.part += 1
         part = self._planned
         if isinstance(part, ModalityPart):
-            for token in self.vocabulary.opening(part.type, part.shape).tolist():
-                self._append_id(token)
+            self._append(*self.vocabulary.opening(part.type, part.shape).tolist())
             self.draw(part.type, part.shape)
         elif part is None and self.plan.parts and not self.plan.free:
             is_full = self._is_full
             if not is_full:
-                self._append_id(self.vocabulary.eos)
+                self._append(self.vocabulary.eos)
             self.end(EndReason.LENGTH if is_full else EndReason.PLAN)
 
     # modalities
 
     def draw(self, modality: int, shape: Shape) -> None:
         """Starts denoising a modality here."""
-        options, number = self.options, self.num_modalities
+        options, number = self.options, len(self.modalities)
         noise = initial_noise(options, modality, shape, self.model, seed=self.seed, number=number)
         if options.init_modality is not None and number == self.num_given:
             denoising = Denoising.edit(options, noise, self.branch)
@@ -293,10 +287,10 @@ class RequestState:
             denoising = Denoising(modality, shape, options, noise, times_of(options), self.branch)
         if options.modality_cfg_scale != 1 and number:
             denoising.without_all = self._branch_without_all(modality, shape)
-        has_text = bool(self.num_text) or options.negative_prompt is not None
+        has_text = options.negative_prompt is not None or any(map(self._is_text, self.branch.items))
         if has_text and (options.cfg_scale != 1 or denoising.without_all is not None):
             denoising.without_text = self.without_text = self.without_text or self._branch_without_text()
-        self.phase, self.denoising, self.branch.is_written = Phase.DENOISING, denoising, False
+        self.phase, self.denoising, self.branch.is_decoding = Phase.DENOISING, denoising, False
         if self.is_observed:
             self.events.append(ModalityStarted(modality, shape))
 
@@ -308,15 +302,14 @@ class RequestState:
         if opening[-1] in self.vocabulary.som:
             modality = self.vocabulary.som.index(opening[-1])
             shape = self._opened_shape(modality, "".join(map(self.vocabulary.char, chars)), opening)
-            for token in self.vocabulary.opening(modality, shape).tolist():
-                self._append_id(token)
+            self._append(*self.vocabulary.opening(modality, shape).tolist())
             self.draw(modality, shape)
             return
         for token in opening:
             if not self.grammar.allowed(self.opening)[token]:
                 raise self._no_opening(opening)
             self.opening = self.grammar.advance(self.opening, token)
-            self._append_id(token)
+            self._append(token)
 
     def _opened_shape(self, modality: int, spelled: str, opening: Sequence[int]) -> Shape:
         """The shape of a modality that the prompt opens; the fixed or default one where it has none."""
@@ -362,29 +355,30 @@ class RequestState:
 
     def _branch_without_text(self) -> Branch:
         """The sample with null in place of its text, or with the negative prompt as its only text, at the start."""
-        branch, negative, vocabulary = Branch(), self.options.negative_prompt, self.vocabulary
-        pieces = merge_texts([*self.pieces, *as_text(self.ids)])
-        if negative is None:
-            pieces = without_text(pieces, vocabulary)
-        else:
-            pieces = [
-                piece
-                if isinstance(piece, Modality)
-                else Text(piece.ids[(piece.ids >= vocabulary.num_text) & (piece.ids != vocabulary.sos)])
-                for piece in pieces
-            ]
-            pieces = [*mark([Text(negative)], vocabulary, complete=False), *pieces]
-        for piece in pieces:
-            branch.append(piece)
-        return branch
+        items = [other for item in self.branch.items for other in self._unconditional(item)]
+        negative = self.options.negative_prompt
+        return Branch(items if negative is None else [*self._begun_with(negative), *items])
 
     def _branch_without_all(self, modality: int, shape: Shape) -> Branch:
         """Null for each id of text, or the negative prompt, then the opening of this modality."""
-        vocabulary, negative = self.vocabulary, self.options.negative_prompt
-        text = [vocabulary.null] * self.num_text if negative is None else negative.tolist()
-        begin = mark([Text(as_ids(text))] if text else [], vocabulary, complete=False)
-        ids = [token for piece in begin if isinstance(piece, Text) for token in piece.ids.tolist()]
-        return Branch(ids=[*ids, *vocabulary.opening(modality, shape).tolist()])
+        text = self.options.negative_prompt
+        if text is None:
+            text = as_ids([self.vocabulary.null] * sum(map(self._is_text, self.branch.items)))
+        return Branch([*self._begun_with(text), *self.vocabulary.opening(modality, shape).tolist()])
+
+    def _unconditional(self, item: Item) -> list[Item]:
+        """What stands for an item of the sample where its text is left out."""
+        vocabulary = self.vocabulary
+        if self.options.negative_prompt is None:
+            return [vocabulary.null] if self._is_text(item) else [item]
+        return [] if self._is_text(item) or item == vocabulary.sos else [item]  # the negative prompt has its own sos
+
+    def _begun_with(self, text: Int[Tensor, " n"]) -> list[Item]:
+        """How a sample with this text begins."""
+        return as_items(mark([Text(text)] if len(text) else [], self.vocabulary, complete=False))
+
+    def _is_text(self, item: Item) -> bool:
+        return isinstance(item, int) and item < self.vocabulary.num_text
 
     def _is_encoded(self, piece: Modality) -> bool:
         return piece.is_encoded and self.model.modalities[piece.type].encoder is not None
@@ -401,47 +395,31 @@ class RequestState:
 
     # what it has written
 
-    def _append_id(self, token: int, log_probability: float | None = None) -> None:
-        vocabulary = self.vocabulary
-        is_text = token < vocabulary.num_text
-        self.ids.append(token)
-        self.length += 1
-        self.num_text += is_text
-        self.branch.ids.append(token)
-        if self.without_text is not None and not (is_text and self.options.negative_prompt is not None):
-            self.without_text.ids.append(vocabulary.null if is_text else token)
-        if self.seen is not None and is_text:
-            self.seen[token] = True
-        if self.options.logits_processors:
-            self._all_ids.append(token)
-        if self.log_probabilities is not None:
-            self.log_probabilities.append(nan if log_probability is None else log_probability)
-        is_end = token == vocabulary.eos and self.is_framed
-        if self.is_observed and is_text and not is_end:
-            self.events.append(TextToken(token, log_probability))
-
-    def _append(self, piece: Piece) -> None:
-        if isinstance(piece, Text):
-            for token in piece.ids.tolist():
-                self._append_id(token)
-            return
-        self.pieces += [*as_text(self.ids), piece]
-        self.ids = []
-        self.length += self.num_tokens(piece.type, piece.shape)
-        self.num_modalities += 1
-        self.branch.append(piece)
-        if self.without_text is not None:
-            self.without_text.append(piece)
+    def _append(self, *items: Item, log_probability: float | None = None) -> None:
+        for item in items:
+            self.branch.items.append(item)
+            if self.without_text is not None:
+                self.without_text.items += self._unconditional(item)
+            if isinstance(item, Modality):
+                self.length += self.num_tokens(item.type, item.shape)
+                self.modalities.append(item)
+                continue
+            self.length += 1
+            if self.log_probabilities is not None:
+                self.log_probabilities.append(nan if log_probability is None else log_probability)
+            is_end = item == self.vocabulary.eos and self.is_framed
+            if self.is_observed and self._is_text(item) and not is_end:
+                self.events.append(TextToken(item, log_probability))
 
     def _ids_on(self, device: torch.device) -> Int[Tensor, " n"]:
         """Its text and markers, without modalities: a view of a growing buffer, so each id is uploaded once."""
-        count, buffer = len(self._all_ids), self._ids_buffer
+        count, buffer = len(self.branch.items) - len(self.modalities), self._ids_buffer
         if buffer is None or count > len(buffer) or buffer.device != device:
             buffer = self._ids_buffer = torch.zeros(max(64, 2 * count), dtype=torch.long, device=device)
             self._num_buffered = 0
-        if self._num_buffered < count:
-            buffer[self._num_buffered : count] = torch.tensor(self._all_ids[self._num_buffered :], device=device)
-            self._num_buffered = count
+        newest = islice((it for it in reversed(self.branch.items) if isinstance(it, int)), count - self._num_buffered)
+        buffer[self._num_buffered : count] = torch.tensor([*newest][::-1], device=device)
+        self._num_buffered = count
         return buffer[:count]
 
 

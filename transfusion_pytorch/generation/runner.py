@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transfusion_pytorch.flow.times import CLEAN
-from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded, Share, fingerprint
+from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded, Item, as_pieces, fingerprint
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.network.cpu.reordered import ReorderedWeights
 from transfusion_pytorch.network.precision import precision_of
 from transfusion_pytorch.network.step_graph import StepGraph, StepGraphs
 from transfusion_pytorch.sequence.joined import JoinedSpans
-from transfusion_pytorch.sequence.samples import Modality, Piece, Text
+from transfusion_pytorch.sequence.samples import Modality, Piece
 from transfusion_pytorch.sequence.stream import Past, TokenStream
 
 READ_AT_ONCE = 8192  # tokens of one prefill forward pass, and of one prompt in a step: others wait, memory is finite
@@ -76,6 +76,14 @@ class SpanStream:
         for span, time in zip(self.spans, times, strict=True):
             every[span] = time
         return every
+
+
+class Chunk(NamedTuple):
+    """What one prefill reads of a branch: its next `items`, which are `length` tokens."""
+
+    branch: Branch
+    items: list[Item]
+    length: int
 
 
 class Prefix(NamedTuple):
@@ -152,15 +160,15 @@ class CachedRunner:
         readers, followers, claimed = [], [], set()
         for branch in [branch for branch in branches if branch.needs_prefill]:  # others were read before a failure
             if not branch.past.length and branch.prefix_key is None:
-                branch.prefix_key = fingerprint(branch.share().taken)
+                branch.prefix_key = fingerprint(branch.prefill_items)
             key = branch.prefix_key
             if not branch.past.length and (key in self._prefixes or key in claimed):
                 followers.append(branch)
             else:
                 readers.append(branch)
                 claimed |= set() if key is None else {key}
-        for group in self._groups(readers, most):
-            self._read(group)
+        for chunks in self._batches(self._chunks(readers, most)):
+            self._read(chunks)
         with self.cache.unbroken():
             self._copy_prefixes(followers)
 
@@ -176,57 +184,64 @@ class CachedRunner:
             if branch.prefix_key in self._prefixes:
                 by_key.setdefault(branch.prefix_key, []).append(branch)
         for key, members in by_key.items():
-            prefix, shares = self._prefixes[key], [branch.share() for branch in members]
+            prefix = self._prefixes[key]
             for branch in members:
                 self._open(branch, prefix.past.length)
             rows = [branch.row for branch in members]
             self.cache.copy(prefix.rows[0], rows, prefix.past.length)
             prefix.rows.extend(rows)
-            for branch, share in zip(members, shares, strict=True):
-                branch.mark_read(share, prefix.past.length)
+            for branch in members:
+                branch.mark_read(prefix.past.position, prefix.past.length)
                 branch.prefix_key = None
 
-    def _groups(self, branches: Sequence[Branch], most: int | None) -> Iterable[list[tuple[Branch, Share]]]:
-        """Splits a prefill into forward passes: not too many tokens in one, and branches of equal length together,
-        since those are one plain batch.
+    def _chunks(self, branches: Sequence[Branch], most: int | None) -> Iterable[Chunk]:
+        """The next chunk of each branch, until they are `most` tokens together. Text may be split, a modality is not;
+        the first item is always taken.
         """
-        shares: list[tuple[int, Branch, Share]] = []
         for branch in branches:
             if most is not None and most <= 0:
                 break
-            share = branch.share(READ_AT_ONCE if most is None else min(most, READ_AT_ONCE), self._num_tokens)
-            size = sum(map(self._num_tokens, share.taken))
-            shares.append((size, branch, share))
-            most = None if most is None else most - size
-        group: list[tuple[Branch, Share]] = []
-        total = 0
-        for size, branch, share in sorted(shares, key=lambda it: it[0]):
-            if group and total + size > READ_AT_ONCE:
-                yield group
-                group, total = [], 0
-            group.append((branch, share))
-            total += size
-        if group:
-            yield group
+            room = READ_AT_ONCE if most is None else min(most, READ_AT_ONCE)
+            items: list[Item] = []
+            length = 0
+            for item in branch.prefill_items:
+                size = self._num_tokens(item)
+                if items and length + size > room:
+                    break
+                items.append(item)
+                length += size
+            most = None if most is None else most - length
+            yield Chunk(branch, items, length)
 
-    def _read(self, group: Sequence[tuple[Branch, Share]]) -> None:
-        sizes = {id(branch): sum(map(self._num_tokens, share.taken)) for branch, share in group}
+    def _batches(self, chunks: Iterable[Chunk]) -> Iterable[list[Chunk]]:
+        """The forward passes of a prefill: not too many tokens in one, and chunks of equal length together, since those
+        are one plain batch.
+        """
+        batch: list[Chunk] = []
+        for chunk in sorted(chunks, key=lambda it: it.length):
+            if batch and sum(it.length for it in batch) + chunk.length > READ_AT_ONCE:
+                yield batch
+                batch = []
+            batch.append(chunk)
+        if batch:
+            yield batch
+
+    def _read(self, chunks: Sequence[Chunk]) -> None:
         with self.cache.unbroken():
-            for branch, _ in group:
-                self._open(branch, sizes[id(branch)])
-            self.cache.reserve([branch.row for branch, _ in group], list(sizes.values()))
-        group = sorted(group, key=lambda it: (sizes[id(it[0])], *_place(it[0])))
-        branches, samples = [branch for branch, _ in group], [share.taken for _, share in group]
-        stream = self.model.pack_stream(samples, [branch.past for branch in branches]).to(self.model.device)
-        rows = [branch.row for branch in branches]
+            for chunk in chunks:
+                self._open(chunk.branch, chunk.length)
+            self.cache.reserve([it.branch.row for it in chunks], [it.length for it in chunks])
+        chunks = sorted(chunks, key=lambda it: (it.length, *_place(it.branch)))
+        rows, samples = [it.branch.row for it in chunks], [as_pieces(it.items) for it in chunks]
+        stream = self.model.pack_stream(samples, [it.branch.past for it in chunks]).to(self.model.device)
         view = self._view(rows, stream)
         latents = self.model.latents_by_type(samples)
         self.model.forward_stream(stream, latents, _as_times(self.model, [CLEAN] * len(stream.spans)), view)
         with self.cache.unbroken():  # from here on nothing can fail
             self.cache.commit(rows, stream.lengths)
             self.tokens_read += sum(stream.lengths)
-            for (branch, share), length in zip(group, stream.lengths, strict=True):
-                branch.mark_read(share, length)
+            for branch, items, length in chunks:
+                branch.mark_read(len(items), length)
                 self._keep_prefix(branch)
 
     def _view(self, rows: Sequence[Any], stream: TokenStream) -> Any:
@@ -298,7 +313,7 @@ class CachedRunner:
         """Makes what a decode step has read of a branch permanent. Nothing of it can fail."""
         self.cache.commit([branch.row], [1])
         self.tokens_read += 1
-        branch.mark_id_read()
+        branch.mark_read(1, 1)
 
     # velocities
 
@@ -369,14 +384,12 @@ class UncachedRunner:
     def cache_tokens(self, lengths: Sequence[int]) -> int:
         return 0
 
-    def close(self, branch: Branch) -> None:
-        branch.read = []
+    def close(self, branch: Branch) -> None: ...
 
     def prefill(self, branches: Sequence[Branch], most: int | None = None) -> None:
         """Notes only what whoever comes next has to read."""
-        shares = [branch.share() for branch in branches]
-        for branch, share in zip(branches, shares, strict=True):
-            branch.mark_read(share, sum(_num_tokens(self.model, piece) for piece in share.taken))
+        for branch in branches:
+            branch.mark_read(len(branch.prefill_items), 0)
 
     def batch_state(self, requests: Sequence[Any]) -> BatchState:
         return BatchState.of(requests, device=self.model.device, dtype=self.model.dtype)
@@ -388,7 +401,7 @@ class UncachedRunner:
         return True
 
     def decode(self, state: BatchState) -> Decoded:
-        samples = [[*branch.everything(), *branch.pending] for branch in state.branches]
+        samples = [as_pieces(branch.items) for branch in state.branches]
         stream = self.model.pack_stream(samples).to(self.model.device)
         latents = self.model.latents_by_type(samples)
         output = self.model.forward_stream(stream, latents, _as_times(self.model, [CLEAN] * len(stream.spans)))
@@ -396,13 +409,13 @@ class UncachedRunner:
         return Decoded(self.model.logits(output.hidden[stream.last]), None)
 
     def commit(self, branch: Branch) -> None:
-        branch.mark_id_read()
+        branch.mark_read(1, 1)
 
     def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
         return None
 
     def lay_out(self, branches: Sequence[Branch], owners: Sequence[int], joined: Sequence[Modality]) -> SpanStream:
-        samples = [[*branch.everything(), joined[owner]] for branch, owner in zip(branches, owners, strict=True)]
+        samples = [[*as_pieces(branch.items), joined[owner]] for branch, owner in zip(branches, owners, strict=True)]
         stream = self.model.with_positions(self.model.pack_stream(samples).to(self.model.device))
         samples_of = stream.spans.sample.tolist()
         last = [max(span for span, sample in enumerate(samples_of) if sample == i) for i in range(len(branches))]
@@ -423,8 +436,8 @@ def create_runner(model: Model, *, cache_kv: bool = True) -> Runner:
     return CachedRunner(model) if cache_kv and hasattr(model.transformer, "create_cache") else UncachedRunner(model)
 
 
-def _num_tokens(model: Model, piece: Piece) -> int:
-    return len(piece.ids) if isinstance(piece, Text) else prod(model.modalities[piece.type].token_shape(piece.shape))
+def _num_tokens(model: Model, item: Item) -> int:
+    return 1 if isinstance(item, int) else prod(model.modalities[item.type].token_shape(item.shape))
 
 
 def _place(branch: Branch) -> tuple[int, int]:

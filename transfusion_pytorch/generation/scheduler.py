@@ -93,13 +93,8 @@ class Scheduler:
         Where it is interrupted it has to be called again before anything is read.
         """
         self.must_rewind = True
-        for request in self.active:
-            try:
-                for branch in () if request.is_done else request.branches:
-                    branch.rewind()
-            except Exception as error:
-                request.end(EndReason.ERROR, released(error))
         for branch in [*self._unreleased, *(branch for request in self.active for branch in request.branches)]:
+            branch.rewind()
             branch.row = None
         self._unreleased = []
         self.runner.restart()
