@@ -8,15 +8,15 @@ from torchdiffeq import odeint
 from transfusion_pytorch import Latents, UNetDown, UNetUp
 from transfusion_pytorch.generation import resolve
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.sampler import SamplingColumns, keep_min_p, sample_tokens
+from transfusion_pytorch.generation.sampler import SamplingTensors, keep_min_p, sample_tokens
 from transfusion_pytorch.sequence.samples import Modality, TypedModality
 
 
 def choose(logits, allowed, *, temperature=1.0, min_p=0.0):
     """A token for each row, all with the same options."""
     options = [SamplingOptions(text_temperature=temperature, text_min_p=min_p)] * len(logits)
-    columns = SamplingColumns.of(options, device=logits.device, dtype=logits.dtype)
-    return sample_tokens(logits, ~allowed, columns, torch.rand(len(logits)))
+    sampling = SamplingTensors.of(options, device=logits.device, dtype=logits.dtype)
+    return sample_tokens(logits, ~allowed, sampling, torch.rand(len(logits)))
 
 
 def naive(model, ids, seq_len):

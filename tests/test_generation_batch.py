@@ -69,8 +69,10 @@ def test_the_spelling_of_a_shape_changes_no_state(monkeypatch):
     spells = options_with(logits_processors=[script(0, *ids, given=2)], max_length=30)
     writes = options_with(plan=[("text", 5)])
     expected = [model.sample(text(1), **spells), model.sample(text(2), **writes)]
-    made, of = [], BatchState.of
-    monkeypatch.setattr(BatchState, "of", lambda *args, **options: made.append(of(*args, **options)) or made[-1])
+    made, init = [], BatchState.__init__
+    monkeypatch.setattr(
+        BatchState, "__init__", lambda self, *args, **options: made.append(self) or init(self, *args, **options)
+    )
     engine = model.create_engine()
     requests = [engine.submit(text(1), **spells), engine.submit(text(2), **writes)]
     for _ in range(5):

@@ -212,7 +212,7 @@ def test_decode_step_reads_nothing_from_the_device(options):
         decoded = scheduler.runner.decode(state)
         assert decoded.tokens is not None
         assert decoded.tokens.is_meta
-        state.count_step()
+        state.finish_step()
     assert not request.is_done
     assert request.reason is not EndReason.ERROR
 

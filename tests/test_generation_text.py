@@ -25,7 +25,7 @@ from generation_models import (
 from transfusion_pytorch.generation import sampler
 from transfusion_pytorch.generation.events import Ended, EndReason
 from transfusion_pytorch.generation.options import SamplingOptions
-from transfusion_pytorch.generation.sampler import NO_CHOICE, SamplingColumns, log_probabilities, penalize
+from transfusion_pytorch.generation.sampler import NO_CHOICE, SamplingTensors, log_probabilities, penalize
 from transfusion_pytorch.sequence.hashing import uniform as hashed
 
 NAN = float("nan")
@@ -36,9 +36,9 @@ FREE = dict(GREEDY, max_length=20, modality_steps=1, text_temperature=1.0, text_
 
 def sample_tokens(logits, allowed, rows, uniform, seen=None) -> list[int]:
     """An id for each row of logits, as `sampler.sample_tokens` chooses it from the options of each."""
-    columns = SamplingColumns.of(rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    sampling = SamplingTensors.of(rows, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
     numbers = torch.tensor(uniform, dtype=torch.float64).clamp(max=1 - 1e-7)  # as those of a `BatchState`
-    return sampler.sample_tokens(logits, ~allowed, columns, numbers, seen).tolist()
+    return sampler.sample_tokens(logits, ~allowed, sampling, numbers, seen).tolist()
 
 
 def keep_top_k(logits, k):

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from transfusion_pytorch.generation.sampler import SamplingColumns, sample_tokens
+from transfusion_pytorch.generation.sampler import SamplingTensors, sample_tokens, upload
 from transfusion_pytorch.network.precision import precise
 from transfusion_pytorch.sequence.hashing import content_key, uniform
 from transfusion_pytorch.sequence.masks import Layout
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text, as_text
-from transfusion_pytorch.sequence.stream import NO_SPANS, Past, TokenStream
+from transfusion_pytorch.sequence.stream import Past
 
 Item = int | Modality  # an id of text or of a marker, or a modality
 STEPS_OF_NUMBERS = 64  # random numbers are made for so many steps at once
@@ -93,10 +93,10 @@ def fingerprint(items: Iterable[Item]) -> Hashable:
     )
 
 
-@dataclass(eq=False)
 class BatchState:
-    """A fixed set of rows. It is made anew when a request enters or leaves. Otherwise each decode step advances it on
-    the device, and nothing is uploaded but the mask of a row that may now write other ids (in the spelling of a shape).
+    """The rows of decode steps: one for each request that generates text. It is made anew when a request enters or
+    leaves. Otherwise each step advances it on the device, and nothing is uploaded but the mask of a row that may now
+    write other ids (in the spelling of a shape).
 
     Tensors are changed in place and never replaced, and the host counts for itself: a step can be compiled, or captured
     in a CUDA graph.
@@ -104,92 +104,52 @@ class BatchState:
     - `requests` and their `branches`, in the order of the rows of the cache, whose `stamp` says that they did not move
     - `view`: what attention sees of the cache, if there is one; `graph` runs the steps, if they can be captured;
       `reordered` are the weights that steps are made with, None for the model's own
-    - `stream`: the id of every row to be read next, and its position
-    - `forbidden`: the ids that may not come next; `masks` are the ids that may, of each request
-    - `columns`: the options of text; `seen`: ids to be penalised, of the first `num_text`: markers never are
-    - `numbers`: random numbers of the next steps, made of `seeds` and `counters`; `step` is the row of this step
+    - `token`, `position`: the id of every row to be read next, `(r,)`, and where it stands; `layout`: a token a row
+    - `forbidden`: the ids that may not come next, `(r, v)`; `masks` are the ids that may, of each request
+    - `sampling`: the options of text; `seen`: ids of text to be penalised, `(r, v)`, None where no row has a penalty
+    - `numbers`: random numbers of the next steps, `(steps, r)`, made of `seeds` and `counters`; `step`, `(1,)`, is the
+      row of this step
     - `num_left`: steps for which it has random numbers, counted by the host
     """
 
-    requests: list[Any]
-    branches: list[Any]
-    stamp: Hashable
-    view: Any
-    graph: Any
-    stream: TokenStream
-    forbidden: Bool[Tensor, "r v"]
-    masks: list[Bool[Tensor, " v"]]
-    columns: SamplingColumns
-    seeds: Int[Tensor, " r"]
-    counters: Int[Tensor, "steps r"]
-    numbers: Float[Tensor, "steps r"]
-    step: Int[Tensor, " 1"]
-    seen: Bool[Tensor, "r v"] | None
-    num_text: int
-    reordered: Any = None
-    num_left: int = STEPS_OF_NUMBERS
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         requests: Sequence[Any],
+        device: torch.device,
+        dtype: torch.dtype,
         *,
         stamp: Hashable = None,
         view: Any = None,
         graph: Any = None,
         reordered: Any = None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> "BatchState":
-        """`requests` write text; `dtype` is that of the model's logits."""
-        dtype = precise(dtype)
-        branches = [request.branch for request in requests]
-        masks = [request.allowed for request in requests]
-        num_text, seen = requests[0].vocabulary.num_text, None
-        if any(request.options.text_repetition_penalty != 1 for request in requests):
-            seen = torch.zeros(len(requests), len(masks[0]), dtype=torch.bool, device="cpu")
-            for row, branch in zip(seen, branches, strict=True):
-                row[[item for item in branch.items if isinstance(item, int) and item < num_text]] = True
-            seen = _to(seen, device)
+    ):
+        self.requests, self.branches = list(requests), [request.branch for request in requests]
+        self.stamp, self.view, self.graph, self.reordered = stamp, view, graph, reordered
+        self.token = upload([branch.items[-1] for branch in self.branches], device)
+        self.position = self.token if view is None else view.position
+        past = tuple(branch.length for branch in self.branches)
+        self.layout = Layout(end=self.token, lengths=(1,) * len(past), past=past, device=device)
+        self.masks = [request.allowed for request in requests]
+        self.forbidden = (~torch.stack(self.masks)).to(device, non_blocking=True)
+        options = [request.options for request in requests]
+        self.sampling = SamplingTensors.of(options, device=device, dtype=precise(dtype))
+        self.has_processors = any(each.logits_processors for each in options)  # a user's code sees the logits first
+        self.num_text: int = requests[0].vocabulary.num_text  # markers are never penalised
+        self.seen = None if self.sampling.penalty is None else self._seen().to(device, non_blocking=True)
+        self.seeds = upload([request.seed for request in requests], device)
+        steps = torch.arange(STEPS_OF_NUMBERS, device="cpu")[:, None]
         first = torch.tensor([request.num_chosen for request in requests], device="cpu")
-        counters = _to(first + torch.arange(STEPS_OF_NUMBERS, device="cpu")[:, None], device)
-        seeds = _to(torch.tensor([request.seed for request in requests], device="cpu"), device)
-        token = _to(torch.tensor([it.items[-1] for it in branches], device="cpu"), device)
-        return cls(
-            requests=list(requests),
-            branches=branches,
-            stamp=stamp,
-            view=view,
-            graph=graph,
-            stream=_stream(token, token if view is None else view.position, [it.past for it in branches]),
-            forbidden=_to(~torch.stack(masks), device),
-            masks=masks,
-            columns=SamplingColumns.of([request.options for request in requests], device=device, dtype=dtype),
-            seeds=seeds,
-            counters=counters,
-            numbers=_numbers(seeds, counters),
-            step=torch.zeros(1, dtype=torch.long, device=device),
-            seen=seen,
-            num_text=num_text,
-            reordered=reordered,
-        )
-
-    @property
-    def is_used_up(self) -> bool:
-        """Whether it cannot serve another step, because a row of the cache is full."""
-        return self.view is not None and not self.view.num_steps
-
-    @property
-    def has_processors(self) -> bool:
-        """Whether a user's code sees the logits before an id is chosen."""
-        return any(request.options.logits_processors for request in self.requests)
+        self.counters = (first + steps).to(device, non_blocking=True)
+        self.numbers = self._random_numbers()
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.num_left = STEPS_OF_NUMBERS
 
     @torch.inference_mode()
     def choose(self, logits: Shaped[Tensor, "r v"]) -> Int[Tensor, " r"]:
         """The next id of every row; they are the ones to be read next. On the device alone."""
         uniform = self.numbers.index_select(0, self.step)[0]
-        tokens = sample_tokens(logits, self.forbidden, self.columns, uniform, self.seen)
-        self.stream.token.copy_(tokens)
+        tokens = sample_tokens(logits, self.forbidden, self.sampling, uniform, self.seen)
+        self.token.copy_(tokens)
         self.step.add_(1)
         if self.view is not None:
             self.view.advance()
@@ -198,52 +158,30 @@ class BatchState:
             self.seen.scatter_(1, last, self.seen.gather(1, last) | (last < self.num_text))
         return tokens
 
-    def count_step(self) -> None:
+    def finish_step(self) -> None:
         """What the host keeps of a step: how many more there may be. New random numbers are made where they end."""
         self.num_left -= 1
         if self.view is not None:
             self.view.num_steps -= 1
         if not self.num_left:
             self.counters.add_(STEPS_OF_NUMBERS)
-            self.numbers.copy_(_numbers(self.seeds, self.counters))
+            self.numbers.copy_(self._random_numbers())
             self.step.zero_()
             self.num_left = STEPS_OF_NUMBERS
 
-    def follow(self) -> bool:
-        """Whether all requests still write text; what they may write now is then brought up to date."""
-        if not all(request.is_writing for request in self.requests):
-            return False
+    def update_masks(self) -> None:
+        """Uploads the masks of the rows that may now write other ids."""
         for i, request in enumerate(self.requests):
             mask = request.allowed
             if mask is not self.masks[i]:
                 self.forbidden[i].copy_(~mask, non_blocking=True)
                 self.masks[i] = mask
-        return True
 
+    def _seen(self) -> Bool[Tensor, "r v"]:
+        seen = torch.zeros(len(self.masks), len(self.masks[0]), dtype=torch.bool, device="cpu")
+        for row, branch in zip(seen, self.branches, strict=True):
+            row[[item for item in branch.items if isinstance(item, int) and item < self.num_text]] = True
+        return seen
 
-def _stream(token: Int[Tensor, " r"], position: Int[Tensor, " r"], past: Sequence[Past]) -> TokenStream:
-    """One token for each row. It serves all steps, whose ids and positions are written into it; the rest, which only
-    training and prefill ask for, is left as it is.
-    """
-    lengths = (1,) * len(past)
-    return TokenStream(
-        token=token,
-        sample=token,
-        modulation_index=token,
-        position=position,
-        label=token,
-        layout=Layout(end=token, lengths=lengths, past=tuple(row.length for row in past), device=token.device),
-        spans=NO_SPANS,
-        placements={},
-        lengths=lengths,
-        past=tuple(past),
-        ignore_index=-1,
-    )
-
-
-def _numbers(seeds: Int[Tensor, " r"], counters: Int[Tensor, "steps r"]) -> Float[Tensor, "steps r"]:
-    return uniform(seeds, counters, counters.device).clamp(max=1 - 1e-7)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)
+    def _random_numbers(self) -> Float[Tensor, "steps r"]:
+        return uniform(self.seeds, self.counters, self.counters.device).clamp(max=1 - 1e-7)

@@ -274,8 +274,8 @@ class CachedRunner:
             self.cache, rows, positions, is_fixed=self.graphs.is_used, reordered=reordered
         )
         graph = StepGraph(self.graphs) if self.graphs.is_used and view.prepared is not None else None
-        made: dict[str, Any] = dict(view=view, graph=graph, reordered=reordered, device=device, dtype=dtype)
-        return BatchState.of(ordered, stamp=self.cache.stamp(rows), **made)
+        stamp = self.cache.stamp(rows)
+        return BatchState(ordered, device, dtype, stamp=stamp, view=view, graph=graph, reordered=reordered)
 
     def _reorders(self, rows: int) -> bool:
         return self.reordered.serves(rows, self.model.dtype)
@@ -285,10 +285,12 @@ class CachedRunner:
         return stamp == self.cache.stamp(rows)
 
     def is_valid(self, state: BatchState) -> bool:
-        """Whether the state can serve another step: no row has moved, and its weights are in the order that serves."""
+        """Whether the state can serve another step: no row has moved or is full, and its weights are in the order that
+        serves.
+        """
         rows = [branch.row for branch in state.branches]
         in_order = (state.reordered is not None) == self._reorders(len(rows))
-        return in_order and not state.is_used_up and self.is_current(rows, state.stamp)
+        return in_order and state.view.num_steps > 0 and self.is_current(rows, state.stamp)
 
     def decode(self, state: BatchState) -> Decoded:
         """Reads the one pending id of every branch, in the order of the state, and chooses the next unless processors
@@ -302,9 +304,9 @@ class CachedRunner:
 
     def _step(self, state: BatchState) -> Decoded:
         """Everything that a decode step does on the device, in fixed shapes: nothing is uploaded or read back."""
-        model, stream = self.model, state.stream
+        model = self.model
         hidden = model.transformer(  # `forward_stream` without what it does for spans
-            model.text_embedding(stream.token), position=stream.position, layout=stream.layout, cache=state.view
+            model.text_embedding(state.token), position=state.position, layout=state.layout, cache=state.view
         )
         logits = model.logits(hidden)
         return Decoded(logits, None if state.has_processors else state.choose(logits))
@@ -392,7 +394,7 @@ class UncachedRunner:
             branch.mark_read(len(branch.prefill_items), 0)
 
     def batch_state(self, requests: Sequence[Any]) -> BatchState:
-        return BatchState.of(requests, device=self.model.device, dtype=self.model.dtype)
+        return BatchState(requests, self.model.device, self.model.dtype)
 
     def is_current(self, rows: Sequence[Any], stamp: Hashable) -> bool:
         return True

@@ -4,27 +4,28 @@ r rows, v vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from transfusion_pytorch.generation.options import SamplingOptions
+from transfusion_pytorch.network.precision import precise
 
 GREEDY_BELOW = torch.finfo(torch.float32).tiny
 NO_CHOICE = -1
 NO_LIMIT = 2**31  # a top k beyond any vocabulary
 
 
-class SamplingColumns(NamedTuple):
-    """The text options as tensors, a number for each row; None for an option that no row uses. `is_warm`: all
-    temperatures are 1, so none has to be applied.
+class SamplingTensors(NamedTuple):
+    """The text options as tensors, a number for each row; None for an option that no row uses. Where all rows are
+    greedy, nothing is drawn.
     """
 
-    temperature: Float[Tensor, "r 1"] | None
-    is_warm: bool
+    all_greedy: bool
     is_greedy: Bool[Tensor, " r"] | None
+    temperature: Float[Tensor, "r 1"] | None
     top_k: Int[Tensor, "r 1"] | None
     most_k: int
     top_p: Float[Tensor, "r 1"] | None
@@ -32,31 +33,28 @@ class SamplingColumns(NamedTuple):
     penalty: Float[Tensor, "r 1"] | None
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingOptions], *, device: torch.device, dtype: torch.dtype) -> "SamplingColumns":
+    def of(cls, rows: Sequence[SamplingOptions], *, device: torch.device, dtype: torch.dtype) -> "SamplingTensors":
         """`dtype` is that of the logits, in single precision at least."""
-        greedy = [row.text_temperature < GREEDY_BELOW for row in rows]
 
-        def column(values: Sequence[float], is_wanted: bool) -> Tensor | None:
-            if not is_wanted:
+        def column(values: Sequence[float], off: float) -> Tensor | None:
+            if all(value == off for value in values):
                 return None
             exact = torch.tensor(values, dtype=torch.float64, device="cpu")[:, None]
             return exact.clamp(max=torch.finfo(dtype).max).to(device, dtype, non_blocking=True)
 
-        temperatures = [max(row.text_temperature, GREEDY_BELOW) for row in rows]
+        greedy = [row.text_temperature < GREEDY_BELOW for row in rows]
         ks = [NO_LIMIT if row.text_top_k is None else min(row.text_top_k, NO_LIMIT) for row in rows]
-        most = max((k for k in ks if k < NO_LIMIT), default=0)
-        min_p = column([row.text_min_p for row in rows], any(row.text_min_p > 0 for row in rows))
+        most_k = max((k for k in ks if k < NO_LIMIT), default=0)
+        min_p = column([row.text_min_p for row in rows], off=0)
         return cls(
-            temperature=column(temperatures, not all(greedy)),
-            is_warm=all(row.text_temperature == 1 for row in rows),
-            is_greedy=torch.tensor(greedy, device="cpu").to(device, non_blocking=True) if any(greedy) else None,
-            top_k=torch.tensor(ks, device="cpu")[:, None].to(device, non_blocking=True) if most else None,
-            most_k=most,
-            top_p=column([row.text_top_p for row in rows], any(row.text_top_p < 1 for row in rows)),
+            all_greedy=all(greedy),
+            is_greedy=upload(greedy, device) if any(greedy) else None,
+            temperature=column([max(row.text_temperature, GREEDY_BELOW) for row in rows], off=1),
+            top_k=upload(ks, device)[:, None] if most_k else None,
+            most_k=most_k,
+            top_p=column([row.text_top_p for row in rows], off=1),
             log_min_p=None if min_p is None else min_p.log(),
-            penalty=column(
-                [row.text_repetition_penalty for row in rows], any(row.text_repetition_penalty != 1 for row in rows)
-            ),
+            penalty=column([row.text_repetition_penalty for row in rows], off=1),
         )
 
 
@@ -64,7 +62,7 @@ class SamplingColumns(NamedTuple):
 def sample_tokens(
     logits: Shaped[Tensor, "r v"],
     forbidden: Bool[Tensor, "#r v"],
-    columns: SamplingColumns,
+    sampling: SamplingTensors,
     uniform: Float[Tensor, " r"],
     seen: Bool[Tensor, "r v"] | None = None,
 ) -> Int[Tensor, " r"]:
@@ -73,15 +71,23 @@ def sample_tokens(
     `uniform` is a random number in [0, 1) for each row, so a row does not depend on others. `seen` are the ids to be
     penalised. Nothing is read back from the device.
     """
-    logits = _precise(logits)
-    if seen is not None and columns.penalty is not None:
-        logits = penalize(logits, seen, columns.penalty)
+    logits = logits.to(precise(logits.dtype))
+    if seen is not None and sampling.penalty is not None:
+        logits = penalize(logits, seen, sampling.penalty)
     logits = logits.masked_fill(forbidden, float("-inf"))
     likeliest, tokens = logits.max(dim=-1)
-    if columns.temperature is not None:
-        kept = filter_logits(logits - likeliest[:, None], columns)  # at most 0, so that any temperature can divide it
-        drawn = _draw(kept if columns.is_warm else kept / columns.temperature, uniform)
-        tokens = drawn if columns.is_greedy is None else torch.where(columns.is_greedy, tokens, drawn)
+    if not sampling.all_greedy:
+        logits = logits - likeliest[:, None]  # at most 0, so that any temperature can divide it
+        if sampling.top_k is not None:
+            logits = keep_top_k(logits, sampling.top_k, sampling.most_k)
+        if sampling.top_p is not None:
+            logits = keep_top_p(logits, sampling.top_p)
+        if sampling.log_min_p is not None:
+            logits = keep_min_p(logits, sampling.log_min_p)
+        if sampling.temperature is not None:
+            logits = logits / sampling.temperature
+        drawn = _draw(logits, uniform)
+        tokens = drawn if sampling.is_greedy is None else torch.where(sampling.is_greedy, tokens, drawn)
     return torch.where(likeliest.isfinite(), tokens, NO_CHOICE)
 
 
@@ -90,17 +96,6 @@ def penalize(
 ) -> Float[Tensor, "r v"]:
     """Makes `seen` ids less likely (CTRL, arXiv 1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def filter_logits(logits: Float[Tensor, "r v"], columns: SamplingColumns) -> Float[Tensor, "r v"]:
-    """Sets logits to -inf by the filters of each row. The largest logit of a row has to be 0."""
-    if columns.top_k is not None:
-        logits = keep_top_k(logits, columns.top_k, columns.most_k)
-    if columns.top_p is not None:
-        logits = keep_top_p(logits, columns.top_p)
-    if columns.log_min_p is not None:
-        logits = keep_min_p(logits, columns.log_min_p)
-    return logits
 
 
 def keep_top_k(logits: Float[Tensor, "r v"], k: Int[Tensor, "r 1"], most: int) -> Float[Tensor, "r v"]:
@@ -130,7 +125,12 @@ def keep_min_p(logits: Float[Tensor, "r v"], log_min_p: Float[Tensor, "r 1"]) ->
 
 def log_probabilities(logits: Shaped[Tensor, "r v"], tokens: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
     """Log-probabilities of the chosen ids under the model's own distribution over the whole vocabulary."""
-    return _precise(logits).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
+    return logits.to(precise(logits.dtype)).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
+
+
+def upload(values: Sequence[Any], device: torch.device) -> Shaped[Tensor, " r"]:
+    """To the device, without waiting for it."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
 def to_host(tokens: Int[Tensor, " r"], log_p: Float[Tensor, " r"]) -> tuple[list[int], list[float]]:
@@ -142,12 +142,7 @@ def to_host(tokens: Int[Tensor, " r"], log_p: Float[Tensor, " r"]) -> tuple[list
 
 def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
     """The inverse of the cumulative distribution, which needs one random number a row however large the vocabulary."""
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
-    at = uniform[:, None].to(precise) * cumulative[:, -1:]
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
+    at = uniform[:, None].to(dtype) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True)[:, 0]
-
-
-def _precise(logits: Shaped[Tensor, "r v"]) -> Float[Tensor, "r v"]:
-    """In single precision at least."""
-    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

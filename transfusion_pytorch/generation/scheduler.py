@@ -215,7 +215,7 @@ class Scheduler:
             chosen, log_p = to_host(tokens, log_probabilities(decoded.logits, tokens))
         else:
             chosen = tokens.tolist()
-        state.count_step()
+        state.finish_step()
         return chosen, log_p
 
     def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
@@ -238,7 +238,10 @@ class Scheduler:
                 self.runner.commit(request.branch)
             except BaseException as error:
                 _end_in_the_middle(request, error)
-        return state.follow()
+        if not all(request.is_writing for request in state.requests):
+            return False
+        state.update_masks()
+        return True
 
     def _processed(self, logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
         """Logits after the processors of each row. One that raises an error ends its own request."""
