@@ -49,9 +49,9 @@ options_with = options_over()
 
 
 def test_many_prompts_at_once_are_as_one_by_one(monkeypatch):
-    together, write = set(), Scheduler._write
+    together, decode = set(), Scheduler._decode
     monkeypatch.setattr(
-        Scheduler, "_write", lambda self: together.add(frozenset(it.phase for it in self.active)) or write(self)
+        Scheduler, "_decode", lambda self: together.add(frozenset(it.phase for it in self.active)) or decode(self)
     )
     model, options = build(seed=4), options_with(max_length=32, cfg_scale=2.0)
     batch = model.sample_many(PROMPTS, **options)

@@ -84,8 +84,8 @@ def test_samples_are_the_same_in_batches_of_any_size(cache_kv, sizes, dtype):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 100])
 def test_no_more_than_max_batch_are_worked_on(monkeypatch, most):
-    at_work, write = [], Scheduler._write
-    monkeypatch.setattr(Scheduler, "_write", lambda self: at_work.append(len(self.active)) or write(self))
+    at_work, decode = [], Scheduler._decode
+    monkeypatch.setattr(Scheduler, "_decode", lambda self: at_work.append(len(self.active)) or decode(self))
     build(seed=4).sample_many(PROMPTS, max_batch=most, **options_with(max_length=24))
     assert max(at_work) == min(most, len(PROMPTS))
 

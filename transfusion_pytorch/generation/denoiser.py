@@ -3,7 +3,7 @@
 s denoisings, k latents of one, c their channels; u rows of joined latents, w their width, v rows of all branches.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise, zip_longest
 from operator import attrgetter
@@ -19,7 +19,7 @@ from transfusion_pytorch.flow.solver import TABLEAUS, integrate, is_single_step,
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.resolve import times_of
-from transfusion_pytorch.generation.runner import Model, Runner, SpanStream
+from transfusion_pytorch.generation.runner import Model, SpanStream, UncachedRunner, batches
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.sequence.joined import join, split
 from transfusion_pytorch.sequence.samples import Modality, Shape
@@ -33,6 +33,7 @@ TIMES_AT_ONCE = 64  # time embeddings and modulations are made for so many evalu
 class Denoising:
     """A modality between noise and data: `x` are its flat latents after `step` of the intervals between `times`.
 
+    - `name`: that of its request in error messages
     - `conditional`: the branch that it follows; `without_text`, `without_all`: unconditional branches, without the
       text and without earlier modalities too, None where guidance does not need them
     - `clean`, `stays`: `init_modality`, and which of its latents a mask keeps; `known_velocity` leads from the noise to
@@ -46,6 +47,7 @@ class Denoising:
     x: Float[Tensor, "k c"]
     times: list[float]
     conditional: Branch
+    name: str
     without_text: Branch | None = None
     without_all: Branch | None = None
     clean: Float[Tensor, "k c"] | None = None
@@ -60,14 +62,14 @@ class Denoising:
         self.solver_key = repr(sorted(self.options.odeint_kwargs.items()))  # type: ignore[union-attr]
 
     @classmethod
-    def edit(cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch) -> "Denoising":
+    def edit(cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch, name: str) -> "Denoising":
         """On the straight path from noise to `init_modality`, as far along as `strength` says."""
         init, mask = options.init_modality, options.modality_mask
         clean = init.tensor.reshape(-1, init.tensor.shape[-1])
         times = times_of(options, 1 - options.strength)
         x, velocity, _ = interpolate(clean, noise, torch.full_like(noise[:, 0], times[0]))
         stays = None if mask is None else ~mask.reshape(-1, 1).to(noise.device)
-        made = cls(init.type, init.shape, options, x, times, conditional)
+        made = cls(init.type, init.shape, options, x, times, conditional, name)
         made.clean, made.stays, made.known_velocity = clean, stays, velocity
         return made
 
@@ -143,7 +145,7 @@ class Denoiser:
     most `most_tokens` (latents, those of unconditional branches included).
     """
 
-    def __init__(self, model: Model, runner: Runner, halving: Halving, *, most_tokens: int):
+    def __init__(self, model: Model, runner: UncachedRunner, halving: Halving, *, most_tokens: int):
         self.model, self.runner, self.halving, self.most_tokens = model, runner, halving, most_tokens
         self.evaluations = 0
         self.reset()
@@ -162,23 +164,11 @@ class Denoiser:
         for _, group in groupby(sorted(denoisings, key=of_solver), key=of_solver):
             members = list(group)
             if is_single_step(members[0].options.odeint_kwargs or {}):
-                for part in self._parts(members):
-                    failed += self.halving.run(part, self._step_together)
+                for batch in batches(members, lambda it: len(it.branches) * len(it.x), self.most_tokens):
+                    failed += self.halving.run(batch, self._step_together)
             else:
                 failed += [failure for each in members for failure in self.halving.run([each], self._solve_alone)]
         return failed
-
-    def _parts(self, denoisings: Sequence[Denoising]) -> Iterable[list[Denoising]]:
-        part: list[Denoising] = []
-        size = 0
-        for denoising in denoisings:
-            own = len(denoising.branches) * len(denoising.x)
-            if part and size + own > self.most_tokens:
-                yield part
-                part, size = [], 0
-            part.append(denoising)
-            size += own
-        yield part
 
     def _step_together(self, denoisings: Sequence[Denoising]) -> None:
         """One interval each, all in one tensor. Times are numbers on the host."""
@@ -246,13 +236,19 @@ class Denoiser:
         """The stream of these branches, used again until they or their rows change."""
         key = (tuple(denoisings), tuple(order))
         laid = self._laid.pop(key, None)
-        if laid is None or not self.runner.is_current(laid.rows, laid.stamp):
+        if laid is None or not self.runner.is_current(laid):
             pieces = [Modality(it.type, it.x, axes=it.shape) for it in denoisings]
-            laid = self.runner.lay_out([branch for _, branch in order], [owner for owner, _ in order], pieces)
+            laid = self.runner.lay_out(order, pieces)
             # void ones hold memory that the cache has freed
-            self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it.rows, it.stamp)}
+            self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it)}
         self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])
         return laid
+
+
+def check_finite(done: Sequence[Denoising]) -> None:
+    """Raises `ValueError` for finished latents with NaN or infinity: one copy back to the host."""
+    if not torch.stack([it.x.isfinite().all() for it in done]).all():
+        raise ValueError(f"{done[0].name}: the latents of modality {done[0].type} are not finite")
 
 
 def _combined(

@@ -26,6 +26,7 @@ from transfusion_pytorch.generation.events import (
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.resolve import allowed_axes, initial_noise, most_latents, shape_of, times_of
 from transfusion_pytorch.generation.runner import Model
+from transfusion_pytorch.generation.sampler import NO_CHOICE
 from transfusion_pytorch.sequence.grammar import Grammar, shared_grammar
 from transfusion_pytorch.sequence.plan import ModalityPart, Plan, TextPart
 from transfusion_pytorch.sequence.prompts import Prompt
@@ -102,7 +103,7 @@ class RequestState:
         return self.phase is Phase.DONE
 
     @property
-    def is_writing(self) -> bool:
+    def is_decoding(self) -> bool:
         return self.phase is Phase.TEXT
 
     # for the scheduler
@@ -116,7 +117,7 @@ class RequestState:
     @property
     def to_prefill(self) -> list[Branch]:
         """The branches to be read before its next step; unconditional ones only before denoising."""
-        branches = [self.branch] if self.is_writing else self.branches
+        branches = [self.branch] if self.is_decoding else self.branches
         return [] if self.is_done else [branch for branch in branches if branch.needs_prefill]
 
     @property
@@ -184,7 +185,12 @@ class RequestState:
         return self
 
     def accept(self, token: int, log_probability: float | None = None) -> None:
-        """Appends a chosen id, which was `allowed`, and does what follows from it."""
+        """Appends a chosen id, which was `allowed`, and does what follows from it. Raises `ValueError` where there was
+        no choice.
+        """
+        if token == NO_CHOICE:
+            maybe = ", or its logits_processors have left no finite choice" if self.options.logits_processors else ""
+            raise ValueError(f"{self.where}: the logits of the next token are not finite{maybe}")
         shape = None
         if token in self.vocabulary.som:  # with a user's parser, before anything changes: it may be interrupted
             shape = self._written_shape(self.vocabulary.som.index(token), self.opening or "")
@@ -282,9 +288,9 @@ class RequestState:
         options, number = self.options, len(self.modalities)
         noise = initial_noise(options, modality, shape, self.model, seed=self.seed, number=number)
         if options.init_modality is not None and number == self.num_given:
-            denoising = Denoising.edit(options, noise, self.branch)
+            denoising = Denoising.edit(options, noise, self.branch, self.where)
         else:
-            denoising = Denoising(modality, shape, options, noise, times_of(options), self.branch)
+            denoising = Denoising(modality, shape, options, noise, times_of(options), self.branch, self.where)
         if options.modality_cfg_scale != 1 and number:
             denoising.without_all = self._branch_without_all(modality, shape)
         has_text = options.negative_prompt is not None or any(map(self._is_text, self.branch.items))

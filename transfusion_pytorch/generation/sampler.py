@@ -133,11 +133,11 @@ def upload(values: Sequence[Any], device: torch.device) -> Shaped[Tensor, " r"]:
     return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
-def to_host(tokens: Int[Tensor, " r"], log_p: Float[Tensor, " r"]) -> tuple[list[int], list[float]]:
+def to_host(tokens: Int[Tensor, " r"], log_p: Float[Tensor, " r"]) -> list[tuple[int, float]]:
     """Both in one copy: ids and the bits of log-probabilities as integers of one size."""
     bits = log_p.view(torch.int64 if log_p.dtype == torch.float64 else torch.int32)
     both = torch.stack((tokens.to(bits.dtype), bits)).cpu()
-    return both[0].tolist(), both[1].view(log_p.dtype).tolist()
+    return list(zip(both[0].tolist(), both[1].view(log_p.dtype).tolist(), strict=True))
 
 
 def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:

@@ -5,8 +5,7 @@ r rows that write, d model, v vocabulary.
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -15,12 +14,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from transfusion_pytorch.failures import Halving, caught, released
-from transfusion_pytorch.generation.batch_state import BatchState, Branch, Decoded
-from transfusion_pytorch.generation.denoiser import Denoiser, Denoising
+from transfusion_pytorch.generation.batch_state import BatchState, Branch
+from transfusion_pytorch.generation.denoiser import Denoiser, check_finite
 from transfusion_pytorch.generation.events import EndReason
-from transfusion_pytorch.generation.request import Phase, RequestState
+from transfusion_pytorch.generation.request import RequestState
 from transfusion_pytorch.generation.runner import Model, create_runner
-from transfusion_pytorch.generation.sampler import NO_CHOICE, log_probabilities, to_host
+from transfusion_pytorch.generation.sampler import log_probabilities, to_host
 from transfusion_pytorch.network.precision import precise
 
 
@@ -111,7 +110,7 @@ class Scheduler:
         self._retire()
         self._admit()
         self._prefill()
-        self._write()
+        self._decode()
         self._denoise()
         self._end_overdue()
         self._retire()
@@ -178,101 +177,61 @@ class Scheduler:
 
     # text
 
-    def _write(self) -> None:
-        """One id for every request that writes text."""
-        writing = [it for it in self.active if it.is_writing and not it.branch.needs_prefill]
-        if not writing:
+    def _decode(self) -> None:
+        """An id for every request that generates text."""
+        decoding = [it for it in self.active if it.is_decoding and not it.branch.needs_prefill]
+        if not decoding:
             self._state = None  # which holds memory of the cache
             return
-        for request, error in self.halving.run(writing, self._decode):
+        for request, error in self.halving.run(decoding, self._decode_step):
             if not request.is_done:
                 request.end(EndReason.ERROR, error)
 
-    def _decode(self, requests: Sequence[RequestState]) -> None:
-        """A decode step. Nothing is committed before all ids are chosen, so one that fails can be run again."""
+    def _decode_step(self, requests: Sequence[RequestState]) -> None:
+        """Nothing is committed before all ids are chosen, so a step that fails can be run again. Where it is
+        interrupted after that, the request at work ends, and the same ids are chosen for those behind it.
+        """
         requests = [request for request in requests if not request.is_done]  # a processor of its own has failed before
         if not requests:
             return
-        state = self._state_of(requests)
-        decoded = self.runner.decode(state)
-        chosen, log_p = self._choose(state, decoded)
-        self._state = state if self._accept(state, chosen, log_p) else None
-
-    def _state_of(self, requests: Sequence[RequestState]) -> BatchState:
-        """The state of the previous step if it is still valid, else a new one."""
-        state, self._state = self._state, None
-        if state is not None and set(state.requests) == set(requests) and self.runner.is_valid(state):
-            return state
-        return self.runner.batch_state(requests)
-
-    def _choose(self, state: BatchState, decoded: Decoded) -> tuple[list[int], list[float] | None]:
-        """The next id of every row, with its log-probability where any row wants that."""
-        tokens = decoded.tokens
+        state, self._state = self._state, None  # after a step that fails it is made anew
+        if state is None or set(state.requests) != set(requests) or not self.runner.is_valid(state):
+            state = self.runner.batch_state(requests)
+        logits, tokens = self.runner.decode(state)
         if tokens is None:
-            tokens = state.choose(self._processed(decoded.logits, state.requests))
-        log_p = None
+            tokens = state.choose(_processed(logits, state.requests))
         if any(request.log_probabilities is not None for request in state.requests):
-            chosen, log_p = to_host(tokens, log_probabilities(decoded.logits, tokens))
+            chosen = to_host(tokens, log_probabilities(logits, tokens))
         else:
-            chosen = tokens.tolist()
+            chosen = [(token, None) for token in tokens.tolist()]
         state.finish_step()
-        return chosen, log_p
-
-    def _accept(self, state: BatchState, chosen: Sequence[int], log_p: Sequence[float] | None) -> bool:
-        """Gives every request its id, and commits what it was chosen from. Returns whether the state is valid for the
-        next step. Where this is interrupted, the request at work ends, and the same ids are chosen for those behind it.
-        """
-        for i, (request, token) in enumerate(zip(state.requests, chosen, strict=True)):
+        for request, (token, log_p) in zip(state.requests, chosen, strict=True):
             if request.is_done:  # a processor of its own failed
                 continue
-            if token == NO_CHOICE:
-                maybe = (
-                    ", or its logits_processors have left no finite choice" if request.options.logits_processors else ""
-                )
-                message = f"{request.where}: the logits of the next token are not finite{maybe}"
-                request.end(EndReason.ERROR, ValueError(message))
-                continue
-            self.tokens_written += 1
             try:
-                request.accept(token, None if log_p is None else log_p[i])
+                request.accept(token, log_p)
                 self.runner.commit(request.branch)
+                self.tokens_written += 1
             except BaseException as error:
                 _end_in_the_middle(request, error)
-        if not all(request.is_writing for request in state.requests):
-            return False
-        state.update_masks()
-        return True
-
-    def _processed(self, logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
-        """Logits after the processors of each row. One that raises an error ends its own request."""
-        if not any(request.options.logits_processors for request in requests):
-            return logits
-        rows = list(logits.to(precise(logits.dtype)).unbind())
-        for i, request in enumerate(requests):
-            if not request.options.logits_processors:
-                continue
-            try:
-                rows[i] = request.process(rows[i])
-            except caught() as error:
-                request.end(EndReason.ERROR, released(error))
-        return torch.stack(rows)
+        if all(request.is_decoding for request in state.requests):
+            state.update_masks()
+            self._state = state
 
     # modalities
 
     def _denoise(self) -> None:
         """One interval for every request that denoises, whose branches are read, and that nobody has just cancelled."""
-        denoising = [it for it in self.active if it.phase is Phase.DENOISING and not it.is_cancelled]
-        requests = [it for it in denoising if not it.to_prefill]
-        if not requests:
+        ready = [it for it in self.active if not (it.is_done or it.is_cancelled or it.to_prefill)]
+        owners = {request.denoising: request for request in ready if request.denoising is not None}
+        if not owners:
             self.denoiser.reset()  # layouts hold memory of the cache
             return
-        made = {it: it.denoising for it in requests if it.denoising is not None}
-        unfinished = [denoising for denoising in made.values() if not denoising.is_done]  # done: a step was interrupted
-        errors = dict(self.denoiser.step(unfinished)) if unfinished else {}
-        done = [it for it in made.values() if it.is_done and it not in errors]
-        names = {denoising: request.where for request, denoising in made.items()}
-        errors |= dict(self.halving.run(done, partial(_check_finite, names))) if done else {}
-        for request, denoising in made.items():
+        unfinished = [denoising for denoising in owners if not denoising.is_done]  # done: a step was interrupted
+        errors = dict(self.denoiser.step(unfinished))
+        done = [denoising for denoising in owners if denoising.is_done and denoising not in errors]
+        errors |= dict(self.halving.run(done, check_finite)) if done else {}
+        for denoising, request in owners.items():
             if denoising in errors:
                 request.end(EndReason.ERROR, errors[denoising])
                 continue
@@ -289,6 +248,19 @@ class Scheduler:
                     self._close([denoising.without_all])
 
 
+def _processed(logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
+    """Logits after the processors of each row. One that raises an error ends its own request."""
+    rows = list(logits.to(precise(logits.dtype)).unbind())
+    for i, request in enumerate(requests):
+        if not request.options.logits_processors:
+            continue
+        try:
+            rows[i] = request.process(rows[i])
+        except caught() as error:
+            request.end(EndReason.ERROR, released(error))
+    return torch.stack(rows)
+
+
 def _end_in_the_middle(request: RequestState, error: BaseException) -> None:
     """Ends a request whose state has changed in part, and raises the error anew if it is an interruption."""
     if isinstance(error, caught()):
@@ -296,9 +268,3 @@ def _end_in_the_middle(request: RequestState, error: BaseException) -> None:
         return
     request.end(EndReason.ERROR, RuntimeError(f"{request.where}: it was interrupted by {type(error).__name__}"))
     raise error
-
-
-def _check_finite(names: Mapping[Denoising, str], done: Sequence[Denoising]) -> None:
-    """Raises `ValueError` for finished latents with NaN or infinity: one copy back to the host."""
-    if not torch.stack([it.x.isfinite().all() for it in done]).all():
-        raise ValueError(f"{names[done[0]]}: the latents of modality {done[0].type} are not finite")
