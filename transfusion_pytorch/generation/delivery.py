@@ -63,8 +63,7 @@ class Request:
             raise RuntimeError("this request is not done yet: call step() of its engine until it is, or run()")
         with self._engine.exclusive():
             self._engine.decode_finished(self._request)
-        if self._request.error is not None:
-            raise self._request.error.with_traceback(None)  # that of the last time would hold the frames of its callers
+        self._request.raise_error()
         return sample_of(self._request)
 
     def cancel(self) -> None:
@@ -89,14 +88,12 @@ class EventStream(Iterator[Event]):
         handle = self._handle
         try:
             while not self._events:
+                if handle._has_ended:
+                    handle._request.raise_error()
+                    raise StopIteration
                 self._events = handle.new_events()
                 if not self._events and not handle._has_ended:
                     handle._engine.step()
-                elif not self._events:
-                    self.close()
-                    if handle._request.error is not None:
-                        raise handle._request.error.with_traceback(None)
-                    raise StopIteration
         except EngineInUse:
             raise
         except BaseException:

@@ -26,16 +26,15 @@ from transfusion_pytorch.generation.options import (
     SamplingOptions,
     as_options,
     checks_itself,
-    negative_prompts_of,
     seeds_of,
     takes_sampling_options,
 )
 from transfusion_pytorch.generation.request import RequestState
-from transfusion_pytorch.generation.resolve import resolve, shape_of
+from transfusion_pytorch.generation.resolve import resolve, shape_of, with_negative_prompts
 from transfusion_pytorch.generation.scheduler import Limits, Scheduler
 from transfusion_pytorch.sequence.checks import check_int, check_number
 from transfusion_pytorch.sequence.hashing import content_key
-from transfusion_pytorch.sequence.plan import Plan
+from transfusion_pytorch.sequence.plan import ModalityPart, Plan
 from transfusion_pytorch.sequence.prompts import Prompt, parse_prompt, split_unfinished_modality
 from transfusion_pytorch.sequence.samples import Modality, Piece, Text
 
@@ -135,7 +134,6 @@ class Engine:
         self._weights = WeightVersions(model)
         self._is_stale = False
         self._requests: WeakSet[RequestState] = WeakSet()
-        self._generators: dict[int, WeakSet[RequestState]] = {}
         watch_weights(model, self)
 
     @property
@@ -186,7 +184,8 @@ class Engine:
             [request] = self._prepare([prompt], chosen, is_observed=listen)
             if timeout is not None:
                 request.deadline = time.monotonic() + check_number(timeout, "timeout", least=0)
-            self._keep_generators(chosen.generator, [request])
+            generator = chosen.generator
+            request.generator = generator[0] if isinstance(generator, (list, tuple)) else generator
             self.scheduler.add([request])
         return Request(self, request)
 
@@ -247,39 +246,25 @@ class Engine:
             self._check_generators(chosen.generator)
             requests = self._prepare(prompts, chosen)
             self._finish(requests, progress)
-            self._decode(requests)
-            _raise_first_error(requests)
-            return [sample_of(request) for request in requests]
+            return self._samples_of(requests)
 
     def write_only(self, prompt: Int[Tensor, "b n"], options: SamplingOptions) -> Int[Tensor, "b m"]:
         """Continues plain text to `max_length` ids, without markers. Returns the new ids."""
+        prompts = [Prompt([Text(ids)], []) for ids in prompt.cpu()]
         with self.exclusive():
-            resolved, seeds = resolve(options, self._view), seeds_of(options.generator, len(prompt))
-            requests = [
-                RequestState(self._view, resolved, seed, f"text {i}", is_framed=False).begin(Prompt([Text(ids)], []))
-                for i, (ids, seed) in enumerate(zip(prompt.cpu(), seeds, strict=True))
-            ]
-            self._finish(requests)
+            requests = self._finish_unframed(prompts, resolve(options, self._view), "text")
         ids = [request.branch.items[prompt.shape[1] :] for request in requests]
         return torch.tensor(ids, device=self.model.device).long()
 
     def draw_only(self, batch_size: int, modality: int, options: SamplingOptions) -> list[Tensor]:
         """Draws `batch_size` instances of a modality without any text around them."""
         with self.exclusive():
-            resolved, seeds = resolve(options, self._view), seeds_of(options.generator, batch_size)
+            resolved = resolve(options, self._view)
             init = None if resolved.init_modality is None else resolved.init_modality.shape
             shape = shape_of(self._view, resolved.fixed_modality_shape, modality, init)
-            resolved = replace(resolved, plan=Plan())  # `draw` below replaces it
-            requests = [
-                RequestState(self._view, resolved, seed, f"instance {i}", is_framed=False)
-                for i, seed in enumerate(seeds)
-            ]
-            for request in requests:
-                request.draw(modality, shape)
-            self._finish(requests)
-            self._decode(requests)
-            _raise_first_error(requests)
-            return [instance for [(_, instance)] in (sample_of(request) for request in requests)]
+            resolved = replace(resolved, plan=Plan((ModalityPart(modality, shape),), free=False))
+            requests = self._finish_unframed([Prompt([], [])] * batch_size, resolved, "instance")
+            return [instance for [(_, instance)] in self._samples_of(requests)]
 
     # one thread at a time
 
@@ -327,19 +312,15 @@ class Engine:
         """Prompts checked, encoded and ready to be continued. Raises `ValueError` or `TypeError` that names the prompt
         and part at fault.
         """
-        model, vocabulary = self._view, self.model.vocabulary
-        negative = negative_prompts_of(options.negative_prompt, len(prompts))
+        model, vocabulary, count = self._view, self.model.vocabulary, len(prompts)
         parsed = [parse_prompt(prompt, vocabulary, f"prompt {i}") for i, prompt in enumerate(prompts)]
         parsed = [[self._with_key(piece) for piece in pieces] for pieces in parsed]
-        resolved = resolve(replace(options, negative_prompt=negative[0]), model)
-        each = [resolved] * len(prompts)
-        if any(one is not negative[0] for one in negative):
-            each = [resolve(replace(options, negative_prompt=one), model) for one in negative]
-        seeds, requests = seeds_of(options.generator, len(prompts)), []
+        resolved = with_negative_prompts(resolve(options, model), count, vocabulary.num_text)
+        seeds, requests = seeds_of(options.generator, count), []
         for i, encoded in enumerate(model.encode(parsed, "prompt")):
             where = f"prompt {i}"
             given = [piece for piece in parsed[i] if isinstance(piece, Modality)]
-            request = RequestState(model, each[i], seeds[i], where, given, is_observed=is_observed)
+            request = RequestState(model, resolved[i], seeds[i], where, given, is_observed=is_observed)
             requests.append(request.begin(split_unfinished_modality(encoded, vocabulary, where)))
         self._check_room(requests)
         _warn_of_long_prompts(requests)
@@ -365,20 +346,23 @@ class Engine:
 
     def _check_generators(self, generators: Any) -> None:
         """Raises `ValueError` for a generator that a request uses which is not done yet."""
-        for generator in generators if isinstance(generators, (list, tuple)) else [generators]:
-            if any(not request.is_done for request in self._generators.get(id(generator), ())):
-                raise ValueError(
-                    "generator: it is that of a request which is not done yet; what it makes would depend on who comes "
-                    "first. Give each request its own, or leave it out"
-                )
+        unfinished = (it for it in (*self.scheduler.active, *self.scheduler.waiting) if not it.is_done)
+        in_use = {id(request.generator) for request in unfinished if request.generator is not None}
+        if any(id(each) in in_use for each in (generators if isinstance(generators, (list, tuple)) else [generators])):
+            raise ValueError(
+                "generator: it is that of a request which is not done yet; what it makes would depend on who comes "
+                "first. Give each request its own, or leave it out"
+            )
 
-    def _keep_generators(self, generators: Any, requests: Sequence[RequestState]) -> None:
-        self._generators = {key: users for key, users in self._generators.items() if len(users)}
-        if isinstance(generators, torch.Generator):
-            self._generators[id(generators)] = WeakSet(requests)
-        elif isinstance(generators, (list, tuple)):
-            for generator, request in zip(generators, requests, strict=True):
-                self._generators[id(generator)] = WeakSet([request])
+    def _finish_unframed(self, prompts: Sequence[Prompt], options: SamplingOptions, name: str) -> list[RequestState]:
+        """Finished requests without markers: plain text, or one modality. `options` are resolved."""
+        seeds = seeds_of(options.generator, len(prompts))
+        requests = [
+            RequestState(self._view, options, seed, f"{name} {i}", is_framed=False).begin(prompt)
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        self._finish(requests)
+        return requests
 
     def _finish(self, requests: Sequence[RequestState], progress: bool = False) -> None:
         """Steps until all of these are done. Raises the first error that ends one of them, and cancels the others."""
@@ -389,7 +373,8 @@ class Engine:
             with SampleProgress(len(requests), show=progress) as bar:
                 while unfinished:
                     self._step()
-                    _raise_first_error(unfinished)
+                    for request in unfinished:
+                        request.raise_error()
                     unfinished = [request for request in unfinished if not request.is_done]
                     bar.update(
                         finished=len(requests) - len(unfinished),
@@ -406,20 +391,21 @@ class Engine:
         if (request.is_observed or request.is_done) and undecoded(request):
             shown = (it for it in self._requests if it is not request and (it.is_observed or it.is_done))
             others = islice((it for it in shown if undecoded(it)), self.limits.max_batch)
-            self._decode([request, *others])
+            self._decode_modalities([request, *others])
 
-    def _decode(self, requests: Sequence[RequestState]) -> None:
+    def _decode_modalities(self, requests: Sequence[RequestState]) -> None:
         failed = decode_modalities(self._view, requests, self.scheduler.halving, most=self.limits.max_batch)
         for request, error in failed:
             if request.error is None:
                 request.end(EndReason.ERROR, error)
                 self.scheduler.cancel([request])  # frees its rows
 
-
-def _raise_first_error(requests: Sequence[RequestState]) -> None:
-    for request in requests:
-        if request.error is not None:
-            raise request.error.with_traceback(None)  # that of the last time would hold the frames of its callers
+    def _samples_of(self, requests: Sequence[RequestState]) -> list[Sample]:
+        """Those of finished requests. Raises the first error of a decoder."""
+        self._decode_modalities(requests)
+        for request in requests:
+            request.raise_error()
+        return [sample_of(request) for request in requests]
 
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfusion_pytorch.sequence.checks import check_bool, check_int, check_number, check_shape
-from transfusion_pytorch.sequence.samples import Shape, is_integer
+from transfusion_pytorch.sequence.samples import Shape
 
 MOST_STEPS = 100_000  # of a solver
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -236,20 +236,6 @@ def seeds_of(generator: Any, count: int) -> list[int]:
         raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
     device = "cpu" if generator is None else generator.device
     return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
-
-
-def negative_prompts_of(given: Any, count: int) -> list[Tensor | None]:
-    """A negative prompt for each of `count` requests. Raises `ValueError` or `TypeError` for anything else."""
-    every = list(given) if isinstance(given, (list, tuple)) else [given] * count
-    for ids in every:
-        if ids is not None and not (isinstance(ids, Tensor) and is_integer(ids) and ids.numel()):
-            came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"negative_prompt must be an integer tensor of text ids (n,), got {came}")
-    if len(every) != count:
-        raise ValueError(
-            f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all"
-        )
-    return [None if ids is None else ids.detach().reshape(-1).to("cpu", torch.long).clone() for ids in every]
 
 
 def _check_noise(noise: Any) -> None:

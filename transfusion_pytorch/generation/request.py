@@ -5,7 +5,6 @@ v vocabulary, n ids.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum, auto
 from itertools import islice
 from math import nan, prod
 
@@ -36,14 +35,6 @@ from transfusion_pytorch.sequence.vocabulary import format_shape
 MOST_PROGRESS = 16  # events of a request that wait to be taken
 
 
-class Phase(Enum):
-    """What a request does next."""
-
-    TEXT = auto()
-    DENOISING = auto()
-    DONE = auto()
-
-
 class RequestState:
     """One sample, from its prompt to its end. It does not know the batch.
 
@@ -58,6 +49,7 @@ class RequestState:
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
     - `log_probabilities` of all ids, where asked for
     - `shown`: modalities by their number in the sample, as users see them; latents are decoded first
+    - `generator`: what its seed was drawn from, if it is its own
     - `deadline`: in `time.monotonic()`; `is_cancelled`: the next step ends it
     - `cache_tokens`: the most tokens of the cache that it may need
     """
@@ -79,7 +71,6 @@ class RequestState:
         self.vocabulary = model.vocabulary
         self.grammar = _grammar(options, model)
         self.is_framed, self.is_observed, self.is_cancelled = is_framed, is_observed, False
-        self.phase = Phase.TEXT
         self.branch = Branch(is_decoding=True)
         self.modalities: list[Modality] = []
         self.num_given = len(given)
@@ -95,16 +86,18 @@ class RequestState:
         self.reason: EndReason | None = None
         self.error: BaseException | None = None
         self.deadline: float | None = None
+        self.generator: torch.Generator | None = None
         self.cache_tokens = self.num_prompted = self._num_buffered = 0
         self._ids_buffer: Int[Tensor, " n"] | None = None
 
     @property
     def is_done(self) -> bool:
-        return self.phase is Phase.DONE
+        return self.reason is not None
 
     @property
     def is_decoding(self) -> bool:
-        return self.phase is Phase.TEXT
+        """Whether it generates text; otherwise it denoises a modality, or is done."""
+        return not self.is_done and self.denoising is None
 
     # for the scheduler
 
@@ -239,13 +232,18 @@ class RequestState:
             self.end(EndReason.PLAN)
             return
         self._append(self.vocabulary.eom[piece.type])
-        self.phase, self.branch.is_decoding = Phase.TEXT, True
+        self.branch.is_decoding = True
         if isinstance(self._planned, ModalityPart):
             self._leave_part()
         self._check_length()
 
     def end(self, reason: EndReason, error: BaseException | None = None) -> None:
-        self.phase, self.reason, self.error = Phase.DONE, reason, error
+        self.reason, self.error = reason, error
+
+    def raise_error(self) -> None:
+        """Raises the error that ended it, if one did."""
+        if self.error is not None:
+            raise self.error.with_traceback(None)  # that of the last time would hold the frames of its callers
 
     # its plan
 
@@ -258,7 +256,7 @@ class RequestState:
         return self.length >= self.options.max_length
 
     def _check_length(self) -> None:
-        if self.phase is Phase.TEXT and self._is_full:
+        if self.is_decoding and self._is_full:
             self.end(EndReason.LENGTH)
 
     def _leave_part(self) -> None:
@@ -272,8 +270,9 @@ class RequestState:
         while isinstance(self._planned, TextPart) and self._is_full:
             self.part += 1
         part = self._planned
-        if isinstance(part, ModalityPart):
+        if isinstance(part, ModalityPart) and self.is_framed:
             self._append(*self.vocabulary.opening(part.type, part.shape).tolist())
+        if isinstance(part, ModalityPart):
             self.draw(part.type, part.shape)
         elif part is None and self.plan.parts and not self.plan.free:
             is_full = self._is_full
@@ -296,7 +295,7 @@ class RequestState:
         has_text = options.negative_prompt is not None or any(map(self._is_text, self.branch.items))
         if has_text and (options.cfg_scale != 1 or denoising.without_all is not None):
             denoising.without_text = self.without_text = self.without_text or self._branch_without_text()
-        self.phase, self.denoising, self.branch.is_decoding = Phase.DENOISING, denoising, False
+        self.denoising, self.branch.is_decoding = denoising, False
         if self.is_observed:
             self.events.append(ModalityStarted(modality, shape))
 

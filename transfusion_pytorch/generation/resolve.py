@@ -19,7 +19,16 @@ from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.sequence.grammar import MostLatents
 from transfusion_pytorch.sequence.hashing import normal
 from transfusion_pytorch.sequence.plan import ModalityPart, Plan, check_types, forced_plan, parse_plan
-from transfusion_pytorch.sequence.samples import MAX_AXES, Modality, Shape, Text, check_ids, is_int, parse_part
+from transfusion_pytorch.sequence.samples import (
+    MAX_AXES,
+    Modality,
+    Shape,
+    Text,
+    check_ids,
+    is_int,
+    is_integer,
+    parse_part,
+)
 
 
 def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
@@ -52,8 +61,30 @@ def resolve(options: SamplingOptions, model: Any) -> SamplingOptions:
     )
     _check_noise_for_all(resolved, model)
     _check_times(resolved, model.precision)
-    _check_negative_prompt(resolved, model.vocabulary.num_text)
     return resolved
+
+
+def with_negative_prompts(options: SamplingOptions, count: int, num_text: int) -> list[SamplingOptions]:
+    """Resolved options for each of `count` requests, with a negative prompt of its own. Raises `ValueError` or
+    `TypeError` where they have none for each.
+    """
+    given = options.negative_prompt
+    every = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    for ids in every:
+        if ids is not None and not (isinstance(ids, Tensor) and is_integer(ids) and ids.numel()):
+            came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"negative_prompt must be an integer tensor of text ids (n,), got {came}")
+    if len(every) != count:
+        raise ValueError(
+            f"negative_prompt: {len(every)} of them for {count} prompts; give one for each, or one for all"
+        )
+    if options.cfg_scale == 1 and any(ids is not None for ids in every):
+        raise ValueError("negative_prompt: guidance is off (cfg_scale is 1); set cfg_scale to another number")
+    prompts = [None if ids is None else ids.detach().reshape(-1).to("cpu", torch.long).clone() for ids in every]
+    for ids in prompts:
+        if ids is not None:
+            check_ids(ids, num_text, "negative_prompt")
+    return [replace(options, negative_prompt=ids) for ids in prompts]
 
 
 # shapes
@@ -224,11 +255,3 @@ def _check_noise_for_all(options: SamplingOptions, model: Any) -> None:
         asked += [(i, options.fixed_modality_shape or ()) for i in opened]
     for modality, shape in asked:
         check_noise(noise, modality, shape, model.modalities[modality].spec.dim_latent)
-
-
-def _check_negative_prompt(options: SamplingOptions, num_text: int) -> None:
-    if options.negative_prompt is None:
-        return
-    if options.cfg_scale == 1:
-        raise ValueError("negative_prompt: guidance is off (cfg_scale is 1); set cfg_scale to another number")
-    check_ids(options.negative_prompt, num_text, "negative_prompt")

@@ -24,14 +24,7 @@ from transfusion_pytorch.network.precision import precise
 
 
 class Limits(NamedTuple):
-    """Bounds of a scheduler.
-
-    - `max_batch`: requests in the batch
-    - `max_waiting`: requests in the queue, beyond those that there is room for
-    - `max_cache_tokens`: tokens of the cache, for all rows together
-    - `max_prefill_tokens`: tokens that are prefilled in one step while other requests go on
-    - `max_denoising_tokens`: latents of one forward pass, those of unconditional branches included
-    """
+    """Bounds of a scheduler; `Engine` says what they mean."""
 
     max_batch: int
     max_waiting: int | None
