@@ -5,7 +5,6 @@ n ids.
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import count
 from typing import Any
 
 import torch
@@ -154,27 +153,25 @@ def shown_events(request: RequestState) -> Iterator[Event]:
 
 def sample_of(request: RequestState) -> Sample:
     """The sample so far: text, `(type, modality)`, text, ... Its modalities have to be decoded before."""
-    device, parts, chosen = request.model.device, [], request.log_probabilities
-    log_probabilities: list[Tensor | None] = []
-    dtype = precise(request.model.dtype)
+    device, dtype, chosen = request.model.device, precise(request.model.dtype), request.log_probabilities
     kind = UnprocessedModality if request.options.return_unprocessed_modalities else TypedModality
-    numbers, start = count(), 0  # of modalities, and of the first id of a text
-    left_out = request.num_prompted if request.options.return_without_prompt else 0  # tokens to come
-    for piece in as_pieces(request.branch.items):
+    parts: list[Any] = []
+    log_probabilities: list[Tensor | None] = []
+    items = request.branch.items
+    skipped = request.num_prompted if request.options.return_without_prompt else 0
+    number = sum(isinstance(item, Modality) for item in items[:skipped])  # of the next modality
+    start = skipped - number  # of the next text among all ids
+    for piece in as_pieces(items[skipped:]):
         if isinstance(piece, Modality):
-            number, size = next(numbers), request.num_tokens(piece.type, piece.shape)
-            if not left_out:
-                parts.append(kind(piece.type, request.shown[number].detach().clone().to(device)))
-                log_probabilities.append(None)
-            left_out = max(0, left_out - size)
+            parts.append(kind(piece.type, request.shown[number].detach().clone().to(device)))
+            log_probabilities.append(None)
+            number += 1
             continue
-        skipped, stop = min(left_out, len(piece.ids)), start + len(piece.ids)
-        if skipped < len(piece.ids):
-            parts.append(piece.ids[skipped:].clone().to(device))
-            if chosen is not None:
-                made = chosen[start + skipped : stop]
-                log_probabilities.append(torch.tensor(made, device=device, dtype=dtype))
-        left_out, start = left_out - skipped, stop
+        parts.append(piece.ids.to(device))
+        if chosen is not None:
+            made = chosen[start : start + len(piece.ids)]
+            log_probabilities.append(torch.tensor(made, device=device, dtype=dtype))
+        start += len(piece.ids)
     return Sample(
         parts,
         reason=request.reason or EndReason.CANCELLED,

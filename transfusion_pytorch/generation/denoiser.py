@@ -4,9 +4,9 @@ s denoisings, k latents of one, c their channels; u rows of joined latents, w th
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby, islice, pairwise, zip_longest
-from operator import attrgetter
+from dataclasses import dataclass
+from itertools import islice, pairwise, zip_longest
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,7 +25,7 @@ from transfusion_pytorch.sequence.joined import join, split
 from transfusion_pytorch.sequence.samples import Modality, Shape
 
 ROUNDING = 1e-6  # of a time in single precision: 0.6 is 0.60000002
-LAYOUTS = 4  # kept: with guidance and without it, for two solvers
+STREAMS_KEPT = 4  # kept: with guidance and without it, for two solvers
 TIMES_AT_ONCE = 64  # time embeddings and modulations are made for so many evaluations ahead
 
 
@@ -56,10 +56,6 @@ class Denoising:
     velocity: Float[Tensor, "k c"] | None = None
     step: int = 0
     num_evaluations: int = 0
-    solver_key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.solver_key = repr(sorted(self.options.odeint_kwargs.items()))  # type: ignore[union-attr]
 
     @classmethod
     def edit(cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch, name: str) -> "Denoising":
@@ -72,6 +68,10 @@ class Denoising:
         made = cls(init.type, init.shape, options, x, times, conditional, name)
         made.clean, made.stays, made.known_velocity = clean, stays, velocity
         return made
+
+    @property
+    def solver(self) -> dict[str, Any]:
+        return dict(self.options.odeint_kwargs or {})
 
     @property
     def is_done(self) -> bool:
@@ -151,8 +151,8 @@ class Denoiser:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all layouts, and what follows from the weights."""
-        self._laid: dict[Hashable, SpanStream] = {}
+        """Forgets all streams, and what follows from the weights."""
+        self._streams: dict[Hashable, SpanStream] = {}
         self._table: ConditionTable | None = None
 
     def step(self, denoisings: Sequence[Denoising]) -> list[tuple[Denoising, BaseException]]:
@@ -160,10 +160,11 @@ class Denoiser:
         time. Returns those that failed, with their errors.
         """
         failed = []
-        of_solver = attrgetter("solver_key")
-        for _, group in groupby(sorted(denoisings, key=of_solver), key=of_solver):
-            members = list(group)
-            if is_single_step(members[0].options.odeint_kwargs or {}):
+        by_solver: dict[str, list[Denoising]] = {}
+        for denoising in denoisings:
+            by_solver.setdefault(repr(sorted(denoising.solver.items())), []).append(denoising)
+        for members in by_solver.values():
+            if is_single_step(members[0].solver):
                 for batch in batches(members, lambda it: len(it.branches) * len(it.x), self.most_tokens):
                     failed += self.halving.run(batch, self._step_together)
             else:
@@ -172,7 +173,7 @@ class Denoiser:
 
     def _step_together(self, denoisings: Sequence[Denoising]) -> None:
         """One interval each, all in one tensor. Times are numbers on the host."""
-        method = (denoisings[0].options.odeint_kwargs or {})["method"]
+        method = denoisings[0].solver["method"]
         self._look_ahead(denoisings, TABLEAUS[method].fractions)
         start = join([it.x for it in denoisings])
         rates = _rates([it.times[it.step + 1] - it.times[it.step] for it in denoisings], denoisings, start)
@@ -191,7 +192,7 @@ class Denoiser:
         if self._table is None or not self._table.has(needed):
             ahead = zip_longest(*(it.times_ahead(fractions) for it in denoisings))
             times = dict.fromkeys(time for each in ahead for time in each if time is not None)
-            self._table = self.runner.tabulate(list(islice(times, max(len(needed), TIMES_AT_ONCE))))
+            self._table = self.runner.condition_table(list(islice(times, max(len(needed), TIMES_AT_ONCE))))
 
     def _solve_alone(self, denoisings: Sequence[Denoising]) -> None:
         [denoising] = denoisings
@@ -204,7 +205,7 @@ class Denoiser:
                 raise ValueError("the velocity of a drawing is not finite")
             return made
 
-        after = integrate(velocity, denoising.x, times, denoising.options.odeint_kwargs or {})
+        after = integrate(velocity, denoising.x, times, denoising.solver)
         denoising.x, denoising.step = after.clone(), len(denoising.times) - 1
 
     def _velocity(
@@ -219,8 +220,8 @@ class Denoiser:
             for owner, own in enumerate(branches)
             if rank < len(own)
         ]
-        laid = self._lay_out(denoisings, order)
-        every = self.runner.velocities(laid, x, [times[owner] for owner, _ in order], self._table)
+        spans = self._span_stream(denoisings, order)
+        every = self.runner.velocities(spans, x, [times[owner] for owner, _ in order], self._table)
         self.evaluations += 1
         if len({(len(own), it.guidance) for own, it in zip(branches, denoisings, strict=True)}) == 1:
             parts = [every] if len(every) == len(x) else every.unflatten(0, (-1, len(x))).unbind()
@@ -232,17 +233,17 @@ class Denoiser:
             denoising.num_evaluations += 1
         return velocity
 
-    def _lay_out(self, denoisings: Sequence[Denoising], order: Sequence[tuple[int, Branch]]) -> SpanStream:
+    def _span_stream(self, denoisings: Sequence[Denoising], order: Sequence[tuple[int, Branch]]) -> SpanStream:
         """The stream of these branches, used again until they or their rows change."""
         key = (tuple(denoisings), tuple(order))
-        laid = self._laid.pop(key, None)
-        if laid is None or not self.runner.is_current(laid):
+        spans = self._streams.pop(key, None)
+        if spans is None or not self.runner.is_current(spans):
             pieces = [Modality(it.type, it.x, axes=it.shape) for it in denoisings]
-            laid = self.runner.lay_out(order, pieces)
+            spans = self.runner.span_stream(order, pieces)
             # void ones hold memory that the cache has freed
-            self._laid = {k: it for k, it in self._laid.items() if self.runner.is_current(it)}
-        self._laid = dict([*self._laid.items(), (key, laid)][-LAYOUTS:])
-        return laid
+            self._streams = {k: it for k, it in self._streams.items() if self.runner.is_current(it)}
+        self._streams = dict([*self._streams.items(), (key, spans)][-STREAMS_KEPT:])
+        return spans
 
 
 def check_finite(done: Sequence[Denoising]) -> None:

@@ -148,7 +148,7 @@ class Engine:
             steps=scheduler.steps,
             tokens_read=scheduler.runner.tokens_read,
             tokens_written=scheduler.tokens_written,
-            drawings=scheduler.modalities,
+            drawings=scheduler.drawings,
             evaluations=scheduler.denoiser.evaluations,
             bytes_per_token=bytes_per_token,
             used_bytes=bytes_per_token * used,
@@ -294,15 +294,12 @@ class Engine:
                 self._lock.release()
 
     def _step(self) -> None:
-        self._notice_changed_weights()
-        self.scheduler.step()
-
-    def _notice_changed_weights(self) -> None:
         if not self.scheduler.active:  # modules may have been replaced; to look for them takes too long
             self._weights.look_again()
         if self._weights.have_changed() or self._is_stale:
             self._is_stale = False
             self.scheduler.rewind()
+        self.scheduler.step()
 
     # before and after
 
@@ -410,11 +407,11 @@ class Engine:
 
 def _warn_of_long_prompts(requests: Sequence[RequestState]) -> None:
     """Once for all prompts of a call."""
-    long = [request for request in requests if request.num_prompted > request.options.max_length]
+    long = [request for request in requests if request.prompt_length > request.options.max_length]
     if long:
         others = f", and {len(long) - 1} more like it" if len(long) > 1 else ""
         warnings.warn(
-            f"{long[0].where} has {long[0].num_prompted} tokens with its markers, more than max_length="
+            f"{long[0].where} has {long[0].prompt_length} tokens with its markers, more than max_length="
             f"{long[0].options.max_length}{others}: the model writes nothing behind it",
             stacklevel=5,
         )

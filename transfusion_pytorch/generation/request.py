@@ -43,7 +43,7 @@ class RequestState:
     - `is_framed`: it is a sample with markers, not plain text or a single modality
     - `is_observed`: its `events` are collected
     - `branch`: the sample so far, markers included; `length` is how many tokens that makes, `num_chosen` how many of
-      them the model wrote, and `num_prompted` how many its prompt has; `modalities` are those in it
+      them the model wrote, `num_prompted` how many items its prompt has; `modalities` are those in it
     - `without_text`: the unconditional version of the sample, for guidance
     - `opening`: the characters of a shape so far, None in text; `denoising`: the current modality
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
@@ -87,7 +87,7 @@ class RequestState:
         self.error: BaseException | None = None
         self.deadline: float | None = None
         self.generator: torch.Generator | None = None
-        self.cache_tokens = self.num_prompted = self._num_buffered = 0
+        self.cache_tokens = self.num_prompted = self.prompt_length = self._num_buffered = 0
         self._ids_buffer: Int[Tensor, " n"] | None = None
 
     @property
@@ -164,9 +164,9 @@ class RequestState:
         self._append(*as_items(framed))
         self.events.clear()  # a prompt is no news
         opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
-        self.num_prompted = self.length + len(opening)
+        self.num_prompted, self.prompt_length = len(self.branch.items) + len(opening), self.length + len(opening)
         if (new := self.options.max_new_tokens) is not None:
-            self.options = replace(self.options, max_length=min(self.options.max_length, self.num_prompted + new))
+            self.options = replace(self.options, max_length=min(self.options.max_length, self.prompt_length + new))
             self.grammar = _grammar(self.options, self.model)
         if opening:
             self._open(opening)
@@ -270,10 +270,8 @@ class RequestState:
         while isinstance(self._planned, TextPart) and self._is_full:
             self.part += 1
         part = self._planned
-        if isinstance(part, ModalityPart) and self.is_framed:
-            self._append(*self.vocabulary.opening(part.type, part.shape).tolist())
         if isinstance(part, ModalityPart):
-            self.draw(part.type, part.shape)
+            self._open_modality(part.type, part.shape)
         elif part is None and self.plan.parts and not self.plan.free:
             is_full = self._is_full
             if not is_full:
@@ -281,6 +279,11 @@ class RequestState:
             self.end(EndReason.LENGTH if is_full else EndReason.PLAN)
 
     # modalities
+
+    def _open_modality(self, modality: int, shape: Shape) -> None:
+        if self.is_framed:
+            self._append(*self.vocabulary.opening(modality, shape).tolist())
+        self.draw(modality, shape)
 
     def draw(self, modality: int, shape: Shape) -> None:
         """Starts denoising a modality here."""
@@ -307,8 +310,7 @@ class RequestState:
         if opening[-1] in self.vocabulary.som:
             modality = self.vocabulary.som.index(opening[-1])
             shape = self._opened_shape(modality, "".join(map(self.vocabulary.char, chars)), opening)
-            self._append(*self.vocabulary.opening(modality, shape).tolist())
-            self.draw(modality, shape)
+            self._open_modality(modality, shape)
             return
         for token in opening:
             if not self.grammar.allowed(self.opening)[token]:

@@ -84,7 +84,8 @@ def with_negative_prompts(options: SamplingOptions, count: int, num_text: int) -
     for ids in prompts:
         if ids is not None:
             check_ids(ids, num_text, "negative_prompt")
-    return [replace(options, negative_prompt=ids) for ids in prompts]
+    without = replace(options, negative_prompt=None)
+    return [without if ids is None else replace(without, negative_prompt=ids) for ids in prompts]
 
 
 # shapes

@@ -60,12 +60,12 @@ class Model(Protocol):
 class SpanStream:
     """The stream of denoising evaluations: one span behind each branch. It serves many of them.
 
-    - `spans`: where each branch's span is in the span table; `joined`: how latents and velocities get in and out
+    - `index`: where each branch's span is in the span table; `joined`: how latents and velocities get in and out
     - `view`: the `rows` of the cache, void once their `stamp` has changed
     """
 
     stream: TokenStream
-    spans: Sequence[int]
+    index: Sequence[int]
     joined: JoinedSpans
     view: Any = None
     rows: Sequence[Any] = ()
@@ -74,7 +74,7 @@ class SpanStream:
     def times_of_spans(self, times: Sequence[float]) -> list[float]:
         """The time of every span of the stream, from those of the branches; what was there before is clean."""
         every = [CLEAN] * len(self.stream.spans)
-        for span, time in zip(self.spans, times, strict=True):
+        for span, time in zip(self.index, times, strict=True):
             every[span] = time
         return every
 
@@ -164,38 +164,38 @@ class UncachedRunner:
 
     # velocities
 
-    def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
+    def condition_table(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
         """What spans of these types at these times take from the network besides attention, computed together."""
         return None
 
-    def lay_out(self, order: Sequence[tuple[int, Branch]], modalities: Sequence[Modality]) -> SpanStream:
+    def span_stream(self, order: Sequence[tuple[int, Branch]], modalities: Sequence[Modality]) -> SpanStream:
         """The stream of one span behind each branch of the order, that of `modalities[owner]` behind `(owner, branch)`.
         Nothing of it is committed.
         """
         samples = [[*as_pieces(branch.items), modalities[owner]] for owner, branch in order]
         stream = self.model.with_positions(self.model.pack_stream(samples).to(self.model.device))
         last = {sample: span for span, sample in enumerate(stream.spans.sample.tolist())}
-        spans, owners = [last[i] for i in range(len(order))], [owner for owner, _ in order]
+        index, owners = [last[i] for i in range(len(order))], [owner for owner, _ in order]
         history = self.model.latents_by_type(samples)
-        return SpanStream(stream, spans, JoinedSpans.of(stream, spans, owners, modalities, history))
+        return SpanStream(stream, index, JoinedSpans.of(stream, index, owners, modalities, history))
 
-    def is_current(self, laid: SpanStream) -> bool:
+    def is_current(self, spans: SpanStream) -> bool:
         """Whether the stream can serve another evaluation."""
         return True
 
     def velocities(
-        self, laid: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
+        self, spans: SpanStream, x: Float[Tensor, "u w"], times: Sequence[float], table: ConditionTable | None
     ) -> Float[Tensor, "v w"]:
         """The velocities of each branch's span, one behind the other, each at its own time."""
-        every = laid.times_of_spans(times)
-        keys = list(zip(laid.stream.spans.types, every, strict=True))
+        every = spans.times_of_spans(times)
+        keys = list(zip(spans.stream.spans.types, every, strict=True))
         conditioning = None
         if table is not None and table.has(keys):
-            index = None if laid.stream.has_equal_spans else laid.stream.modulation_index
+            index = None if spans.stream.has_equal_spans else spans.stream.modulation_index
             conditioning = table.conditioning(keys, index)
-        t, latents = _as_times(self.model, every), laid.joined.latents(x)
-        output = self.model.forward_stream(laid.stream, latents, t, laid.view, conditioning)
-        return laid.joined.join(self.model.velocities(output, laid.stream, latents, t), x.shape[1])
+        t, latents = _as_times(self.model, every), spans.joined.latents(x)
+        output = self.model.forward_stream(spans.stream, latents, t, spans.view, conditioning)
+        return spans.joined.join(self.model.velocities(output, spans.stream, latents, t), x.shape[1])
 
 
 class CachedRunner(UncachedRunner):
@@ -323,18 +323,15 @@ class CachedRunner(UncachedRunner):
             branch.prefix_key = None
 
     def _copy_prefixes(self, branches: Sequence[Branch]) -> None:
-        by_key: dict[Hashable, list[Branch]] = {}
-        for branch in branches:
-            if branch.prefix_key in self._prefixes:
-                by_key.setdefault(branch.prefix_key, []).append(branch)
-        for key, members in by_key.items():
-            prefix = self._prefixes[key]
-            rows = self._open(members, [prefix.past.length] * len(members))
-            self.cache.copy(prefix.rows[0], rows, prefix.past.length)
-            prefix.rows.extend(rows)
-            for branch in members:
-                branch.mark_read(prefix.past.position, prefix.past.length)
-                branch.prefix_key = None
+        """Gives branches what others have read, as far as that is done."""
+        branches = [branch for branch in branches if branch.prefix_key in self._prefixes]
+        prefixes = [self._prefixes[branch.prefix_key] for branch in branches]
+        rows = self._open(branches, [prefix.past.length for prefix in prefixes])
+        for branch, row, prefix in zip(branches, rows, prefixes, strict=True):
+            self.cache.copy(prefix.rows[0], [row], prefix.past.length)
+            prefix.rows.append(row)
+            branch.mark_read(prefix.past.position, prefix.past.length)
+            branch.prefix_key = None
 
     def _num_tokens(self, item: Item) -> int:
         return 1 if isinstance(item, int) else prod(self.model.modalities[item.type].token_shape(item.shape))
@@ -391,12 +388,12 @@ class CachedRunner(UncachedRunner):
 
     # velocities
 
-    def tabulate(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
+    def condition_table(self, times: Sequence[tuple[int, float]]) -> ConditionTable | None:
         types = upload([type for type, _ in times], self.model.device)
         conditions = self.model.condition(types, _as_times(self.model, [time for _, time in times]))
         return ConditionTable(self.model.transformer, times, conditions)
 
-    def lay_out(self, order: Sequence[tuple[int, Branch]], modalities: Sequence[Modality]) -> SpanStream:
+    def span_stream(self, order: Sequence[tuple[int, Branch]], modalities: Sequence[Modality]) -> SpanStream:
         has_history = any(branch.length for _, branch in order)
         if has_history:
             with self.cache.unbroken():
@@ -408,16 +405,16 @@ class CachedRunner(UncachedRunner):
         sorted_order = [order[i] for i in places]
         samples, past = [[modalities[owner]] for owner, _ in sorted_order], [branch.past for _, branch in sorted_order]
         stream = self.model.with_positions(self.model.pack_stream(samples, past).to(self.model.device))
-        spans = sorted(range(len(order)), key=places.__getitem__)  # where each went
-        joined = JoinedSpans.of(stream, spans, [owner for owner, _ in order], modalities, {})
+        index = sorted(range(len(order)), key=places.__getitem__)  # where each went
+        joined = JoinedSpans.of(stream, index, [owner for owner, _ in order], modalities, {})
         if not has_history:
-            return SpanStream(stream, spans, joined)
+            return SpanStream(stream, index, joined)
         rows = [branch.row for _, branch in sorted_order]
-        return SpanStream(stream, spans, joined, self._view(rows, stream), rows, self.cache.stamp(rows))
+        return SpanStream(stream, index, joined, self._view(rows, stream), rows, self.cache.stamp(rows))
 
-    def is_current(self, laid: SpanStream) -> bool:
+    def is_current(self, spans: SpanStream) -> bool:
         """No row has moved."""
-        return not laid.rows or laid.stamp == self.cache.stamp(laid.rows)
+        return not spans.rows or spans.stamp == self.cache.stamp(spans.rows)
 
 
 def create_runner(model: Model, *, cache_kv: bool = True) -> UncachedRunner:

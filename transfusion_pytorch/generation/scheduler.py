@@ -36,19 +36,19 @@ class Limits(NamedTuple):
 class Scheduler:
     """Runs requests through a model.
 
-    A step prefills what is pending, then decodes one id for every request that writes text, then takes one solver step
-    for every request that denoises, whatever their types and shapes. A request does not depend on the others, and one
-    that fails ends alone.
+    A step prefills, then decodes one id for every request that generates text, then takes one solver step for every
+    request that denoises, whatever their types and shapes. A request does not depend on the others, and one that fails
+    ends alone.
     """
 
     def __init__(self, model: Model, limits: Limits, *, cache_kv: bool):
-        self.model, self.limits = model, limits
+        self.limits = limits
         self.runner = create_runner(model, cache_kv=cache_kv)
         self.halving = Halving()
         self.denoiser = Denoiser(model, self.runner, self.halving, most_tokens=limits.max_denoising_tokens)
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
-        self.steps = self.tokens_written = self.modalities = 0
+        self.steps = self.tokens_written = self.drawings = 0
         self.must_rewind = False
         self._state: BatchState | None = None
         self._unreleased: list[Branch] = []
@@ -76,13 +76,11 @@ class Scheduler:
         """Ends requests that are not done, and frees their rows."""
         for request in requests:
             request.is_cancelled = True
-        self._end_overdue()
         self._retire()
 
     def rewind(self) -> None:
-        """Makes everything pending again, to be read into an empty cache: weights or precision have changed.
-
-        Where it is interrupted it has to be called again before anything is read.
+        """Has everything read again, into an empty cache: weights or precision have changed. Where it is interrupted it
+        has to be called again before anything is read.
         """
         self.must_rewind = True
         for branch in [*self._unreleased, *(branch for request in self.active for branch in request.branches)]:
@@ -99,26 +97,14 @@ class Scheduler:
         self.steps += 1
         if self.must_rewind or self.runner.must_restart:
             self.rewind()
-        self._end_overdue()
         self._retire()
         self._admit()
         self._prefill()
         self._decode()
         self._denoise()
-        self._end_overdue()
         self._retire()
 
     # admission and ends
-
-    def _end_overdue(self) -> None:
-        now = time.monotonic()
-        for request in (*self.active, *self.waiting):
-            if request.is_done:
-                continue
-            if request.is_cancelled:
-                request.end(EndReason.CANCELLED)
-            elif request.deadline is not None and now >= request.deadline:
-                request.end(EndReason.TIMEOUT)
 
     def _admit(self) -> None:
         """Takes waiting requests in order, while there is room for what they may come to."""
@@ -135,6 +121,13 @@ class Scheduler:
         return max(0, sum(total <= most for total in needed) - 1)  # the first is what is taken already
 
     def _retire(self) -> None:
+        """Ends what is cancelled or overdue. Whatever has ended leaves, and its rows are freed."""
+        now = time.monotonic()
+        for request in [it for it in (*self.active, *self.waiting) if not it.is_done]:
+            if request.is_cancelled:
+                request.end(EndReason.CANCELLED)
+            elif request.deadline is not None and now >= request.deadline:
+                request.end(EndReason.TIMEOUT)
         self._close([branch for request in self.active if request.is_done for branch in request.branches])
         if any(request.is_done for request in (*self.active, *self.waiting)):
             self.active = [request for request in self.active if not request.is_done]
@@ -233,7 +226,7 @@ class Scheduler:
                     request.report_progress()
                 if denoising.is_done:
                     request.finish_denoising()
-                    self.modalities += 1
+                    self.drawings += 1
             except BaseException as error:
                 _end_in_the_middle(request, error)
             finally:
