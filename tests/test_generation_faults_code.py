@@ -195,7 +195,7 @@ def struck(monkeypatch, owner, name: str, *, before: bool) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        *((RequestState, name) for name in ("_append", "draw", "_leave_part", "finish_denoising")),
+        *((RequestState, name) for name in ("_append", "start_denoising", "_leave_part", "finish_denoising")),
         *((KVCache, name) for name in ("_shrink", "_resize", "_place", "acquire", "release", "reserve", "gather")),
         (Branch, "mark_read"),
         *((CachedRunner, name) for name in ("commit", "close", "_keep_prefix", "_copy_prefixes")),

@@ -108,7 +108,7 @@ def test_a_request_whose_time_is_over_ends_with_what_there_is(clock, steps):
         engine.step()
     clock[0] += 4.999
     assert not request.is_done
-    engine.decode_finished(request._request)
+    engine.decode_modalities_of(request._request)
     so_far = slots_of(model, sample_of(request._request))
     clock[0] += 0.001
     engine.step()
@@ -288,7 +288,7 @@ def test_no_request_outgrows_what_it_was_admitted_with(name):
             for i, length in enumerate(map(sum, zip(lengths, ends or [0] * len(lengths), strict=True))):
                 longest[i] = max(longest[i], length)
     assert all(length <= bound for length, bound in zip(longest, bounds, strict=True)), (longest, bounds)
-    engine.decode_finished(state)
+    engine.decode_modalities_of(state)
     whole = len(slots_of(model, sample_of(state)))
     assert whole <= bounds[0] <= max(whole, options["max_length"]) + 2, "no more is asked for than it may need"
 

@@ -41,7 +41,7 @@ class Request:
     def new_events(self) -> list[Event]:
         """Events since the last call; the last one of a request is `Ended`."""
         with self._engine.exclusive():
-            self._engine.decode_finished(self._request)
+            self._engine.decode_modalities_of(self._request)
             events = list(shown_events(self._request))
             if is_last := self.is_done and not self._has_ended:
                 assert self.reason is not None
@@ -61,7 +61,7 @@ class Request:
         if not self.is_done:
             raise RuntimeError("this request is not done yet: call step() of its engine until it is, or run()")
         with self._engine.exclusive():
-            self._engine.decode_finished(self._request)
+            self._engine.decode_modalities_of(self._request)
         self._request.raise_error()
         return sample_of(self._request)
 

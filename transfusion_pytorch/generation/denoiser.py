@@ -19,7 +19,7 @@ from transfusion_pytorch.flow.solver import TABLEAUS, integrate, is_single_step,
 from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.options import SamplingOptions
 from transfusion_pytorch.generation.resolve import times_of
-from transfusion_pytorch.generation.runner import Model, SpanStream, UncachedRunner, batches
+from transfusion_pytorch.generation.runner import SpanStream, UncachedRunner, batches
 from transfusion_pytorch.network.conditions import ConditionTable
 from transfusion_pytorch.sequence.joined import join, split
 from transfusion_pytorch.sequence.samples import Modality, Shape
@@ -145,8 +145,8 @@ class Denoiser:
     most `most_tokens` (latents, those of unconditional branches included).
     """
 
-    def __init__(self, model: Model, runner: UncachedRunner, halving: Halving, *, most_tokens: int):
-        self.model, self.runner, self.halving, self.most_tokens = model, runner, halving, most_tokens
+    def __init__(self, runner: UncachedRunner, halving: Halving, *, most_tokens: int):
+        self.runner, self.halving, self.most_tokens = runner, halving, most_tokens
         self.evaluations = 0
         self.reset()
 

@@ -381,7 +381,7 @@ class Engine:
         finally:
             self.scheduler.cancel(unfinished)
 
-    def decode_finished(self, request: RequestState) -> None:
+    def decode_modalities_of(self, request: RequestState) -> None:
         """Decodes what a request has finished and somebody may see now, together with the same of up to `max_batch`
         others: each modality once.
         """

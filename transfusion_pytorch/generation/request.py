@@ -195,7 +195,7 @@ class RequestState:
         self.opening = self.grammar.advance(self.opening, token)
         self._append(token, log_probability=log_probability)
         if token in self.vocabulary.som:
-            self._try_to_draw(self.vocabulary.som.index(token), shape)
+            self._denoise_written(self.vocabulary.som.index(token), shape)
         elif token == self.vocabulary.eos and self.is_framed:
             self.end(EndReason.EOS)
         elif token in self.options.stop_ids:
@@ -283,10 +283,10 @@ class RequestState:
     def _open_modality(self, modality: int, shape: Shape) -> None:
         if self.is_framed:
             self._append(*self.vocabulary.opening(modality, shape).tolist())
-        self.draw(modality, shape)
+        self.start_denoising(modality, shape)
 
-    def draw(self, modality: int, shape: Shape) -> None:
-        """Starts denoising a modality here."""
+    def start_denoising(self, modality: int, shape: Shape) -> None:
+        """Makes the next part of the sample a modality of this shape."""
         options, number = self.options, len(self.modalities)
         noise = initial_noise(options, modality, shape, self.model, seed=self.seed, number=number)
         if options.init_modality is not None and number == self.num_given:
@@ -352,13 +352,14 @@ class RequestState:
         default = shape_of(self.model, None, modality, None)
         return default if prod(default) <= (self.grammar.most.rows or prod(default)) else None
 
-    def _try_to_draw(self, modality: int, shape: Shape | None) -> None:
+    def _denoise_written(self, modality: int, shape: Shape | None) -> None:
+        """Starts denoising what the model opened by itself, if it has a shape and fits."""
         if shape is None:
             self.end(EndReason.SHAPE)
         elif self.length + self.num_tokens(modality, shape) + 1 > self.options.max_length:
             self.end(EndReason.LENGTH)
         else:
-            self.draw(modality, shape)
+            self.start_denoising(modality, shape)
 
     def _branch_without_text(self) -> Branch:
         """The sample with null in place of its text, or with the negative prompt as its only text, at the start."""

@@ -101,6 +101,7 @@ class UncachedRunner:
 
     def __init__(self, model: Model):
         self.model = model
+        self.reordered = ReorderedWeights()
         self.tokens_read = 0
 
     # of the cache, which is not there
@@ -112,9 +113,6 @@ class UncachedRunner:
 
     def restart(self) -> None:
         """Begins with an empty cache. No branch may keep its row."""
-
-    def forget_weights(self) -> None:
-        """Drops what was made of the weights."""
 
     @property
     def memory(self) -> tuple[int, int, int]:
@@ -206,7 +204,6 @@ class CachedRunner(UncachedRunner):
     def __init__(self, model: Model):
         super().__init__(model)
         self.graphs = StepGraphs(model)
-        self.reordered = ReorderedWeights()
         self.restart()
 
     def restart(self) -> None:
@@ -218,7 +215,7 @@ class CachedRunner(UncachedRunner):
         dtype = self.precision.autocast or self.precision.own
         self.cache = model.transformer.create_cache(device=model.device, dtype=dtype)
         self._prefixes: dict[Hashable, Prefix] = {}
-        self.forget_weights()
+        self.reordered.clear()
 
     @property
     def must_restart(self) -> bool:
@@ -226,9 +223,6 @@ class CachedRunner(UncachedRunner):
         another device.
         """
         return self.cache.is_broken or self.precision != precision_of(self.model.device, self.model.dtype)
-
-    def forget_weights(self) -> None:
-        self.reordered.clear()
 
     @property
     def memory(self) -> tuple[int, int, int]:

@@ -45,7 +45,7 @@ class Scheduler:
         self.limits = limits
         self.runner = create_runner(model, cache_kv=cache_kv)
         self.halving = Halving()
-        self.denoiser = Denoiser(model, self.runner, self.halving, most_tokens=limits.max_denoising_tokens)
+        self.denoiser = Denoiser(self.runner, self.halving, most_tokens=limits.max_denoising_tokens)
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
         self.steps = self.tokens_written = self.drawings = 0
@@ -135,7 +135,7 @@ class Scheduler:
         if not self.active:
             self._state = None
             self.denoiser.reset()
-            self.runner.forget_weights()  # which nobody has to report while nothing runs
+            self.runner.reordered.clear()  # changes of weights need not be reported while nothing runs
             if self._unreleased:
                 self.rewind()
 
