@@ -319,7 +319,6 @@ class Engine:
             given = [piece for piece in parsed[i] if isinstance(piece, Modality)]
             request = RequestState(model, resolved[i], seeds[i], where, given, is_observed=is_observed)
             requests.append(request.begin(split_unfinished_modality(encoded, vocabulary, where)))
-        self._check_room(requests)
         _warn_of_long_prompts(requests)
         self._requests.update(requests)
         return requests
@@ -330,16 +329,6 @@ class Engine:
             return piece
         is_latent = piece.is_encoded or self.model.modalities[piece.type].encoder is None
         return piece._replace(key=content_key(piece.tensor)) if is_latent else piece
-
-    def _check_room(self, requests: Sequence[RequestState]) -> None:
-        most = self.limits.max_cache_tokens
-        for request in requests:
-            needed = self.scheduler.cache_tokens(request)
-            if most is not None and needed > most:
-                raise ValueError(
-                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
-                    "for a smaller max_length, or for less guidance"
-                )
 
     def _check_generators(self, generators: Any) -> None:
         """Raises `ValueError` for a generator that a request uses which is not done yet."""

@@ -80,8 +80,10 @@ class RequestState:
         self.denoising: Denoising | None = None
         self.log_probabilities: list[float] | None = [] if options.log_probabilities else None
         self.shown: dict[int, Tensor] = {}
-        if not options.return_unprocessed_modalities:
-            self.shown |= {i: it.tensor for i, it in enumerate(given) if not self._is_encoded(it)}
+        for i, piece in enumerate(given):
+            is_latent = piece.is_encoded and model.modalities[piece.type].encoder is not None
+            if not (is_latent or options.return_unprocessed_modalities):
+                self.shown[i] = piece.tensor
         self.events: list[Event | FinishedModality] = []
         self.reason: EndReason | None = None
         self.error: BaseException | None = None
@@ -387,9 +389,6 @@ class RequestState:
 
     def _is_text(self, item: Item) -> bool:
         return isinstance(item, int) and item < self.vocabulary.num_text
-
-    def _is_encoded(self, piece: Modality) -> bool:
-        return piece.is_encoded and self.model.modalities[piece.type].encoder is not None
 
     def num_tokens(self, modality: int, shape: Shape) -> int:
         return prod(self.model.modalities[modality].token_shape(shape))

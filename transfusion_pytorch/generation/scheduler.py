@@ -62,15 +62,17 @@ class Scheduler:
         """Waiting requests, without those that there is room for now."""
         return len(self.waiting) - self._num_admitted()
 
-    def cache_tokens(self, request: RequestState) -> int:
-        """The most tokens of the cache that a request may need."""
-        return self.runner.cache_tokens(request.most_tokens)
-
     def add(self, requests: Sequence[RequestState]) -> None:
+        """Queues all of these, or none: raises `ValueError` for one that `max_cache_tokens` could never admit."""
+        most = self.limits.max_cache_tokens
         for request in requests:
-            if not request.is_done:
-                request.cache_tokens = self.cache_tokens(request)
-                self.waiting.append(request)
+            needed = request.cache_tokens = self.runner.cache_tokens(request.most_tokens)
+            if most is not None and needed > most:
+                raise ValueError(
+                    f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
+                    "for a smaller max_length, or for less guidance"
+                )
+        self.waiting.extend(request for request in requests if not request.is_done)
 
     def cancel(self, requests: Sequence[RequestState]) -> None:
         """Ends requests that are not done, and frees their rows."""
