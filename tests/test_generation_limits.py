@@ -278,11 +278,11 @@ def test_no_request_outgrows_what_it_was_admitted_with(name):
     engine = model.create_engine(max_cache_tokens=4096)
     options = options_with(**dict(cfg_scale=1.0, init_modality_noise=noise(100)) | BOUNDS[name])
     state = engine.submit(text(1), **options)._request
-    bounds, longest = list(state.most_tokens), [0] * len(state.most_tokens)
+    bounds, longest = list(state.max_lengths), [0] * len(state.max_lengths)
     while not engine.is_idle:
         engine.step()
         if not state.is_done:
-            assert engine.scheduler.runner.cache_tokens(state.most_tokens) <= engine.scheduler.runner.cache_tokens(
+            assert engine.scheduler.runner.cache_tokens(state.max_lengths) <= engine.scheduler.runner.cache_tokens(
                 bounds
             )
             lengths = [branch.past.length for branch in state.branches]

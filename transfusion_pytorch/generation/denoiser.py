@@ -33,7 +33,7 @@ TIMES_AT_ONCE = 64  # time embeddings and modulations are made for so many evalu
 class Denoising:
     """A modality between noise and data: `x` are its flat latents after `step` of the intervals between `times`.
 
-    - `name`: that of its request in error messages
+    - `where`: the name of its request in error messages
     - `conditional`: the branch that it follows; `without_text`, `without_all`: unconditional branches, without the
       text and without earlier modalities too, None where guidance does not need them
     - `clean`, `stays`: `init_modality`, and which of its latents a mask keeps; `known_velocity` leads from the noise to
@@ -47,7 +47,7 @@ class Denoising:
     x: Float[Tensor, "k c"]
     times: list[float]
     conditional: Branch
-    name: str
+    where: str
     without_text: Branch | None = None
     without_all: Branch | None = None
     clean: Float[Tensor, "k c"] | None = None
@@ -58,14 +58,16 @@ class Denoising:
     num_evaluations: int = 0
 
     @classmethod
-    def edit(cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch, name: str) -> "Denoising":
+    def edit(
+        cls, options: SamplingOptions, noise: Float[Tensor, "k c"], conditional: Branch, where: str
+    ) -> "Denoising":
         """On the straight path from noise to `init_modality`, as far along as `strength` says."""
         init, mask = options.init_modality, options.modality_mask
         clean = init.tensor.reshape(-1, init.tensor.shape[-1])
         times = times_of(options, 1 - options.strength)
         x, velocity, _ = interpolate(clean, noise, torch.full_like(noise[:, 0], times[0]))
         stays = None if mask is None else ~mask.reshape(-1, 1).to(noise.device)
-        made = cls(init.type, init.shape, options, x, times, conditional, name)
+        made = cls(init.type, init.shape, options, x, times, conditional, where)
         made.clean, made.stays, made.known_velocity = clean, stays, velocity
         return made
 
@@ -249,7 +251,7 @@ class Denoiser:
 def check_finite(done: Sequence[Denoising]) -> None:
     """Raises `ValueError` for finished latents with NaN or infinity: one copy back to the host."""
     if not torch.stack([it.x.isfinite().all() for it in done]).all():
-        raise ValueError(f"{done[0].name}: the latents of modality {done[0].type} are not finite")
+        raise ValueError(f"{done[0].where}: the latents of modality {done[0].type} are not finite")
 
 
 def _combined(

@@ -116,7 +116,7 @@ class RequestState:
         return [] if self.is_done else [branch for branch in branches if branch.needs_prefill]
 
     @property
-    def most_tokens(self) -> list[int]:
+    def max_lengths(self) -> list[int]:
         """How long each of its branches may become: what the model writes stops at `max_length`, a plan does not."""
         options, parts = self.options, list(self.plan.parts[self.part :])
         most = self.length - self.part_length  # where the text under way began

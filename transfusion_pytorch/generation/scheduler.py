@@ -66,7 +66,7 @@ class Scheduler:
         """Queues all of these, or none: raises `ValueError` for one that `max_cache_tokens` could never admit."""
         most = self.limits.max_cache_tokens
         for request in requests:
-            needed = request.cache_tokens = self.runner.cache_tokens(request.most_tokens)
+            needed = request.cache_tokens = self.runner.cache_tokens(request.max_lengths)
             if most is not None and needed > most:
                 raise ValueError(
                     f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
