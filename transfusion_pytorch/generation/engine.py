@@ -129,7 +129,7 @@ class Engine:
         self.model, self.limits, self.cache_kv = model, limits, cache_kv
         self._view = evaluation_view(model)
         self.scheduler = Scheduler(self._view, limits, cache_kv=cache_kv)
-        self._lock, self._owner = threading.Lock(), 0
+        self._owner = 0  # the thread that uses it
         self._gate = threading.RLock()  # others wait for a cancellation, which may come from any thread, to end
         self._weights = WeightVersions(model)
         self._is_stale = False
@@ -204,13 +204,9 @@ class Engine:
         """Ends a request: now, or where the engine is in use at the end of this or the next step."""
         request.is_cancelled = True
         with self._gate:
-            if request.is_done or not self._lock.acquire(blocking=False):
-                return
-            try:
-                with torch.inference_mode(False), torch.no_grad():
+            if not request.is_done and not self._owner:
+                with self.exclusive():
                     self.scheduler.cancel([request])
-            finally:
-                self._lock.release()
 
     def weights_changed(self) -> None:
         """Call this, from any thread, after weights have changed in a way that torch does not count (fused optimizers,
@@ -277,21 +273,21 @@ class Engine:
         here, is_ours = threading.get_ident(), False
         try:
             with self._gate:
-                is_ours = self._lock.acquire(blocking=False)
-            if not is_ours and self._owner != here:
+                owner = self._owner
+                if not owner:  # no lock: after it was acquired, an interruption could come before that is noted
+                    self._owner, is_ours = here, True
+            if owner not in (0, here):
                 raise EngineInUse(
                     "this engine is in use by another thread; use it from one thread at a time, or serve many clients "
                     "with transfusion_pytorch.serving.AsyncEngine"
                 )
-            if not is_ours and not may_nest:
+            if owner and not may_nest:
                 raise EngineInUse("this engine is in a step, from inside of which only submit and cancel may be called")
-            self._owner = here
             with torch.inference_mode(False), torch.no_grad():
                 yield
         finally:
             if is_ours:
                 self._owner = 0
-                self._lock.release()
 
     def _step(self) -> None:
         if not self.scheduler.active:  # modules may have been replaced; to look for them takes too long
