@@ -9,7 +9,7 @@ from generation_faults import ALLOCATES, OutOfMemory
 from network_streams import cuts, naive_attention, projections, stream
 
 from transfusion_pytorch.network.attend import plan_attention
-from transfusion_pytorch.network.cache import GROWTH, SMALLEST, CacheRow, KVCache
+from transfusion_pytorch.network.cache import GROWTH, SMALLEST, CacheBroken, CacheRow, KVCache
 from transfusion_pytorch.network.cache_views import KEYS_AT_ONCE, CacheView, DecodeView
 
 
@@ -416,6 +416,50 @@ def test_whatever_makes_a_tensor_may_fail_and_every_row_is_whole(name):
                 length, content = before[id(row)]
                 assert_equal([part[:, :length] for part in committed(row)], content)
     assert 4 <= failures < 199
+
+
+WRITES_IN_PLACE = {"copy_", "__setitem__"}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_where_a_write_fails_every_row_is_whole_or_the_cache_is_broken(name):
+    """A broken cache can be used for nothing, and views of it are void."""
+    failures = broken = 0
+    for after in range(200):
+        cache = make_cache(layers=2)
+        rows = [*acquire(cache, 3), cache.acquire(120)]
+        fill(rows[:2], 64 if name == "a decode step" else 20)
+        fill(rows[3:], 120)
+        cache.blocks[64].written[3] = 5  # whoever takes it has to clear it first
+        before = [(row.length, committed(row)) for row in rows]
+        stamp = cache.stamp(rows)
+        try:
+            with OutOfMemory(RuntimeError("device-side assert"), names=WRITES_IN_PLACE, after=after):
+                MOVES[name](cache, rows)
+        except RuntimeError:
+            failures += 1
+        else:
+            break
+        if cache.is_broken:
+            broken += 1
+            assert cache.stamp(rows) != stamp
+            for change in MOVES.values():
+                with pytest.raises(CacheBroken, match="an operation failed while rows were moved"):
+                    change(cache, rows)
+            continue
+        for row, (length, content) in list(zip(rows, before, strict=True))[
+            name == "release" :
+        ]:  # nobody needs the first
+            assert row.length == length
+            assert_equal(committed(row), content)
+        assert_consistent(cache)
+        MOVES[name](cache, rows)
+        assert_consistent(cache)
+        for row in set(cache.rows) & set(rows):
+            length, content = before[rows.index(row)]
+            assert_equal([part[:, :length] for part in committed(row)], content)
+    assert (failures > 0) == (name != "acquire into a new block")
+    assert (broken > 0) == (name in ("gather", "gather at the end", "a row that outgrows its block", "a decode step"))
 
 
 def test_rows_that_had_moved_before_an_allocation_failed_are_whole(monkeypatch):

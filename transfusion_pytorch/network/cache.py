@@ -62,19 +62,16 @@ class CacheBlock:
                 tensor[index, :, start : self.written[index]] = 0
             self.written[index] = start
 
-    def swap(self, one: int, other: int) -> None:
-        """Exchanges two rows. Whatever needs memory comes first: where that fails, both are as they were."""
-        most = max(self.written[one], self.written[other])
-        pairs = [(tensor[one, :, :most], tensor[other, :, :most]) for tensor in self.tensors()]
-        kept = torch.empty_like(pairs[0][0])
-        for mine, theirs in pairs:
-            kept.copy_(mine)
-            mine.copy_(theirs)
-            theirs.copy_(kept)
+    def exchange(self, one: int, other: int) -> None:
+        """Notes that two rows have changed places."""
         self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
         self.written[one], self.written[other] = self.written[other], self.written[one]
         self.rows[one].index, self.rows[other].index = one, other
         self.version = next(_VERSIONS)
+
+
+class CacheBroken(RuntimeError):
+    """An operation on the device failed while rows were exchanged or moved: nothing in the cache can be relied on."""
 
 
 class KVCache:
@@ -83,9 +80,11 @@ class KVCache:
     Writes are tentative: they go behind the committed prefix of their row, and the next write replaces them. Only
     `commit` moves the prefix, so the evaluations of an ODE solver leave no trace.
 
-    What can fail comes before anything changes: every row is moved, copied or given back as a whole, or is as it was.
-    An interruption (Ctrl-C) may come at any moment. If it comes inside of `unbroken`, the cache `is_broken`: nothing
-    that it holds can be relied on.
+    Memory is allocated before anything changes: every row is moved, copied or given back as a whole, or is as it was.
+    Two failures leave a cache that `is_broken`, whose further use raises `CacheBroken`:
+
+    - an interruption (Ctrl-C), which may come at any moment, inside of `unbroken`
+    - an operation on the device that fails while it overwrites the only copy of a row
 
     `phases` are the rotary phases of the first positions, `(p, f, 2)`, once decode steps have asked for them.
     """
@@ -107,6 +106,19 @@ class KVCache:
         except BaseException:
             self.is_broken = True
             raise
+
+    @contextmanager
+    def _overwriting(self) -> Iterator[None]:
+        """Around operations that overwrite the only copy of a row: where one fails, the cache is broken."""
+        try:
+            yield
+        except BaseException:
+            self.is_broken = True
+            raise
+
+    def _check(self) -> None:
+        if self.is_broken:
+            raise CacheBroken("the KV cache is broken, because an operation failed while rows were moved")
 
     @property
     def rows(self) -> list[CacheRow]:
@@ -135,24 +147,29 @@ class KVCache:
 
     def acquire(self, length: int = 0) -> CacheRow:
         """An empty row with room for `length` tokens. It grows when more is written."""
-        block = self._block_with_room(self.capacity_for(length))
-        row = CacheRow(block, len(block.rows))
-        block.clear(row.index)
-        block.rows.append(row)
+        self._check()
+        with self._room_in(self.capacity_for(length)) as block:
+            row = CacheRow(block, len(block.rows))
+            block.clear(row.index)
+            block.rows.append(row)
         return row
 
     def stamp(self, rows: Sequence[CacheRow]) -> Hashable:
         """Stays the same while none of these rows moves. Views are void once it has changed."""
+        if self.is_broken:
+            return object()  # is equal to nothing
         return tuple(sorted({row.block.version for row in rows}))
 
     def release(self, row: CacheRow) -> None:
         """Gives a row back; the last one of its block takes its place."""
+        self._check()
         self._close_gap(row.block, row.index, self._filling_of_gap(row))
         if not self.blocks:
             self.phases = None
 
     def reserve(self, rows: Sequence[CacheRow], lengths: Sequence[int]) -> None:
         """Makes room for `lengths[i]` tokens behind the prefix of `rows[i]`."""
+        self._check()
         for row, length in zip(rows, lengths, strict=True):
             end = row.length + length
             if end > row.block.capacity:
@@ -175,6 +192,7 @@ class KVCache:
 
     def gather(self, rows: Sequence[CacheRow], *, at_end: bool = False) -> None:
         """Moves these rows next to each other: to the front of their blocks, or to their end."""
+        self._check()
         by_block: dict[int, list[CacheRow]] = {}
         for row in rows:
             by_block.setdefault(row.block.capacity, []).append(row)
@@ -184,17 +202,34 @@ class KVCache:
             inside = set(range(start, start + size))
             free = sorted(inside - {row.index for row in members})
             for row, index in zip([row for row in members if row.index not in inside], free, strict=True):
-                block.swap(row.index, index)
+                self._exchange(block, row.index, index)
 
-    def _block_with_room(self, capacity: int) -> CacheBlock:
-        """The block of a capacity, with memory for one row more."""
+    def _exchange(self, block: CacheBlock, one: int, other: int) -> None:
+        """Exchanges two rows. Whatever needs memory comes first: where that fails, both are as they were."""
+        most = max(block.written[one], block.written[other])
+        pairs = [(tensor[one, :, :most], tensor[other, :, :most]) for tensor in block.tensors()]
+        kept = torch.empty_like(pairs[0][0])
+        with self._overwriting():
+            for mine, theirs in pairs:
+                kept.copy_(mine)
+                mine.copy_(theirs)
+                theirs.copy_(kept)
+            block.exchange(one, other)
+
+    @contextmanager
+    def _room_in(self, capacity: int) -> Iterator[CacheBlock]:
+        """The block of a capacity, with memory for one row more. Where what is done with it fails, a new block goes."""
         block = self.blocks.get(capacity) or CacheBlock(capacity)
         if len(block.rows) == block.room:
             more = max(1, min(block.room, GROWTH // capacity))  # twice as many, but of long rows one at a time
             self._resize(block, block.room + more)
         self.blocks[capacity] = block
         self.blocks = dict(sorted(self.blocks.items()))
-        return block
+        try:
+            yield block
+        finally:
+            if not block.rows:
+                self._shrink(block)
 
     def _resize(self, block: CacheBlock, room: int) -> None:
         """Reallocates a block. Copies only what was written: on a CPU, untouched memory costs nothing."""
@@ -211,14 +246,16 @@ class KVCache:
 
     def _move(self, row: CacheRow, capacity: int) -> None:
         """Moves a row to a block of a larger capacity."""
-        target = self._block_with_room(capacity)
-        source, gap, index = row.block, row.index, len(target.rows)
-        copies, filling = _copies_of(row, target, index, row.length), self._filling_of_gap(row)
-        target.clear(index)  # from here on nothing can fail
-        target.rows.append(row)
-        self._place(row, target, index, copies)
-        source.version = next(_VERSIONS)
-        self._close_gap(source, gap, filling)
+        source, gap = row.block, row.index
+        with self._room_in(capacity) as target:
+            index = len(target.rows)
+            copies, filling = _copies_of(row, target, index, row.length), self._filling_of_gap(row)
+            self._fill(target, index, row.length, copies)
+            with self._overwriting():
+                target.rows.append(row)
+                row.block, row.index = target, index
+                source.version = next(_VERSIONS)
+                self._close_gap(source, gap, filling)
 
     @staticmethod
     def _filling_of_gap(row: CacheRow) -> Copies:
@@ -227,27 +264,27 @@ class KVCache:
         return [] if last is row else _copies_of(last, row.block, row.index, last.length)
 
     def _close_gap(self, block: CacheBlock, index: int, filling: Copies) -> None:
+        last = block.rows[-1]
         if index != len(block.rows) - 1:
-            self._place(block.rows[-1], block, index, filling)
+            self._fill(block, index, last.length, filling)
+            block.rows[index], last.index = last, index
             block.version = next(_VERSIONS)
         block.rows.pop()
         self._shrink(block)
 
     @staticmethod
-    def _place(row: CacheRow, block: CacheBlock, index: int, copies: Copies) -> None:
-        """Copies the committed tokens of a row to another place, where it lies from then on."""
+    def _fill(block: CacheBlock, index: int, length: int, copies: Copies) -> None:
+        """Copies the committed tokens of a row, `length` of them, to a place whose contents nobody needs."""
+        block.written[index] = max(block.written[index], length)
         _run(copies)
-        block.clear(index, row.length)
-        block.rows[index] = row
-        row.block, row.index = block, index
-        block.written[index] = max(block.written[index], row.length)
+        block.clear(index, length)
 
     def _shrink(self, block: CacheBlock) -> None:
         """Frees memory that is no longer needed: all of an empty block, half of one that is used by a quarter."""
         if not block.rows:
             del self.blocks[block.capacity]
         elif 4 * len(block.rows) <= block.room:
-            with suppress(RuntimeError, MemoryError):  # no memory for the smaller copy now: the larger one stays
+            with suppress(Exception):  # no memory for the smaller copy now: the larger one stays
                 self._resize(block, block.room // 2)
 
 
