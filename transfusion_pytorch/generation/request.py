@@ -51,7 +51,7 @@ class RequestState:
     - `shown`: modalities by their number in the sample, as users see them; latents are decoded first
     - `generator`: what its seed was drawn from, if it is its own
     - `deadline`: in `time.monotonic()`; `is_cancelled`: the next step ends it
-    - `cache_tokens`: the most tokens of the cache that it may need
+    - `cache_tokens`: the most that it may need of the cache; `num_restarts`: how often that has broken under it
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RequestState:
         self.error: BaseException | None = None
         self.deadline: float | None = None
         self.generator: torch.Generator | None = None
-        self.cache_tokens = self.num_prompted = self.prompt_length = self._num_buffered = 0
+        self.cache_tokens = self.num_prompted = self.num_restarts = self.prompt_length = self._num_buffered = 0
         self._ids_buffer: Int[Tensor, " n"] | None = None
 
     @property

@@ -22,6 +22,8 @@ from transfusion_pytorch.generation.runner import Model, create_runner
 from transfusion_pytorch.generation.sampler import log_probabilities, to_host
 from transfusion_pytorch.network.precision import precise
 
+MOST_RESTARTS = 3  # of a request, after the cache has broken
+
 
 class Limits(NamedTuple):
     """Bounds of a scheduler; `Engine` says what they mean."""
@@ -161,7 +163,7 @@ class Scheduler:
         others_go_on = any(not request.to_prefill for request in self.active)
         most = self.limits.max_prefill_tokens if others_go_on else None
         for branch, error in self.halving.run(list(owners), lambda branches: self.runner.prefill(branches, most)):
-            owners[branch].end(EndReason.ERROR, error)
+            self._fail(owners[branch], error)
 
     # text
 
@@ -173,7 +175,7 @@ class Scheduler:
             return
         for request, error in self.halving.run(decoding, self._decode_step):
             if not request.is_done:
-                request.end(EndReason.ERROR, error)
+                self._fail(request, error)
 
     def _decode_step(self, requests: Sequence[RequestState]) -> None:
         """Nothing is committed before all ids are chosen, so a step that fails can be run again. Where it is
@@ -206,6 +208,13 @@ class Scheduler:
             state.update_masks()
             self._state = state
 
+    def _fail(self, request: RequestState, error: BaseException) -> None:
+        """Ends a request with its error. Where the cache has broken, the next step reads it again, a few times."""
+        if self.runner.must_restart and request.num_restarts < MOST_RESTARTS:
+            request.num_restarts += 1
+        else:
+            request.end(EndReason.ERROR, error)
+
     # modalities
 
     def _denoise(self) -> None:
@@ -221,7 +230,7 @@ class Scheduler:
         errors |= dict(self.halving.run(done, check_finite)) if done else {}
         for denoising, request in owners.items():
             if denoising in errors:
-                request.end(EndReason.ERROR, errors[denoising])
+                self._fail(request, errors[denoising])
                 continue
             try:
                 if denoising in unfinished:
