@@ -23,12 +23,7 @@ from generation_models import (
 )
 from torch import Tensor, nn
 
-from transfusion_pytorch.generation import request as request_module
-from transfusion_pytorch.generation.batch_state import Branch
 from transfusion_pytorch.generation.events import Ended, EndReason
-from transfusion_pytorch.generation.request import RequestState
-from transfusion_pytorch.generation.runner import CachedRunner
-from transfusion_pytorch.network.cache import KVCache
 
 FAR = 1e4  # where a picky module fails
 
@@ -172,66 +167,6 @@ def test_a_request_whose_parser_is_interrupted_ends_alone():
     assert_same(requests[1].result(), expected)
     with pytest.raises(RuntimeError, match="prompt 0: it was interrupted by KeyboardInterrupt"):
         requests[0].result()
-    assert_no_row_is_lost(engine)
-
-
-def struck(monkeypatch, owner, name: str, *, before: bool) -> None:
-    """The next call of a method is interrupted, before it has done anything or behind it."""
-    method, calls = getattr(owner, name), []
-
-    def once(*args, **options):
-        calls.append(name)
-        if before and len(calls) == 1:
-            raise KeyboardInterrupt
-        made = method(*args, **options)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(owner, name, staticmethod(once) if name == "_place" else once)
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        *((RequestState, name) for name in ("_append", "start_denoising", "_leave_part", "finish_denoising")),
-        *((KVCache, name) for name in ("_shrink", "_resize", "_place", "acquire", "release", "reserve", "gather")),
-        (Branch, "mark_read"),
-        *((CachedRunner, name) for name in ("commit", "close", "_keep_prefix", "_copy_prefixes")),
-        (request_module, "initial_noise"),
-    ],
-)
-def test_ctrl_c_may_come_at_any_moment(monkeypatch, owner, name, before):
-    """The request whose state is half changed ends, or none; what all others become is the same as without it."""
-    model, plan = build(push=WRITES), [("text", 3), (LINE, (2,)), ("text", 4), (LINE, (3,)), ("text", 2)]
-    options = options_with(plan=plan, max_length=150, modality_cfg_scale=1.5, modality_steps=2)
-    prompts = [text(*range(i % 3 + 1)) for i in range(4)] + [text(*[1] * 70)]
-    expected = [model.sample(prompt, **options) for prompt in prompts]
-    engine = model.create_engine()
-    requests = [engine.submit(prompt, **options) for prompt in prompts]
-    for _ in range(4):
-        engine.step()
-    struck(monkeypatch, owner, name, before=before)
-    interruptions = 0
-    for number in range(200):
-        try:
-            if number == 3:
-                requests[0].cancel()
-            engine.step()
-        except KeyboardInterrupt:
-            interruptions += 1
-            monkeypatch.undo()
-        if engine.is_idle:
-            break
-    assert interruptions <= 1
-    assert all(it.is_done for it in requests)
-    ended = [it for it in requests[1:] if it.reason is EndReason.ERROR]
-    assert len(ended) <= interruptions
-    for it, sample in zip(requests[1:], expected[1:], strict=True):
-        if it not in ended:
-            assert_same(it.result(), sample)
-    engine.step()
     assert_no_row_is_lost(engine)
 
 
