@@ -6,6 +6,7 @@ from functools import cache
 from types import FrameType
 
 import pytest
+import torch
 from generation_faults import OutOfMemory
 from generation_models import (
     LINE,
@@ -224,3 +225,75 @@ def test_whenever_a_call_is_interrupted_the_engine_is_free_for_the_next(call):
             break
     assert at > 3
     assert not interrupted
+
+
+# another thread, and another device
+
+
+class Meanwhile(Interruption):
+    """At such a moment, something else happens in another thread."""
+
+    def __init__(self, what, at: int):
+        super().__init__(at)
+        self.what = what
+
+    def _note(self, frame: FrameType, event: str, argument) -> None:
+        try:
+            super()._note(frame, event, argument)
+        except KeyboardInterrupt:
+            thread = threading.Thread(target=self.what)
+            thread.start()
+            thread.join()
+
+
+def stepped(steps: int):
+    """An engine with one request, whose row lies in a block of 64 slots, and then in one of 128."""
+    engine = build(push=WRITES).create_engine()
+    engine.submit(text(*[1] * 60), **options_with(plan=[("text", 9)], cfg_scale=1.0))
+    for _ in range(steps):
+        engine.step()
+    return engine
+
+
+def test_statistics_may_be_read_while_a_step_runs_in_another_thread():
+    """Which may make a block of the cache, or free one, at whatever moment."""
+    reserved = [stepped(steps).stats.cache_bytes for steps in range(1, 9)]
+    last = reserved.count(reserved[0])  # step before the row moves
+    assert last < len(reserved)
+    for at in range(1000):
+        engine = stepped(last)
+        before = engine.stats
+        with Meanwhile(engine.step, at) as moment:
+            stats = engine.stats
+        if moment.count <= at:
+            break
+        after = engine.stats
+        assert after.cache_bytes > before.cache_bytes
+        assert before.steps <= stats.steps <= after.steps
+        assert 0 <= stats.cache_bytes <= before.cache_bytes + after.cache_bytes
+    assert 4 < at < 999
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_model_on_another_device_is_read_by_anew(monkeypatch, steps):
+    """The cache lies where the model has been. A move changes `.data`, which torch does not count."""
+    made = []
+    for cache_kv in (True, False):
+        model = build(push=WRITES)
+        engine = model.create_engine(cache_kv=cache_kv)
+        requests = [engine.submit(prompt, **options_with(plan=PLAN)) for prompt in PROMPTS]
+        for _ in range(steps):
+            engine.step()
+        read = engine.stats.tokens_read
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "device", property(lambda self: torch.device("cpu", 0)))  # is not "cpu"
+            for parameter in model.parameters():
+                parameter.data.mul_(1.1)  # to see whose results these are
+            if not cache_kv:
+                engine.weights_changed()
+            engine.step()
+            assert not cache_kv or engine.stats.tokens_read - read > len(PROMPTS[4])
+            engine.run()
+        made.append([request.result() for request in requests])
+    for cached, again in zip(*made, strict=True):
+        assert_same(cached, again)

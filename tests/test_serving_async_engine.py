@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from checks import no_typecheck
 from generation_faults import CATALOG, shared_model
 from generation_models import (
     GREEDY,
@@ -27,6 +28,7 @@ from generation_models import (
     noise,
     text,
 )
+from torch import nn
 
 from transfusion_pytorch import AsyncEngine as AsyncEngineOfThePackage
 from transfusion_pytorch.generation.engine import Engine
@@ -579,6 +581,57 @@ def test_what_would_end_an_event_loop_is_an_error_of_the_request(error):
             await engine.sample(text(3), **SHORT)
 
     asyncio.run(main())
+
+
+class Picky(nn.Module):
+    """A user's module that raises an error where it sees large numbers."""
+
+    def __init__(self, error: BaseException, layer: nn.Module):
+        super().__init__()
+        self.error, self.layer = error, layer
+
+    def forward(self, x):
+        if x.device.type == "cpu" and (x.abs() > 1e3).any():
+            raise self.error
+        return self.layer(x)
+
+
+def at_fault(place: str, error: BaseException):
+    """A model, and the prompt and options of a request whose own code raises this in it."""
+    large = dict(plan=[("text", 2), (LINE, (2,)), ("text", 2)], init_modality_noise=1e4 * torch.ones(4, 3))
+    if place == "processor":
+        return build(push=WRITES), text(1), dict(logits_processors=[fail(error, at=4)])
+    if place == "decoder":
+        return build(push=WRITES, modality_decoder=(None, Picky(error, nn.Identity()), None, None)), text(1), large
+    pair = (Picky(error, nn.Linear(3, 8)), nn.Linear(8, 3))
+    model = build(push=WRITES, pre_post_transformer_enc_dec=(None, pair, None, None))
+    if place == "adapter, as it denoises":
+        return model, text(1), large
+    return model, [text(1), (LINE, torch.full((2, 3), 1e4, dtype=torch.float64))], dict(plan=["text"])
+
+
+@no_typecheck
+@pytest.mark.parametrize("error", [SystemExit("mine"), asyncio.CancelledError("mine"), KeyboardInterrupt("mine")])
+@pytest.mark.parametrize("place", ["processor", "decoder", "adapter, as it reads", "adapter, as it denoises"])
+def test_what_would_end_an_event_loop_is_no_matter_of_others(place, error):
+    """Neighbours write and are drawn meanwhile, in the same forward passes and calls of a decoder."""
+    model, prompt, options = at_fault(place, error)
+    plan = [("text", 3), (LINE, (2,)), ("text", 6), (LINE, (2,)), ("text", 9)]
+    beside = [SHORT | dict(plan=plan, cfg_scale=scale, max_length=60) for scale in (1.0, 2.0)]
+    expected = [model.sample(text(2), **own) for own in beside]
+
+    async def main():
+        async with AsyncEngine(model) as engine:
+            streams = [engine.stream(text(2), **own) for own in beside]
+            for stream in streams:
+                await anext(stream)
+            with pytest.raises(RuntimeError, match=f"{type(error).__name__}.*mine"):
+                await engine.sample(prompt, **SHORT | dict(max_length=40) | options)
+            return [(await collect(stream))[-1] for stream in streams]
+
+    for ended, sample in zip(asyncio.run(main()), expected, strict=True):
+        assert ended.reason is EndReason.PLAN
+        assert_same(ended.sample, sample)
 
 
 def test_code_of_a_request_cannot_wait_for_its_own_engine():
