@@ -204,16 +204,40 @@ def change_buffer(attn):
     attn.to_out.matrix.mul_(2)
 
 
-@pytest.mark.parametrize("change", [wrap, parametrize_it, change_buffer])
+def double(module, args, output=None):
+    """A hook that doubles what a module takes, or what it makes."""
+    return (2 * args[0], *args[1:]) if output is None else 2 * output
+
+
+def hook(attn):
+    attn.to_out.register_forward_hook(double)
+
+
+def hook_before(attn):
+    attn.to_out.register_forward_pre_hook(double)
+
+
+def unhook(attn):
+    attn.to_out._forward_hooks.clear()
+
+
+def replace_hook(attn):
+    unhook(attn)
+    attn.to_out.register_forward_hook(lambda module, args, output: 3 * output)
+
+
+@pytest.mark.parametrize("change", [wrap, parametrize_it, change_buffer, hook, hook_before, unhook, replace_hook])
 @pytest.mark.parametrize("is_idle", [False, True])
 def test_modules_and_buffers_that_change_are_noticed(change, is_idle):
-    """Under live requests, which are read again, and under an engine that waits."""
+    """Under live requests, which are read again, and under an engine that waits. So are hooks."""
     made = []
     for cache_kv in (True, False):
         model = build(push=WRITES)
         attn = model.transformer.layers[0].attn
         if change is change_buffer:
             attn.to_out = WithBuffer(attn.to_out)
+        if change in (unhook, replace_hook):
+            hook(attn)
         engine, options = model.create_engine(cache_kv=cache_kv), options_with(plan=PLAN, modality_steps=3)
         requests = [engine.submit(text(i), **options) for i in range(2)]
         for _ in range(3):
@@ -227,6 +251,31 @@ def test_modules_and_buffers_that_change_are_noticed(change, is_idle):
         made.append([it.result() for it in requests])
     for cached, again in zip(*made, strict=True):
         assert_same(cached, again)
+
+
+scripts = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # users still have them
+
+
+@scripts
+def test_weights_of_scripted_modules_are_noticed():
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2))
+    weights = WeightVersions(model)
+    assert not weights.have_changed()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert weights.have_changed()
+    assert not weights.have_changed()
+
+
+@scripts
+def test_scripted_adapters_serve_sampling():
+    samples = []
+    for script in (nn.Sequential, torch.jit.script):
+        torch.manual_seed(0)
+        pair = tuple(script(nn.Linear(*sizes)) for sizes in ((3, 8), (8, 3)))
+        model = build(push=WRITES, pre_post_transformer_enc_dec=(None, pair, None, None))
+        samples.append(model.sample(text(1), **options_with(plan=PLAN)))
+    assert_same(*samples)
 
 
 def test_parameters_that_change_places_are_noticed():

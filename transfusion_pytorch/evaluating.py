@@ -148,8 +148,8 @@ def weights_changed(model: nn.Module) -> None:
 
 
 class WeightVersions:
-    """Notices changes of a model's parameters and buffers that torch counts, and others that are put in their place,
-    modules too. Tensors made in inference mode have no count, and hooks are not looked at.
+    """Notices changes of a model's parameters and buffers that torch counts, and others that are put in their place;
+    modules that are replaced; forward hooks that come or go. Tensors made in inference mode have no count.
     """
 
     def __init__(self, model: nn.Module):
@@ -160,20 +160,25 @@ class WeightVersions:
     def look_again(self) -> None:
         """Finds everything anew. Takes longer than `have_changed`."""
         modules = list(self._model.modules())
-        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        tables = [_as_dict(table) for module in modules for table in (module._parameters, module._buffers)]
         self._tensors = [table for table in tables if table]
-        self._children = [module._modules for module in modules if module._modules]
-        self._found = list(_values(self._children))
+        self._children = [table for module in modules if (table := _as_dict(module._modules))]
+        self._hooks = [table for module in modules for table in (module._forward_pre_hooks, module._forward_hooks)]
+        self._found = self._objects()
 
     def have_changed(self) -> bool:
         """Whether there was a change since the last call."""
-        children = list(_values(self._children))
-        are_same = len(children) == len(self._found) and all(map(is_, children, self._found))
+        found = self._objects()
+        are_same = len(found) == len(self._found) and all(map(is_, found, self._found))
         if are_same and self._now() == self._versions:
             return False
         self.look_again()  # what has changed may have more parameters now
         self._versions = self._now()
         return True
+
+    def _objects(self) -> list[Any]:
+        """The modules and forward hooks."""
+        return [*_values(self._children), *_values(filter(None, self._hooks))]
 
     def _now(self) -> tuple[list[int], list[int] | None]:
         """Which tensors there are, and how often they have changed. It is asked for every step."""
@@ -182,6 +187,11 @@ class WeightVersions:
             return [*map(id, tensors)], [it._version for it in tensors if it is not None]
         except RuntimeError:  # an inference tensor
             return [*map(id, tensors)], None
+
+
+def _as_dict(table: Any) -> dict[str, Any]:
+    """A table of a module itself; of a scripted one, whose tables are no dictionaries, what is in it now."""
+    return table if isinstance(table, dict) else dict(table.items())
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
