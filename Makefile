@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= python3.10
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text vae policy bench bench-peer bench-mmdit bench-untied gpu wheel clean
+.PHONY: help setup test test-all test-oldest typecheck lint format toy mnist fashion captioned text vae policy bench bench-peer bench-mmdit bench-untied bench-fragmentation gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-mmdit: ## time MMDiT beside the package mmdit on PyPI and diffusers, in an
 
 bench-untied: ## time a training step with untied weights beside one with tied weights
 	$(BIN)/python benchmarks/untied.py $(ARGS)
+
+bench-fragmentation: ## time decode steps of rows that lie apart in the cache beside those of neighbours
+	$(BIN)/python benchmarks/fragmentation.py $(ARGS)
 
 gpu: ## on a GPU: equal results, no waits, throughput of training, in 8 minutes: make gpu ARGS="--minutes 5"
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
