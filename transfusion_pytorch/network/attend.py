@@ -57,7 +57,7 @@ class RaggedAttention(NamedTuple):
         for run, q_run, k_run, v_run in zip(self.runs, *split, strict=True):
             if run.past is None:
                 keys, values = run.batched(k_run), run.batched(v_run)
-            else:
+            else:  # slices, each of which has a gradient as long as the stream
                 keys, values = run.keys(k), run.keys(v)
             outs.append(attend_chunks(run.chunks, run.batched(q_run), keys, values, softcap))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

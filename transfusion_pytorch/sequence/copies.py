@@ -10,7 +10,7 @@ it, and itself; nothing else sees it. It has the position of its clean copy:
 
 The samples themselves are laid out and attended as they are without copies.
 
-n tokens, m spans.
+m spans, s spans and k latents of one modality.
 """
 
 from collections.abc import Sequence
@@ -56,37 +56,44 @@ def with_noised_copies(batch: Batch, copied: Sequence[int]) -> Batch:
 
 
 def _copied_stream(stream: TokenStream, copied: Sequence[int], origin: Int[Tensor, " m"]) -> TokenStream:
-    spans, layout, n = stream.spans, stream.layout, len(stream.token)
-    first = [spans.first[span] for span in copied]
-    sizes = [prod(spans.token_shapes[span]) for span in copied]
+    """With the copies behind it, which in all columns but one have what stands at the slots of their spans."""
+    spans = stream.spans
+    first, sizes = ([of_spans[span] for span in copied] for of_spans in (spans.first, _num_tokens(spans)))
     slots = torch.cat([torch.arange(start, start + size) for start, size in zip(first, sizes, strict=True)])
-    pasts = [slice(int(layout.start[start]), start) for start in first]
-    past = [each.stop - each.start for each in pasts]
-    seen = torch.tensor(past) + torch.tensor(sizes)
+    columns = {
+        name: torch.cat((column, column[slots]))
+        for name, column in (
+            ("token", stream.token),
+            ("sample", stream.sample),
+            ("position", stream.position),
+            ("label", stream.label),
+        )
+    }
     modulation_index = torch.arange(len(spans) + 1, len(origin) + 1).repeat_interleave(torch.tensor(sizes))
-    table = _copied_spans(spans, copied, origin, [*accumulate(sizes[:-1], initial=n)])
-    placements = table.placements()
-    for kind, placement in placements.items():
-        before = stream.placements[kind]
-        latents = torch.arange(len(before.span_of_latent)).split(before.sizes)
-        source = torch.cat([latents[i] for i in _instances(placement, before, origin).tolist()])
-        placements[kind] = replace(placement, source=source)
+    table = _copied_spans(spans, copied, origin, [*accumulate(sizes[:-1], initial=len(stream.token))])
     return replace(
         stream,
-        **{
-            name: torch.cat((column, column[slots]))
-            for name in ("token", "sample", "position", "label")
-            for column in (getattr(stream, name),)
-        },
+        **columns,
         modulation_index=torch.cat((stream.modulation_index, modulation_index)),
-        layout=Layout(
-            end=torch.cat((layout.end, seen.repeat_interleave(torch.tensor(sizes)))),
-            lengths=(*layout.lengths, *sizes),
-            past=(*layout.past, *past),
-            past_slots=dict(enumerate(pasts, len(layout.lengths))),
-        ),
+        layout=_copied_layout(stream.layout, first, sizes),
         spans=table,
-        placements=placements,
+        placements={
+            kind: replace(placement, source=_sources(placement, stream.placements[kind], origin))
+            for kind, placement in table.placements().items()
+        },
+    )
+
+
+def _copied_layout(layout: Layout, first: Sequence[int], sizes: Sequence[int]) -> Layout:
+    """With a sample for each copy, whose past are the slots of its sample before the `first` of its clean copy."""
+    slots = [slice(int(layout.start[start]), start) for start in first]
+    past = [each.stop - each.start for each in slots]
+    seen = (torch.tensor(past) + torch.tensor(sizes)).repeat_interleave(torch.tensor(sizes))
+    return Layout(
+        end=torch.cat((layout.end, seen)),
+        lengths=(*layout.lengths, *sizes),
+        past=(*layout.past, *past),
+        past_slots=dict(enumerate(slots, len(layout.lengths))),
     )
 
 
@@ -109,6 +116,16 @@ def _copied_spans(spans: Spans, copied: Sequence[int], origin: Int[Tensor, " m"]
     )
 
 
+def _sources(placement: Placement, before: Placement, origin: Int[Tensor, " m"]) -> Int[Tensor, " k"]:
+    """For each latent of a type, which of its latents without copies it is, or is copied from."""
+    latents = torch.arange(len(before.span_of_latent)).split(before.sizes)
+    return torch.cat([latents[i] for i in _instances(placement, before, origin).tolist()])
+
+
 def _instances(placement: Placement, before: Placement, origin: Int[Tensor, " m"]) -> Int[Tensor, " s"]:
     """For each span of a type, which of its spans without copies it is, or is copied from."""
     return torch.searchsorted(before.spans, origin[placement.spans])
+
+
+def _num_tokens(spans: Spans) -> list[int]:
+    return list(map(prod, spans.token_shapes))
