@@ -362,6 +362,15 @@ def test_modulations_made_ahead_are_those_of_each_time(monkeypatch, most, shapes
         assert_same(request.result(), model.sample(text(i), cache_kv=False, **options))
 
 
+def test_a_stream_without_history_serves_all_evaluations(monkeypatch):
+    """Modalities alone read nothing from the cache, so nothing makes their stream void."""
+    model, packed = build(), []
+    pack = model.pack_stream
+    monkeypatch.setattr(model, "pack_stream", lambda *args: packed.append(1) or pack(*args))
+    model.generate_modality_only(2, LINE, (3,), modality_steps=4)
+    assert len(packed) == 1
+
+
 def test_a_solver_that_chooses_its_times_computes_them_one_by_one():
     model = build()
     counts = times_embedded(model)

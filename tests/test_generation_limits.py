@@ -28,6 +28,7 @@ from transfusion_pytorch.generation import runner
 from transfusion_pytorch.generation.delivery import sample_of
 from transfusion_pytorch.generation.engine import QueueFull
 from transfusion_pytorch.generation.events import Ended, EndReason
+from transfusion_pytorch.generation.options import SamplingOptions
 
 PLAN = [("text", 4), (LINE, (2,)), ("text", 3)]
 
@@ -256,6 +257,17 @@ def test_what_can_never_enter_is_refused():
     assert engine.stats.waiting == 1
     engine.run()
     assert_no_row_is_lost(engine)
+
+
+def test_plain_samples_that_can_never_enter_are_refused():
+    """And a modality alone needs no room for text."""
+    engine = build().create_engine(max_cache_tokens=100)
+    with pytest.raises(ValueError, match=r"text 0 may come to 128 tokens of the cache, and max_cache_tokens is 100"):
+        engine.write_only(torch.tensor([[1, 2]]), SamplingOptions(max_length=65))
+    assert engine.is_idle
+    assert engine.write_only(torch.tensor([[1, 2]]), SamplingOptions(max_length=8)).shape == (1, 6)
+    [drawn] = engine.draw_only(1, LINE, SamplingOptions(fixed_modality_shape=(2,), modality_steps=1))
+    assert drawn.shape == (2, 2)
 
 
 BOUNDS = {

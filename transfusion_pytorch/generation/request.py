@@ -133,6 +133,7 @@ class RequestState:
         most = max(most, self.length)
         most = max(most, options.max_length) if self.plan.free else most + 1
         guides = 2 if options.modality_cfg_scale != 1 else int(options.cfg_scale != 1)
+        guides *= self.is_framed  # text alone, and a modality alone, have no other branch
         negative = 0 if options.negative_prompt is None else len(options.negative_prompt)
         return [most, *[most + negative] * guides]
 
