@@ -267,7 +267,7 @@ def test_plain_samples_that_can_never_enter_are_refused():
     assert engine.is_idle
     assert engine.write_only(torch.tensor([[1, 2]]), SamplingOptions(max_length=8)).shape == (1, 6)
     [drawn] = engine.draw_only(1, LINE, SamplingOptions(fixed_modality_shape=(2,), modality_steps=1))
-    assert drawn.shape == (2, 2)
+    assert drawn.shape == (2, 3)
 
 
 BOUNDS = {

@@ -315,6 +315,7 @@ class Engine:
             given = [piece for piece in parsed[i] if isinstance(piece, Modality)]
             request = RequestState(model, resolved[i], seeds[i], where, given, is_observed=is_observed)
             requests.append(request.begin(split_unfinished_modality(encoded, vocabulary, where)))
+        self.scheduler.check_room(requests)
         _warn_of_long_prompts(requests)
         self._requests.update(requests)
         return requests
@@ -343,6 +344,7 @@ class Engine:
             RequestState(self._view, options, seed, f"{name} {i}", is_framed=False).begin(prompt)
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
+        self.scheduler.check_room(requests)
         self._finish(requests)
         return requests
 

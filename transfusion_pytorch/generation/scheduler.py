@@ -64,8 +64,8 @@ class Scheduler:
         """Waiting requests, without those that there is room for now."""
         return len(self.waiting) - self._num_admitted()
 
-    def add(self, requests: Sequence[RequestState]) -> None:
-        """Queues all of these, or none: raises `ValueError` for one that `max_cache_tokens` could never admit."""
+    def check_room(self, requests: Sequence[RequestState]) -> None:
+        """Notes how many tokens of the cache each may need. Raises `ValueError` for one that can never be admitted."""
         most = self.limits.max_cache_tokens
         for request in requests:
             needed = request.cache_tokens = self.runner.cache_tokens(request.max_lengths)
@@ -74,6 +74,9 @@ class Scheduler:
                     f"{request.where} may come to {needed} tokens of the cache, and max_cache_tokens is {most}; ask "
                     "for a smaller max_length, or for less guidance"
                 )
+
+    def add(self, requests: Sequence[RequestState]) -> None:
+        """Queues requests, whose room was checked."""
         self.waiting.extend(request for request in requests if not request.is_done)
 
     def cancel(self, requests: Sequence[RequestState]) -> None:
