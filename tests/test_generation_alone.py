@@ -93,6 +93,18 @@ def test_modalities_of_a_batch_do_not_see_each_other(monkeypatch):
     torch.testing.assert_close(batch, torch.cat(alone), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("cache_kv", [True, False])
+def test_the_stream_of_a_modality_alone_serves_all_evaluations(monkeypatch, cache_kv):
+    model, laid = build(), []
+    pack_stream = model.pack_stream
+    monkeypatch.setattr(model, "pack_stream", lambda *args: laid.append(args) or pack_stream(*args))
+    engine = model.create_engine(cache_kv=cache_kv)
+    options = SamplingOptions(modality_steps=8, fixed_modality_shape=(3,))
+    assert len(engine.draw_only(4, LINE, options)) == 4
+    assert engine.stats.evaluations == 16
+    assert len(laid) == 1
+
+
 def test_options_of_what_is_made_alone_may_come_by_position():
     """In the order of the signatures: first what one cannot do without."""
     model, ids = build(), torch.tensor([[1, 2]])

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import no_typecheck
 from generation_faults import CATALOG, shared_model
 from generation_models import (
     GREEDY,
@@ -610,7 +609,6 @@ def at_fault(place: str, error: BaseException):
     return model, [text(1), (LINE, torch.full((2, 3), 1e4, dtype=torch.float64))], dict(plan=["text"])
 
 
-@no_typecheck
 @pytest.mark.parametrize("error", [SystemExit("mine"), asyncio.CancelledError("mine"), KeyboardInterrupt("mine")])
 @pytest.mark.parametrize("place", ["processor", "decoder", "adapter, as it reads", "adapter, as it denoises"])
 def test_what_would_end_an_event_loop_is_no_matter_of_others(place, error):
