@@ -194,7 +194,7 @@ def _as_dict(table: Any) -> dict[str, Any]:
     return table if isinstance(table, dict) else dict(table.items())
 
 
-def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
+def _values(tables: Iterable[dict[Any, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, tables))
 
 
