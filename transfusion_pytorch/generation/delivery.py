@@ -158,7 +158,7 @@ def sample_of(request: RequestState) -> Sample:
     parts: list[Any] = []
     log_probabilities: list[Tensor | None] = []
     items = request.branch.items
-    skipped = request.num_prompted if request.options.return_without_prompt else 0
+    skipped = request.prompt_items if request.options.return_without_prompt else 0
     number = sum(isinstance(item, Modality) for item in items[:skipped])  # of the next modality
     start = skipped - number  # of the next text among all ids
     for piece in as_pieces(items[skipped:]):

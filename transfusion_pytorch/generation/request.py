@@ -42,8 +42,8 @@ class RequestState:
     - `where`: its name in error messages; `given`: the modalities of its prompt, as the user has them
     - `is_framed`: it is a sample with markers, not plain text or a single modality
     - `is_observed`: its `events` are collected
-    - `branch`: the sample so far, markers included; `length` is how many tokens that makes, `num_chosen` how many of
-      them the model wrote, `num_prompted` how many items its prompt has; `modalities` are those in it
+    - `branch`: the sample so far, markers included; `modalities` are those in it, `length` is how many tokens it makes,
+      `num_chosen` how many of them the model wrote; `prompt_items`, `prompt_length`: items and tokens of the prompt
     - `without_text`: the unconditional version of the sample, for guidance
     - `opening`: the characters of a shape so far, None in text; `denoising`: the current modality
     - `part`: the current part of the plan; `part_length`: how many ids of its text were written
@@ -89,7 +89,7 @@ class RequestState:
         self.error: BaseException | None = None
         self.deadline: float | None = None
         self.generator: torch.Generator | None = None
-        self.cache_tokens = self.num_prompted = self.num_restarts = self.prompt_length = self._num_buffered = 0
+        self.cache_tokens = self.num_restarts = self.prompt_items = self.prompt_length = self._num_buffered = 0
         self._ids_buffer: Int[Tensor, " n"] | None = None
 
     @property
@@ -167,7 +167,7 @@ class RequestState:
         self._append(*as_items(framed))
         self.events.clear()  # a prompt is no news
         opening = () if self.plan.parts else prompt.opening  # a plan says itself what comes there
-        self.num_prompted, self.prompt_length = len(self.branch.items) + len(opening), self.length + len(opening)
+        self.prompt_items, self.prompt_length = len(self.branch.items) + len(opening), self.length + len(opening)
         if (new := self.options.max_new_tokens) is not None:
             self.options = replace(self.options, max_length=min(self.options.max_length, self.prompt_length + new))
             self.grammar = _grammar(self.options, self.model)
