@@ -227,10 +227,10 @@ class RequestState:
         it = self.denoising
         assert it is not None
         piece = Modality(it.type, it.latents().to(self.model.dtype, copy=True))  # no view that keeps others alive
-        if self.is_observed:
-            self.events.append(FinishedModality(len(self.modalities), it.num_evaluations))
         self.denoising = None
         self._append(piece)
+        if self.is_observed:
+            self.events.append(FinishedModality(len(self.modalities) - 1, it.num_evaluations))
         if not self.is_framed:
             self.end(EndReason.PLAN)
             return
@@ -405,12 +405,13 @@ class RequestState:
 
     def _append(self, *items: Item, log_probability: float | None = None) -> None:
         for item in items:
+            if isinstance(item, Modality):  # first: whenever an interruption comes, what is shown has been decoded
+                self.modalities.append(item)
             self.branch.items.append(item)
             if self.without_text is not None:
                 self.without_text.items += self._unconditional(item)
             if isinstance(item, Modality):
                 self.length += self.num_tokens(item.type, item.shape)
-                self.modalities.append(item)
                 continue
             self.length += 1
             if self.log_probabilities is not None:
