@@ -162,7 +162,9 @@ def test_changed_weights_are_reordered_again(at_once, secretly):
     for _ in range(20):
         engine.step()
     assert len(engine.scheduler.runner.reordered._copies) > 10
-    written = [torch.tensor([it for it in request._request.branch.items if isinstance(it, int)]) for request in requests]
+    written = [
+        torch.tensor([it for it in request._request.branch.items if isinstance(it, int)]) for request in requests
+    ]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

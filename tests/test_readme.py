@@ -1,4 +1,4 @@
-"""The README and the guides are run as they stand: examples, in order, and the README's file tree against the files."""
+"""The README and the guides are run as they stand: examples, in order, and the list of files against the files."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, FILES = ((ROOT / page).read_text() for page in ("README.md", "docs/files.md"))
 
 
 PAGES = [
@@ -34,7 +34,7 @@ def test_the_file_tree_names_every_module():
     rooms = [file.parent for file in package.glob("*/__init__.py") if file.parent.name != "examples"]
     for folder in [package, *rooms]:
         for file in folder.glob("*.py"):
-            assert file.name == "__init__.py" or re.search(rf"^ +{file.name} ", README, flags=re.MULTILINE), file
+            assert file.name == "__init__.py" or re.search(rf"^ +{file.name} ", FILES, flags=re.MULTILINE), file
 
 
 def test_every_picture_is_there():
