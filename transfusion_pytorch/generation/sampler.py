@@ -71,7 +71,7 @@ def sample_tokens(
     `uniform` is a random number in [0, 1) for each row, so a row does not depend on others. `seen` are the ids to be
     penalised. Nothing is read back from the device.
     """
-    logits = logits.to(precise(logits.dtype))
+    logits = _precise(logits)
     if seen is not None and sampling.penalty is not None:
         logits = penalize(logits, seen, sampling.penalty)
     logits = logits.masked_fill(forbidden, float("-inf"))
@@ -125,7 +125,7 @@ def keep_min_p(logits: Float[Tensor, "r v"], log_min_p: Float[Tensor, "r 1"]) ->
 
 def log_probabilities(logits: Shaped[Tensor, "r v"], tokens: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
     """Log-probabilities of the chosen ids under the model's own distribution over the whole vocabulary."""
-    return logits.to(precise(logits.dtype)).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
+    return _precise(logits).log_softmax(dim=-1).gather(-1, tokens.clamp(min=0)[:, None]).flatten()
 
 
 def upload(values: Sequence[Any], device: torch.device) -> Shaped[Tensor, " r"]:
@@ -146,3 +146,9 @@ def _draw(logits: Float[Tensor, "r v"], uniform: Float[Tensor, " r"]) -> Int[Ten
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
     at = uniform[:, None].to(dtype) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True)[:, 0]
+
+
+def _precise(logits: Shaped[Tensor, "r v"]) -> Float[Tensor, "r v"]:
+    """In single precision at least. A conversion to the same type would be dispatched too, at every step."""
+    dtype = precise(logits.dtype)
+    return logits if logits.dtype == dtype else logits.to(dtype)
