@@ -149,7 +149,8 @@ class Scheduler:
     def _close(self, branches: Sequence[Branch]) -> None:
         """Frees the rows of branches; what cannot be freed now, for lack of memory to move others, is tried again."""
         left = []
-        for branch in (*self._unreleased, *branches):
+        self._unreleased = list(dict.fromkeys((*self._unreleased, *branches)))  # first: an interruption loses none
+        for branch in self._unreleased:
             try:
                 self.runner.close(branch)
             except Exception:
@@ -236,6 +237,8 @@ class Scheduler:
                 self._fail(request, errors[denoising])
                 continue
             try:
+                if denoising.is_done and denoising.without_all is not None:
+                    self._unreleased.append(denoising.without_all)  # first: an interruption loses none
                 if denoising in unfinished:
                     request.report_progress()
                 if denoising.is_done:
@@ -243,9 +246,7 @@ class Scheduler:
                     self.drawings += 1
             except BaseException as error:
                 _end_in_the_middle(request, error)
-            finally:
-                if denoising.is_done and denoising.without_all is not None:
-                    self._close([denoising.without_all])
+        self._close(())
 
 
 def _processed(logits: Shaped[Tensor, "r v"], requests: Sequence[RequestState]) -> Shaped[Tensor, "r v"]:
