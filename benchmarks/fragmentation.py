@@ -12,16 +12,14 @@ steps behind it. Figures are medians, and ratios those of medians. Writes `resul
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import HERE
 from jobs import Library
-from report import environment
+from report import save_table
 
 ROWS, WIDTH, LENGTH = 8, dict(dim=512, depth=8, heads=8, dim_head=64), 440
 QUICK_WIDTH, QUICK_LENGTH = dict(dim=64, depth=2, heads=2, dim_head=32), 20
@@ -126,21 +124,20 @@ def main() -> None:
         model.to_logits.weight[model.eos_id] = 0  # never the likeliest: nobody ends
     figures = measure(model, length, 1 if args.quick else args.rounds)
     base = figures["neighbours"]
-    lines = ["# Rows that lie apart", "", f"Milliseconds of a decode step of {ROWS} rows. A ratio of `later` is to be"]
-    lines[-1] += f" at most {TARGET}."
-    lines += ["", "| state | first | later | first / neighbours | later / neighbours |", "|---|---|---|---|---|"]
+    said = f"Milliseconds of a decode step of {ROWS} rows. A ratio of `later` is to be at most {TARGET}."
+    lines = [
+        "# Rows that lie apart",
+        "",
+        said,
+        "",
+        "| state | first | later | first / neighbours | later / neighbours |",
+        "|---|---|---|---|---|",
+    ]
     for name, each in figures.items():
         each |= {f"{kind} ratio": each[kind] / base[kind] for kind in ("first", "later")}
         ratios = " | ".join(f"{each[f'{kind} ratio']:.2f}" for kind in ("first", "later"))
         lines.append(f"| {name} | {each['first']:.1f} | {each['later']:.1f} | {ratios} |")
-    where = environment(args.threads)
-    about = [where["cpu"], f"{args.threads} threads", f"torch {where['torch']}", where["commit"], where["date"]]
-    lines += ["", ", ".join(map(str, about)) + "."]
-    folder = HERE / "results" / ("quick" if args.quick else "")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fragmentation.json").write_text(json.dumps(dict(states=figures, environment=where), indent=1) + "\n")
-    (folder / "fragmentation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    print(save_table("fragmentation", lines, dict(states=figures), threads=args.threads, quick=args.quick))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import ROOT, Measured
+from harness import HERE, ROOT, Measured
 
 
 class Targets(NamedTuple):
@@ -88,6 +88,20 @@ def save(folder: Path, name: str, title: str, rows: list[dict], extra: dict[str,
     table = folder / f"{name}.md"
     table.write_text(markdown(title, everything))
     return table
+
+
+def save_table(name: str, lines: Sequence[str], figures: dict[str, Any], *, threads: int, quick: bool) -> str:
+    """Writes a table with its environment below, as `results/NAME.md`, and the figures beside it as JSON. Returns the
+    page. Runs with tiny sizes have a folder of their own.
+    """
+    where = environment(threads)
+    about = [where["cpu"], f"{threads} threads", f"torch {where['torch']}", where["commit"], where["date"]]
+    page = "\n".join([*lines, "", ", ".join(map(str, about)) + "."])
+    folder = HERE / "results" / ("quick" if quick else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(figures | dict(environment=where), indent=1) + "\n")
+    (folder / f"{name}.md").write_text(page + "\n")
+    return page
 
 
 def write_page(folder: Path) -> None:

@@ -6,14 +6,13 @@ figures are medians, and the ratio is that of the medians. Writes `results/untie
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from harness import HERE, interleave
+from harness import interleave
 from jobs import Library
-from report import environment
+from report import save_table
 from torch import set_num_threads
 from training_jobs import QUICK, TRAINING, job_of
 
@@ -50,13 +49,7 @@ def main() -> None:
         figures[workload] = dict(tied=tied, untied=untied, ratio=untied / tied)
         lines.append(f"| {workload} | {1000 * tied:.0f} | {1000 * untied:.0f} | {untied / tied:.2f} |")
         print(lines[-1], flush=True)
-    where = environment(args.threads)
-    about = [where["cpu"], f"{args.threads} threads", f"torch {where['torch']}", where["commit"], where["date"]]
-    lines += ["", ", ".join(map(str, about)) + "."]
-    folder = HERE / "results" / ("quick" if args.quick else "")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "untied.json").write_text(json.dumps(dict(workloads=figures, environment=where), indent=1) + "\n")
-    (folder / "untied.md").write_text("\n".join(lines) + "\n")
+    save_table("untied", lines, dict(workloads=figures), threads=args.threads, quick=args.quick)
 
 
 if __name__ == "__main__":

@@ -369,15 +369,21 @@ def test_only_copies_are_masked_for_the_representation_loss():
     assert parts.representation > 0
 
 
+def plain_and_compiled(attention, *, backend):
+    """Two models of the same weights, in single precision."""
+    torch.compiler.reset()
+    plain = build().float()
+    compiled = copy.deepcopy(plain)
+    compiled.transformer.attention = attention
+    compiled.compile(backend=backend)
+    return plain, compiled
+
+
 @compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 def test_one_graph_serves_all_padded_batches_with_copies():
-    torch.compiler.reset()
-    plain = build().float()
-    compiled = copy.deepcopy(plain)
-    compiled.transformer.attention = "dense"
-    compiled.compile(backend="aot_eager")
+    plain, compiled = plain_and_compiled("dense", backend="aot_eager")
     batches = [marked(samples()), marked(samples()[::-1]), marked(samples()[2:])]
     for i, batch in enumerate(batches):
         packed = plain.packer(token_budget=192, span_budget=20)(batch, times=0.5)
@@ -394,11 +400,7 @@ def test_one_graph_serves_all_padded_batches_with_copies():
 @compiles
 @torch.no_grad()
 def test_flex_attention_in_a_graph():
-    torch.compiler.reset()
-    plain = build().float()
-    compiled = copy.deepcopy(plain)
-    compiled.transformer.attention = "flex"
-    compiled.compile(backend="eager")
+    plain, compiled = plain_and_compiled("flex", backend="eager")
     torch.testing.assert_close(
         *(
             model(marked(samples()), times=0.5, noise={k: x.float() for k, x in noise_for(samples(), True).items()})
